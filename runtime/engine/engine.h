@@ -1,0 +1,134 @@
+// What a worker daemon drives: one GPU (or one slice of the CPU) with its experts' weights, its
+// symmetric heap and its part in dispatch, experts and combine. One implementation a backend
+// (host, cuda, nccl); all give the same results and pass the same tests.
+//
+// Life: Create ─► LoadExperts ─► [ CreateHeap ─► OpenPeers ─► SealHeap ─► batches ─► CloseEpoch ]*
+// A batch on a slot: Stage ─► Dispatch ─► RunExperts ─► Combine ─► Finish.
+// A device backend enqueues in all but Stage (where it must return counts) and Finish.
+//
+// Thread safety: LoadExperts and the epoch calls come from one thread, with no batch running but
+// for Abort(), which may be called from any thread at any time. Each slot's calls come from one
+// thread at a time; different slots run at once.
+#ifndef EPSERVE_RUNTIME_ENGINE_ENGINE_H_
+#define EPSERVE_RUNTIME_ENGINE_ENGINE_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "runtime/base/dtype.h"
+#include "runtime/routing/count_matrix.h"
+
+namespace epserve::runtime {
+
+struct EngineOptions {
+  std::string checkpoint_dir;
+  std::string cluster_id;
+  std::int64_t max_batch_tokens = 4096;  // over all ranks
+  int num_slots = 2;                     // batches in flight
+  int compute_threads = 1;               // per slot, host backend
+  absl::Duration peer_timeout = absl::Seconds(30);
+};
+
+// The served model as the checkpoint gives it; the same for every rank.
+struct ModelInfo {
+  std::string fingerprint;   // hex; differs where shape, tensor names or byte sizes differ
+  std::string architecture;  // "mixtral", "qwen3_moe", "deepseek_v3"
+  std::int64_t hidden = 0;         // H
+  std::int64_t intermediate = 0;   // I
+  std::int64_t num_experts = 0;    // E
+  int topk = 0;                    // K
+  std::vector<std::int64_t> layers;  // model layer numbers that have experts, ascending
+  bool has_router = false;
+};
+
+struct MemoryPlan {
+  std::uint64_t weight_bytes = 0;  // in the type they are held in
+  std::uint64_t heap_bytes = 0;
+  std::uint64_t workspace_bytes = 0;
+  std::string held_type;  // "fp32", "bf16", ...
+};
+
+struct ShardInput {
+  int slot = 0;
+  std::uint64_t sequence = 0;        // batch number in the epoch
+  std::int64_t layer = 0;            // model layer number
+  DataType dtype = DataType::kFp32;  // kFp32, kFp16, kBf16
+  std::int64_t num_tokens = 0;       // T
+  int topk = 0;                      // K
+  const void* hidden = nullptr;             // [T, H] dtype; stays valid until Finish
+  const std::int32_t* topk_ids = nullptr;   // [T, K], null: the router decides
+  const float* topk_weights = nullptr;      // [T, K], null where topk_ids is
+};
+
+struct ShardCounts {
+  std::vector<std::int32_t> rows_to_rank;     // [R]
+  std::vector<std::int64_t> rows_per_expert;  // [E], of this shard
+};
+
+struct BatchTimes {
+  std::int64_t dispatch_ns = 0;
+  std::int64_t ffn_ns = 0;
+  std::int64_t combine_ns = 0;
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  virtual std::string_view backend() const = 0;
+  virtual const ModelInfo& model() const = 0;
+
+  // What `rank` of `placement` will hold; computed from the headers alone.
+  virtual absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const = 0;
+
+  // Loads the experts that `rank` owns in every layer, reading no other expert's bytes. Keeps what
+  // it holds if the placement and rank are those already loaded. `progress(loaded, total)` in bytes.
+  virtual absl::Status LoadExperts(
+      const Placement& placement, int rank,
+      const std::function<void(std::uint64_t, std::uint64_t)>& progress) = 0;
+
+  // Creates this rank's heap for `epoch`; returns the handle that the peers open it by.
+  virtual absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) = 0;
+  virtual absl::Status OpenPeers(std::span<const std::string> handles) = 0;  // [R], by rank
+  // Every peer has opened this heap: takes its name out of the system, so that a crash leaves
+  // nothing behind.
+  virtual void SealHeap() = 0;
+  // Ends every wait of every slot with ABORTED; stays in force until the next CreateHeap.
+  virtual void Abort() = 0;
+  // Unmaps the peers and drops the heap. REQUIRES: no batch running.
+  virtual void CloseEpoch() = 0;
+
+  // FFN(x) of one local expert by plain loops, apart from the batch path: what a probe is held
+  // against. x and result are [H]. REQUIRES: experts loaded, `expert` (global) owned by this rank.
+  virtual absl::StatusOr<std::vector<float>> ReferenceExpert(std::int64_t layer,
+                                                             std::int64_t expert,
+                                                             std::span<const float> x) const = 0;
+
+  // Takes a shard in, routes it where ids are absent, and counts it.
+  virtual absl::StatusOr<ShardCounts> Stage(const ShardInput& input) = 0;
+  virtual absl::Status Dispatch(int slot, const CountMatrix& counts) = 0;
+  virtual absl::Status RunExperts(int slot) = 0;
+  virtual absl::Status Combine(int slot) = 0;
+  // Waits until the slot's work is done. `output` is [T, H] in the input's type, overwritten;
+  // `local_expert_rows` [E_local] receives the rows each local expert took. Frees the slot.
+  virtual absl::Status Finish(int slot, void* output, BatchTimes* times,
+                              std::vector<std::int64_t>* local_expert_rows) = 0;
+  // Drops a staged or failed batch and frees the slot; safe in any state of it.
+  virtual void Discard(int slot) = 0;
+};
+
+// INVALID_ARGUMENT, NOT_FOUND, DATA_LOSS for a checkpoint that is not there, not supported or
+// damaged, naming file and tensor.
+absl::StatusOr<std::unique_ptr<Engine>> CreateHostEngine(const EngineOptions& options);
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_ENGINE_ENGINE_H_
