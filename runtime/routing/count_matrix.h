@@ -14,6 +14,9 @@
 
 namespace epserve::runtime {
 
+// Ranks of one epoch at most: a token's destinations fit one 64-bit mask.
+inline constexpr int kMaxRanks = 64;
+
 // Experts to ranks: rank r owns the global experts [first[r], first[r + 1]) of every layer.
 struct Placement {
   std::vector<std::int64_t> first_expert;  // [R + 1], ascending, first 0, last E
@@ -55,7 +58,8 @@ struct CountMatrix {
 
 // Counts one shard. An id of -1 is no expert; an id that stands twice in a row counts twice in
 // rows_per_expert and once in rows_to_rank.
-// REQUIRES: ids validated, in [-1, E); rows_to_rank has R, rows_per_expert E entries. Adds to both.
+// REQUIRES: ids validated, in [-1, E); R <= kMaxRanks; rows_to_rank has R, rows_per_expert E
+// entries. Adds to both.
 void CountShard(std::span<const std::int32_t> topk_ids, int topk, const Placement& placement,
                 std::span<std::int32_t> rows_to_rank, std::span<std::int64_t> rows_per_expert);
 
@@ -63,8 +67,9 @@ void CountShard(std::span<const std::int32_t> topk_ids, int topk, const Placemen
 CountMatrix ComputeCountMatrix(std::span<const std::int32_t> topk_ids, std::int64_t num_tokens,
                                int topk, const Placement& placement);
 
-// Refuses a matrix that does not fit: wrong sizes, negative counts, more rows from a source than it
-// has tokens, or more rows to a rank than `max_batch_tokens`. INVALID_ARGUMENT names the entry.
+// Refuses a matrix that does not fit: wrong sizes, negative counts, rows to a rank without experts,
+// more rows from a source than the longest shard of `max_batch_tokens`, or more rows to a rank than
+// `max_batch_tokens`. INVALID_ARGUMENT names the entry.
 absl::Status ValidateCountMatrix(const CountMatrix& counts, const Placement& placement,
                                  std::int64_t max_batch_tokens);
 

@@ -1,0 +1,101 @@
+// The exchange over shared memory: one heap a rank, mapped by every other rank of the epoch.
+//
+//   Create ─► handle() to every peer ─► OpenPeers ─► (all peers opened) Seal ─► batches
+//
+// What a slot needs between batches: its next Dispatch starts only after the last batch's Combine
+// has returned on ALL ranks, because peers read this rank's partial rows until then. Flags carry the
+// batch's sequence, which only grows, so they are never reset. Everything is allocated in Create and
+// OpenPeers. Thread safety: as Exchange states; Create, OpenPeers and Seal come before any batch.
+#ifndef EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
+#define EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "runtime/alltoallv/exchange.h"
+#include "runtime/alltoallv/layout.h"
+#include "runtime/symmetric/symmetric_heap.h"
+
+namespace epserve::runtime {
+
+// INVALID_ARGUMENT names the field that is out of its range.
+absl::Status ValidateExchangeConfig(const ExchangeConfig& config);
+
+// Bytes of shared memory that one rank's heap takes. REQUIRES: a valid config.
+std::uint64_t HeapBytes(const ExchangeConfig& config);
+
+class HostExchange final : public Exchange {
+ public:
+  // Reserves and maps this rank's heap. INVALID_ARGUMENT: config; RESOURCE_EXHAUSTED: shared memory
+  // is full.
+  static absl::StatusOr<std::unique_ptr<HostExchange>> Create(const ExchangeConfig& config);
+  ~HostExchange() override;
+
+  HostExchange(const HostExchange&) = delete;
+  HostExchange& operator=(const HostExchange&) = delete;
+
+  // What a peer opens this heap by; opaque bytes.
+  const std::string& handle() const { return heap_.handle(); }
+  std::uint64_t heap_bytes() const { return layout_.heap_bytes; }
+
+  // Maps the peers' heaps. `handles` [R] by rank, this rank's own among them. INVALID_ARGUMENT: a
+  // handle that is damaged, or of another rank, epoch, cluster or shape; NOT_FOUND: its segment is
+  // gone. Call once; FAILED_PRECONDITION after that.
+  absl::Status OpenPeers(std::span<const std::string> handles);
+
+  // Takes the heap's name out of the system. REQUIRES: every peer has opened it.
+  void Seal() { heap_.Seal(); }
+
+  absl::Status Dispatch(const DispatchArgs& args) override;
+  const ReceivedRows& Received(int slot) const override { return slots_[slot].received; }
+  absl::Status Combine(int slot, void* out) override;
+  void Abort() override { abort_.store(1, std::memory_order_relaxed); }
+
+  // Where `peer` receives rows of `slot`, for measuring plain copies into the very same memory.
+  // REQUIRES: peers opened, no batch in the slot.
+  std::span<std::byte> ReceiveRegion(int peer, int slot) const;
+
+ private:
+  struct Slot {
+    ReceivedRows received;
+    std::vector<const std::byte*> row_pointers;    // [max_batch_tokens]
+    std::vector<std::uint64_t> token_destinations;  // [max shard tokens] bit r: goes to rank r
+    std::uint64_t sequence = 0;                     // of the last batch; 0: none yet
+    bool dispatched = false;                        // Combine may follow
+    std::int64_t num_tokens = 0;
+    const CountMatrix* counts = nullptr;
+  };
+
+  HostExchange(const ExchangeConfig& config, const HeapLayout& layout, SymmetricHeap heap);
+
+  absl::Status ValidateDispatch(const DispatchArgs& args) const;
+  // Fills the slot's token_destinations; refuses bad ids and a count matrix that says otherwise.
+  absl::Status RouteShard(const DispatchArgs& args, Slot* slot) const;
+  void PushRows(const DispatchArgs& args, const Slot& slot) const;
+  void PublishRows(const DispatchArgs& args) const;
+  absl::Status AwaitRows(const DispatchArgs& args) const;
+  void DescribeReceived(const DispatchArgs& args, Slot* slot) const;
+  absl::Status AwaitPartials(int slot_index) const;
+  void SumPartials(int slot_index, void* out) const;
+  absl::Status Aborted(const char* stage) const;
+
+  const ExchangeConfig config_;
+  const HeapLayout layout_;
+  SymmetricHeap heap_;
+  std::vector<PeerHeap> peers_;           // one a rank but for this one
+  std::vector<std::byte*> heaps_;         // [R] base of every rank's heap; empty until OpenPeers
+  std::vector<std::uint8_t> owner_;       // [E] rank that owns the expert
+  std::vector<Slot> slots_;               // [num_slots]
+  std::atomic<std::uint32_t> abort_{0};
+};
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
