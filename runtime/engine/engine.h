@@ -24,6 +24,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "runtime/base/dtype.h"
+#include "runtime/checkpoint/model_info.h"
 #include "runtime/routing/count_matrix.h"
 
 namespace epserve::runtime {
@@ -37,18 +38,6 @@ struct EngineOptions {
   absl::Duration peer_timeout = absl::Seconds(30);
 };
 
-// The served model as the checkpoint gives it; the same for every rank.
-struct ModelInfo {
-  std::string fingerprint;   // hex; differs where shape, tensor names or byte sizes differ
-  std::string architecture;  // "mixtral", "qwen3_moe", "deepseek_v3"
-  std::int64_t hidden = 0;         // H
-  std::int64_t intermediate = 0;   // I
-  std::int64_t num_experts = 0;    // E
-  int topk = 0;                    // K
-  std::vector<std::int64_t> layers;  // model layer numbers that have experts, ascending
-  bool has_router = false;
-};
-
 struct MemoryPlan {
   std::uint64_t weight_bytes = 0;  // in the type they are held in
   std::uint64_t heap_bytes = 0;
@@ -58,14 +47,14 @@ struct MemoryPlan {
 
 struct ShardInput {
   int slot = 0;
-  std::uint64_t sequence = 0;        // batch number in the epoch
-  std::int64_t layer = 0;            // model layer number
-  DataType dtype = DataType::kFp32;  // kFp32, kFp16, kBf16
-  std::int64_t num_tokens = 0;       // T
-  int topk = 0;                      // K
-  const void* hidden = nullptr;             // [T, H] dtype; stays valid until Finish
-  const std::int32_t* topk_ids = nullptr;   // [T, K], null: the router decides
-  const float* topk_weights = nullptr;      // [T, K], null where topk_ids is
+  std::uint64_t sequence = 0;              // batch number in the epoch
+  std::int64_t layer = 0;                  // model layer number
+  DataType dtype = DataType::kFp32;        // kFp32, kFp16, kBf16
+  std::int64_t num_tokens = 0;             // T
+  int topk = 0;                            // K
+  const void* hidden = nullptr;            // [T, H] dtype; stays valid until Finish
+  const std::int32_t* topk_ids = nullptr;  // [T, K], null: the router decides
+  const float* topk_weights = nullptr;     // [T, K], null where topk_ids is
 };
 
 struct ShardCounts {
@@ -90,7 +79,8 @@ class Engine {
   virtual absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const = 0;
 
   // Loads the experts that `rank` owns in every layer, reading no other expert's bytes. Keeps what
-  // it holds if the placement and rank are those already loaded. `progress(loaded, total)` in bytes.
+  // it holds if the placement and rank are those already loaded. `progress(loaded, total)` in
+  // bytes.
   virtual absl::Status LoadExperts(
       const Placement& placement, int rank,
       const std::function<void(std::uint64_t, std::uint64_t)>& progress) = 0;

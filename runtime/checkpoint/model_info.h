@@ -1,0 +1,24 @@
+// The served model as its checkpoint's headers give it; the same for every rank. A plain value.
+#ifndef EPSERVE_RUNTIME_CHECKPOINT_MODEL_INFO_H_
+#define EPSERVE_RUNTIME_CHECKPOINT_MODEL_INFO_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace epserve::runtime {
+
+struct ModelInfo {
+  std::string fingerprint;           // hex; differs where shape, tensor names or byte sizes differ
+  std::string architecture;          // "mixtral", "qwen3_moe", "deepseek_v3"
+  std::int64_t hidden = 0;           // H
+  std::int64_t intermediate = 0;     // I
+  std::int64_t num_experts = 0;      // E
+  int topk = 0;                      // K
+  std::vector<std::int64_t> layers;  // model layer numbers that have experts, ascending
+  bool has_router = false;
+};
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_CHECKPOINT_MODEL_INFO_H_
