@@ -3,9 +3,10 @@
 //   Create ─► handle() to every peer ─► OpenPeers ─► (all peers opened) Seal ─► batches
 //
 // What a slot needs between batches: its next Dispatch starts only after the last batch's Combine
-// has returned on ALL ranks, because peers read this rank's partial rows until then. Flags carry the
-// batch's sequence, which only grows, so they are never reset. Everything is allocated in Create and
-// OpenPeers. Thread safety: as Exchange states; Create, OpenPeers and Seal come before any batch.
+// has returned on ALL ranks, because peers read this rank's partial rows until then. Flags carry
+// the batch's sequence, which only grows, so they are never reset. Everything is allocated in
+// Create and OpenPeers. Thread safety: as Exchange states; Create, OpenPeers and Seal come before
+// any batch.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
 
@@ -21,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "runtime/alltoallv/exchange.h"
 #include "runtime/alltoallv/layout.h"
+#include "runtime/symmetric/shared_flag.h"
 #include "runtime/symmetric/symmetric_heap.h"
 
 namespace epserve::runtime {
@@ -65,7 +67,7 @@ class HostExchange final : public Exchange {
  private:
   struct Slot {
     ReceivedRows received;
-    std::vector<const std::byte*> row_pointers;    // [max_batch_tokens]
+    std::vector<const std::byte*> row_pointers;     // [max_batch_tokens]
     std::vector<std::uint64_t> token_destinations;  // [max shard tokens] bit r: goes to rank r
     std::uint64_t sequence = 0;                     // of the last batch; 0: none yet
     bool dispatched = false;                        // Combine may follow
@@ -78,10 +80,12 @@ class HostExchange final : public Exchange {
   absl::Status ValidateDispatch(const DispatchArgs& args) const;
   // Fills the slot's token_destinations; refuses bad ids and a count matrix that says otherwise.
   absl::Status RouteShard(const DispatchArgs& args, Slot* slot) const;
-  void PushRows(const DispatchArgs& args, const Slot& slot) const;
+  void PushRows(const DispatchArgs& args, Slot* slot) const;
   void PublishRows(const DispatchArgs& args) const;
   absl::Status AwaitRows(const DispatchArgs& args) const;
   void DescribeReceived(const DispatchArgs& args, Slot* slot) const;
+  absl::Status AwaitPeer(const char* stage, SharedFlag* flag, int slot, std::uint64_t sequence,
+                         int peer, const WaitLimits& limits) const;
   absl::Status AwaitPartials(int slot_index) const;
   void SumPartials(int slot_index, void* out) const;
   absl::Status Aborted(const char* stage) const;
@@ -89,10 +93,10 @@ class HostExchange final : public Exchange {
   const ExchangeConfig config_;
   const HeapLayout layout_;
   SymmetricHeap heap_;
-  std::vector<PeerHeap> peers_;           // one a rank but for this one
-  std::vector<std::byte*> heaps_;         // [R] base of every rank's heap; empty until OpenPeers
-  std::vector<std::uint8_t> owner_;       // [E] rank that owns the expert
-  std::vector<Slot> slots_;               // [num_slots]
+  std::vector<PeerHeap> peers_;      // one a rank but for this one
+  std::vector<std::byte*> heaps_;    // [R] base of every rank's heap; empty until OpenPeers
+  std::vector<std::uint8_t> owner_;  // [E] rank that owns the expert
+  std::vector<Slot> slots_;          // [num_slots]
   std::atomic<std::uint32_t> abort_{0};
 };
 

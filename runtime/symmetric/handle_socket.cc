@@ -1,0 +1,222 @@
+#include "runtime/symmetric/handle_socket.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr std::size_t kSecretBytes = 64;
+constexpr std::uint64_t kMagic = 0x6570736876310001;  // "epshv1", version 1
+// A peer that connects and says nothing must not hold the server for longer than this.
+constexpr absl::Duration kAnswerTimeout = absl::Seconds(1);
+
+struct Request {
+  std::uint64_t magic = kMagic;
+  char secret[kSecretBytes] = {};
+};
+
+struct Reply {
+  std::uint64_t magic = kMagic;
+  std::uint64_t bytes = 0;
+};
+
+absl::Status SocketError(const char* call, const std::string& address) {
+  const int error = errno;
+  const std::string message =
+      absl::StrCat("handle socket: ", call, " on ", address, " failed: ", std::strerror(error));
+  if (error == EADDRINUSE) return absl::AlreadyExistsError(message);
+  if (error == ECONNREFUSED || error == ENOENT || error == EAGAIN) {
+    return absl::UnavailableError(message);
+  }
+  return absl::InternalError(message);
+}
+
+absl::StatusOr<socklen_t> FillAddress(const std::string& address, sockaddr_un* out) {
+  *out = sockaddr_un{};
+  out->sun_family = AF_UNIX;
+  if (address.size() < 2 || address.size() >= sizeof(out->sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "handle socket: address ", address, " has ", address.size(), " bytes, allowed are 2 to ",
+        sizeof(out->sun_path) - 1, "; shorten the cluster id or the directory"));
+  }
+  std::memcpy(out->sun_path, address.data(), address.size());
+  if (address[0] == '@') {
+    out->sun_path[0] = '\0';
+    return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + address.size());
+  }
+  return static_cast<socklen_t>(sizeof(sockaddr_un));
+}
+
+absl::Status SetTimeouts(int fd, absl::Duration timeout, const std::string& address) {
+  const timeval value = absl::ToTimeval(timeout);
+  if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &value, sizeof(value)) != 0 ||
+      setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &value, sizeof(value)) != 0) {
+    return SocketError("setsockopt", address);
+  }
+  return absl::OkStatus();
+}
+
+bool SameUser(int fd) {
+  ucred peer{};
+  socklen_t size = sizeof(peer);
+  return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && peer.uid == geteuid();
+}
+
+bool SecretsMatch(const char* given, const std::string& secret) {
+  char expected[kSecretBytes] = {};
+  std::memcpy(expected, secret.data(), secret.size());
+  unsigned difference = 0;  // Every byte is looked at, so that timing tells nothing.
+  for (std::size_t i = 0; i < kSecretBytes; ++i) {
+    difference |= static_cast<unsigned char>(given[i] ^ expected[i]);
+  }
+  return difference == 0;
+}
+
+}  // namespace
+
+std::string HandleSocketAddress(const std::string& directory, const std::string& cluster_id,
+                                std::uint64_t epoch, int rank) {
+  const std::string name = absl::StrCat("epserve-", cluster_id, "-", epoch, "-", rank);
+  return directory.empty() ? absl::StrCat("@", name) : absl::StrCat(directory, "/", name, ".sock");
+}
+
+absl::StatusOr<std::unique_ptr<HandleServer>> HandleServer::Start(const std::string& address,
+                                                                  const std::string& secret,
+                                                                  UniqueFd descriptor,
+                                                                  std::uint64_t bytes) {
+  if (secret.size() > kSecretBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("handle socket: secret has ", secret.size(),
+                                                   " bytes, at most ", kSecretBytes,
+                                                   " are allowed"));
+  }
+  std::unique_ptr<HandleServer> server(new HandleServer);
+  sockaddr_un name;
+  EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(address, &name));
+  UniqueFd listener(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!listener.valid()) return SocketError("socket", address);
+  if (bind(listener.get(), reinterpret_cast<sockaddr*>(&name), length) != 0) {
+    return SocketError("bind", address);
+  }
+  server->address_ = address;  // From here on the destructor removes the path.
+  if (listen(listener.get(), 64) != 0) return SocketError("listen", address);
+  server->stop_ = UniqueFd(eventfd(0, EFD_CLOEXEC));
+  if (!server->stop_.valid()) return SocketError("eventfd", address);
+  server->listener_ = std::move(listener);
+  server->secret_ = secret;
+  server->descriptor_ = std::move(descriptor);
+  server->bytes_ = bytes;
+  server->thread_ = std::thread([raw = server.get()] { raw->Serve(); });
+  return server;
+}
+
+HandleServer::~HandleServer() {
+  if (thread_.joinable()) {
+    const std::uint64_t one = 1;
+    // An eventfd takes a write of 1 unless its counter is about to overflow.
+    if (write(stop_.get(), &one, sizeof(one)) != sizeof(one)) std::abort();
+    thread_.join();
+  }
+  if (!address_.empty() && address_[0] != '@') unlink(address_.c_str());
+}
+
+void HandleServer::Serve() {
+  for (;;) {
+    pollfd fds[2] = {{listener_.get(), POLLIN, 0}, {stop_.get(), POLLIN, 0}};
+    if (poll(fds, 2, -1) < 0 && errno != EINTR) return;
+    if ((fds[1].revents & POLLIN) != 0) return;
+    if ((fds[0].revents & POLLIN) == 0) continue;
+    const UniqueFd connection(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    if (connection.valid()) Answer(connection.get());
+  }
+}
+
+void HandleServer::Answer(int connection) const {
+  if (!SetTimeouts(connection, kAnswerTimeout, address_).ok()) return;
+  Request request;
+  if (recv(connection, &request, sizeof(request), MSG_WAITALL) != sizeof(request)) return;
+  if (request.magic != kMagic || !SameUser(connection) || !SecretsMatch(request.secret, secret_)) {
+    return;  // Closing without a reply is the refusal; FetchHandle reports it.
+  }
+  Reply reply;
+  reply.bytes = bytes_;
+  iovec data{&reply, sizeof(reply)};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof(int));
+  const int fd = descriptor_.get();
+  std::memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+  // A peer that went away gets nothing, and asks again if it still lives.
+  (void)sendmsg(connection, &message, MSG_NOSIGNAL);
+}
+
+absl::StatusOr<FetchedHandle> FetchHandle(const std::string& address, const std::string& secret,
+                                          absl::Duration timeout) {
+  if (secret.size() > kSecretBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("handle socket: secret has ", secret.size(),
+                                                   " bytes, at most ", kSecretBytes,
+                                                   " are allowed"));
+  }
+  sockaddr_un name;
+  EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(address, &name));
+  const UniqueFd connection(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!connection.valid()) return SocketError("socket", address);
+  EPS_RETURN_IF_ERROR(SetTimeouts(connection.get(), timeout, address));
+  if (connect(connection.get(), reinterpret_cast<sockaddr*>(&name), length) != 0) {
+    return SocketError("connect", address);
+  }
+  if (!SameUser(connection.get())) {
+    return absl::PermissionDeniedError(absl::StrCat(
+        "handle socket: ", address, " is served by another user; run all workers as one"));
+  }
+  Request request;
+  std::memcpy(request.secret, secret.data(), secret.size());
+  if (send(connection.get(), &request, sizeof(request), MSG_NOSIGNAL) != sizeof(request)) {
+    return SocketError("send", address);
+  }
+  Reply reply;
+  iovec data{&reply, sizeof(reply)};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  const ssize_t received = recvmsg(connection.get(), &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
+  if (received < 0) return SocketError("recvmsg", address);
+  const cmsghdr* header = CMSG_FIRSTHDR(&message);
+  FetchedHandle result;
+  if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(header), sizeof(fd));
+    result.descriptor = UniqueFd(fd);
+  }
+  if (received != sizeof(reply) || reply.magic != kMagic || !result.descriptor.valid()) {
+    return absl::PermissionDeniedError(
+        absl::StrCat("handle socket: ", address,
+                     " refused; the cluster's secret must be the same on every worker"));
+  }
+  result.bytes = reply.bytes;
+  return result;
+}
+
+}  // namespace epserve::runtime

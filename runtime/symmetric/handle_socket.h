@@ -1,0 +1,61 @@
+// Passes a rank's heap descriptor to its peers over a Unix socket (SCM_RIGHTS). Only processes of
+// the same user that know the cluster's secret get one.
+//
+// The address is an abstract name, or a path where the ranks share a volume and no network
+// namespace: "@epserve-<cluster>-<epoch>-<rank>" or "/dir/epserve-<cluster>-<epoch>-<rank>.sock".
+#ifndef EPSERVE_RUNTIME_SYMMETRIC_HANDLE_SOCKET_H_
+#define EPSERVE_RUNTIME_SYMMETRIC_HANDLE_SOCKET_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "runtime/base/unique_fd.h"
+
+namespace epserve::runtime {
+
+// Address of a rank's socket; `directory` empty: the abstract form.
+std::string HandleSocketAddress(const std::string& directory, const std::string& cluster_id,
+                                std::uint64_t epoch, int rank);
+
+// Serves one descriptor from a thread of its own until destroyed.
+class HandleServer {
+ public:
+  // `secret` is at most 64 bytes. ALREADY_EXISTS: another process serves that address.
+  static absl::StatusOr<std::unique_ptr<HandleServer>> Start(const std::string& address,
+                                                             const std::string& secret,
+                                                             UniqueFd descriptor,
+                                                             std::uint64_t bytes);
+  ~HandleServer();
+
+ private:
+  HandleServer() = default;
+  void Serve();
+  void Answer(int connection) const;
+
+  std::string address_;
+  std::string secret_;
+  UniqueFd descriptor_;
+  std::uint64_t bytes_ = 0;
+  UniqueFd listener_;
+  UniqueFd stop_;  // eventfd
+  std::thread thread_;
+};
+
+struct FetchedHandle {
+  UniqueFd descriptor;
+  std::uint64_t bytes = 0;
+};
+
+// UNAVAILABLE: nobody answers there. PERMISSION_DENIED: the server refused, or runs as another
+// user.
+absl::StatusOr<FetchedHandle> FetchHandle(const std::string& address, const std::string& secret,
+                                          absl::Duration timeout);
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_SYMMETRIC_HANDLE_SOCKET_H_
