@@ -1,8 +1,8 @@
 // Dispatch and combine of one rank on the host backend's terms: memory that a CPU can address.
 // The CUDA and NCCL backends meet this one at runtime/engine/engine.h.
 //
-// Dispatch is a push: each source writes a row once into the heap of every rank that owns one of its
-// experts, at the offset that the count matrix gives, then raises a flag. Rows a rank sends to
+// Dispatch is a push: each source writes a row once into the heap of every rank that owns one of
+// its experts, at the offset that the count matrix gives, then raises a flag. Rows a rank sends to
 // itself are not copied. Combine is one-sided too: the expert side leaves one partial row per
 // received row in its own heap and raises a flag; the source adds its tokens' partials in ascending
 // rank order, in fp32, straight from its peers' heaps.
@@ -23,39 +23,40 @@ namespace epserve::runtime {
 
 // Fixed at start; every rank of an epoch has the same.
 struct ExchangeConfig {
-  std::string cluster_id;               // [A-Za-z0-9_.-]{1,64}
-  std::uint64_t epoch = 0;              // > 0
+  std::string cluster_id;   // [A-Za-z0-9_.-]{1,64}
+  std::uint64_t epoch = 0;  // > 0
   int rank = 0;
-  int num_ranks = 1;                    // R in [1, 64]
-  std::int64_t max_batch_tokens = 0;    // over all ranks; a rank's shard is at most ceil(that / R)
-  std::int64_t hidden = 0;              // H
-  int max_topk = 0;                     // K in [1, 16]
-  int num_slots = 2;                    // batches in flight
+  int num_ranks = 1;                  // R in [1, 64]
+  std::int64_t max_batch_tokens = 0;  // over all ranks; a rank's shard is at most ceil(that / R)
+  std::int64_t hidden = 0;            // H
+  int max_topk = 0;                   // K in [1, 16]
+  int num_slots = 2;                  // batches in flight
   Placement placement;
   absl::Duration peer_timeout = absl::Seconds(30);  // bound of every wait for a peer
 };
 
 struct DispatchArgs {
-  int slot = 0;                        // [0, num_slots)
-  std::uint64_t sequence = 0;          // batch number of this epoch; grows from one use of a slot to the next
-  DataType dtype = DataType::kFp32;    // kFp32, kFp16 or kBf16, the same on all ranks
-  const void* x = nullptr;             // [T, H] dtype; must stay valid until Combine returns
-  const std::int32_t* topk_ids = nullptr;   // [T, K] global expert id, -1: none
-  const float* topk_weights = nullptr;      // [T, K]
-  std::int64_t num_tokens = 0;         // T of this rank's shard; 0 is ordinary
-  int topk = 0;                        // K in [1, max_topk]
-  const CountMatrix* counts = nullptr; // must stay valid until Combine returns
+  int slot = 0;  // [0, num_slots)
+  std::uint64_t sequence =
+      0;  // batch number of the epoch; grows from one use of a slot to the next
+  DataType dtype = DataType::kFp32;        // kFp32, kFp16 or kBf16, the same on all ranks
+  const void* x = nullptr;                 // [T, H] dtype; must stay valid until Combine returns
+  const std::int32_t* topk_ids = nullptr;  // [T, K] global expert id, -1: none
+  const float* topk_weights = nullptr;     // [T, K]
+  std::int64_t num_tokens = 0;             // T of this rank's shard; 0 is ordinary
+  int topk = 0;                            // K in [1, max_topk]
+  const CountMatrix* counts = nullptr;     // must stay valid until Combine returns
 };
 
 // What has arrived in a slot. Rows stand in order of (source rank, token).
 struct ReceivedRows {
   DataType dtype = DataType::kFp32;
-  std::int64_t num_rows = 0;                   // N
-  int topk = 0;                                // K
-  std::span<const std::byte* const> rows;      // [N] each [H] dtype, wherever the row lies
-  const std::int32_t* local_experts = nullptr; // [N, K] expert id less first_expert, -1: not here
-  const float* weights = nullptr;              // [N, K]
-  std::byte* partial_rows = nullptr;           // [N, H] dtype, out: weighted sum over local experts
+  std::int64_t num_rows = 0;                    // N
+  int topk = 0;                                 // K
+  std::span<const std::byte* const> rows;       // [N] each [H] dtype, wherever the row lies
+  const std::int32_t* local_experts = nullptr;  // [N, K] expert id less first_expert, -1: not here
+  const float* weights = nullptr;               // [N, K]
+  std::byte* partial_rows = nullptr;  // [N, H] dtype, out: weighted sum over local experts
 };
 
 // One rank's side of one epoch. Each slot is used by one thread at a time; different slots may be
