@@ -36,11 +36,10 @@ struct ExchangeConfig {
 };
 
 struct DispatchArgs {
-  int slot = 0;  // [0, num_slots)
-  std::uint64_t sequence =
-      0;  // batch number of the epoch; grows from one use of a slot to the next
-  DataType dtype = DataType::kFp32;        // kFp32, kFp16 or kBf16, the same on all ranks
-  const void* x = nullptr;                 // [T, H] dtype; must stay valid until Combine returns
+  int slot = 0;                      // [0, num_slots)
+  std::uint64_t sequence = 0;        // batch number of the epoch; a slot's grow from use to use
+  DataType dtype = DataType::kFp32;  // kFp32, kFp16 or kBf16, the same on all ranks
+  const void* x = nullptr;           // [T, H] dtype; must stay valid until Combine returns
   const std::int32_t* topk_ids = nullptr;  // [T, K] global expert id, -1: none
   const float* topk_weights = nullptr;     // [T, K]
   std::int64_t num_tokens = 0;             // T of this rank's shard; 0 is ordinary
