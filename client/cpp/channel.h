@@ -1,0 +1,30 @@
+// What every client of this library does with gRPC in the same way: its channel and its Status.
+// Internal to client/cpp and client/command; no part of the library's public face.
+#ifndef EPSERVE_CLIENT_CPP_CHANNEL_H_
+#define EPSERVE_CLIENT_CPP_CHANNEL_H_
+
+#include <grpcpp/channel.h>
+#include <grpcpp/client_context.h>
+#include <grpcpp/support/status.h>
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+
+namespace epserve::client {
+
+// A channel to "host:port" or "unix:/path", without a limit on messages but the protocol's, without
+// proxies, and quick to reconnect. Connecting happens on first use.
+std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target);
+
+// The same code and message.
+absl::Status FromGrpcStatus(const grpc::Status& status);
+
+// Gives the call `timeout` from now; an infinite one sets no deadline.
+void SetTimeout(grpc::ClientContext& context, absl::Duration timeout);
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_CLIENT_CPP_CHANNEL_H_

@@ -1,0 +1,356 @@
+#include "client/cpp/client.h"
+
+#include <grpcpp/alarm.h>
+
+#include <random>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "client/cpp/channel.h"
+#include "client/cpp/status.h"
+#include "inference/grpc_service.grpc.pb.h"
+
+namespace epserve::client {
+
+struct InferenceClient::Core {
+  RetryPolicy retry;
+  std::shared_ptr<grpc::Channel> channel;
+  std::unique_ptr<inference::GRPCInferenceService::Stub> stub;
+};
+
+namespace {
+
+constexpr char kHiddenStates[] = "hidden_states";
+
+absl::Status AddInput(const char* name, const Tensor& tensor,
+                      inference::ModelInferRequest& message) {
+  const auto count = ElementCount(tensor.shape);
+  const char* datatype = KserveName(tensor.type);
+  if (datatype == nullptr || !count ||
+      tensor.bytes.size() != static_cast<std::size_t>(*count) * ElementSize(tensor.type)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "infer: ", name, " has ", tensor.bytes.size(), " bytes, which shape ",
+        ShapeString(tensor.shape), " of ", SafetensorsName(tensor.type), " does not fill"));
+  }
+  auto* input = message.add_inputs();
+  input->set_name(name);
+  input->set_datatype(datatype);
+  for (const std::int64_t size : tensor.shape) input->add_shape(size);
+  message.add_raw_input_contents(tensor.bytes);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request) {
+  if (request.model.empty()) {
+    return absl::InvalidArgumentError("infer: model is empty; name one, as from OnlyModel()");
+  }
+  if (request.topk_ids.has_value() != request.topk_weights.has_value()) {
+    return absl::InvalidArgumentError(
+        "infer: only one of topk_ids and topk_weights is given; give both or neither");
+  }
+  inference::ModelInferRequest message;
+  message.set_model_name(request.model);
+  message.set_id(request.id);
+  if (request.layer) (*message.mutable_parameters())["layer"].set_int64_param(*request.layer);
+  EPC_RETURN_IF_ERROR(AddInput(kHiddenStates, request.hidden_states, message));
+  if (request.topk_ids) {
+    EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, message));
+    EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, message));
+  }
+  message.add_outputs()->set_name(kHiddenStates);
+  return message;
+}
+
+absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expected_shape,
+                                        ElementType expected_type,
+                                        inference::ModelInferResponse& message) {
+  InferResult result;
+  result.id = message.id();
+  if (message.outputs_size() != 1 || message.raw_output_contents_size() != 1 ||
+      message.outputs(0).name() != kHiddenStates) {
+    return absl::InternalError(absl::StrCat("infer: the answer has ", message.outputs_size(),
+                                            " outputs and ", message.raw_output_contents_size(),
+                                            " contents, not one 'hidden_states'"));
+  }
+  const auto& output = message.outputs(0);
+  result.hidden_states.shape.assign(output.shape().begin(), output.shape().end());
+  const auto type = FromKserveName(output.datatype());
+  if (!type || *type != expected_type || result.hidden_states.shape != expected_shape) {
+    return absl::InternalError(absl::StrCat(
+        "infer: the answer is ", output.datatype(), " ", ShapeString(result.hidden_states.shape),
+        ", not ", KserveName(expected_type), " ", ShapeString(expected_shape)));
+  }
+  result.hidden_states.type = *type;
+  result.hidden_states.bytes = std::move(*message.mutable_raw_output_contents(0));
+  const std::size_t expected_bytes =
+      static_cast<std::size_t>(*ElementCount(expected_shape)) * ElementSize(*type);
+  if (result.hidden_states.bytes.size() != expected_bytes) {
+    return absl::InternalError(absl::StrCat("infer: the answer has ",
+                                            result.hidden_states.bytes.size(), " bytes, not ",
+                                            expected_bytes));
+  }
+  for (const auto& [name, value] : message.parameters()) {
+    if (value.parameter_choice_case() == inference::InferParameter::kInt64Param) {
+      result.parameters[name] = value.int64_param();
+    }
+  }
+  return result;
+}
+
+std::optional<std::string> Pushback(const grpc::ClientContext& context) {
+  const auto& trailing = context.GetServerTrailingMetadata();
+  const auto found = trailing.find(kPushbackKey);
+  if (found == trailing.end()) return std::nullopt;
+  return std::string(found->second.data(), found->second.size());
+}
+
+double RandomFraction() {
+  thread_local std::minstd_rand engine(std::random_device{}());
+  return std::uniform_real_distribution<double>(0.0, 1.0)(engine);
+}
+
+// The wait before the next attempt, or nullopt if the status stands. A wait that the deadline would
+// cut short is not begun: the caller learns the server's reason now.
+std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, int attempt,
+                                         const absl::Status& status,
+                                         const grpc::ClientContext& context, absl::Time deadline) {
+  const auto delay =
+      NextAttemptDelay(policy, attempt, status.code(), Pushback(context), RandomFraction());
+  if (!delay || absl::Now() + *delay >= deadline) return std::nullopt;
+  return delay;
+}
+
+void Prepare(const InferRequest& request, absl::Time deadline, grpc::ClientContext& context) {
+  if (deadline != absl::InfiniteFuture()) context.set_deadline(absl::ToChronoTime(deadline));
+  for (const auto& [key, value] : request.metadata) context.AddMetadata(key, value);
+}
+
+}  // namespace
+
+InferenceClient::InferenceClient(const ClientOptions& options) : core_(std::make_shared<Core>()) {
+  core_->retry = options.retry;
+  core_->channel = CreateServiceChannel(options.target);
+  core_->stub = inference::GRPCInferenceService::NewStub(core_->channel);
+}
+
+InferenceClient::~InferenceClient() = default;
+
+absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) {
+  EPC_ASSIGN_OR_RETURN(const inference::ModelInferRequest message, ToMessage(request));
+  const absl::Time deadline = absl::Now() + request.timeout;
+  for (int attempt = 1;; ++attempt) {
+    grpc::ClientContext context;
+    Prepare(request, deadline, context);
+    inference::ModelInferResponse response;
+    const absl::Status status =
+        FromGrpcStatus(core_->stub->ModelInfer(&context, message, &response));
+    if (status.ok()) {
+      EPC_ASSIGN_OR_RETURN(InferResult result, FromMessage(request.hidden_states.shape,
+                                                           request.hidden_states.type, response));
+      result.attempts = attempt;
+      return result;
+    }
+    const auto delay = RetryDelay(core_->retry, attempt, status, context, deadline);
+    if (!delay) return status;
+    absl::SleepFor(*delay);
+  }
+}
+
+// One asynchronous call: attempts and the waits between them, one after another. It keeps itself
+// alive through what it has handed to gRPC. The mutex guards what Cancel and the callbacks share;
+// `done_` runs outside it.
+class InferenceClient::AsyncCall : public PendingInfer,
+                                   public std::enable_shared_from_this<AsyncCall> {
+ public:
+  AsyncCall(std::shared_ptr<Core> core, const InferRequest& request,
+            inference::ModelInferRequest message, InferCallback done)
+      : core_(std::move(core)),
+        message_(std::move(message)),
+        done_(std::move(done)),
+        deadline_(absl::Now() + request.timeout) {
+    // The tensors are in the message already; only what Prepare and FromMessage need is kept.
+    request_.metadata = request.metadata;
+    request_.hidden_states.shape = request.hidden_states.shape;
+    request_.hidden_states.type = request.hidden_states.type;
+  }
+
+  void Start() {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (!cancelled_) {
+        ++attempt_;
+        context_ = std::make_unique<grpc::ClientContext>();
+        Prepare(request_, deadline_, *context_);
+        response_.Clear();
+        core_->stub->async()->ModelInfer(context_.get(), &message_, &response_,
+                                         [self = shared_from_this()](grpc::Status status) {
+                                           self->AttemptDone(FromGrpcStatus(status));
+                                         });
+        return;
+      }
+    }
+    Done(absl::CancelledError("infer: cancelled by the caller while waiting to retry"));
+  }
+
+  void Cancel() override {
+    absl::MutexLock lock(&mutex_);
+    if (cancelled_) return;
+    cancelled_ = true;
+    if (context_ != nullptr) context_->TryCancel();
+    if (alarm_ != nullptr) alarm_->Cancel();
+  }
+
+ private:
+  void AttemptDone(const absl::Status& status) {
+    if (status.ok()) {
+      auto result =
+          FromMessage(request_.hidden_states.shape, request_.hidden_states.type, response_);
+      if (result.ok()) result->attempts = attempt_;
+      Done(std::move(result));
+      return;
+    }
+    {
+      absl::MutexLock lock(&mutex_);
+      const auto delay = RetryDelay(core_->retry, attempt_, status, *context_, deadline_);
+      context_.reset();
+      if (delay && !cancelled_) {
+        Wait(*delay);
+        return;
+      }
+    }
+    Done(status);
+  }
+
+  void Wait(absl::Duration delay) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    alarm_ = std::make_unique<grpc::Alarm>();
+    alarm_->Set(absl::ToChronoTime(absl::Now() + delay),
+                [self = shared_from_this()](bool) { self->WaitDone(); });
+  }
+
+  void WaitDone() {
+    {
+      absl::MutexLock lock(&mutex_);
+      alarm_.reset();
+    }
+    Start();
+  }
+
+  void Done(absl::StatusOr<InferResult> result) {
+    InferCallback done = std::exchange(done_, nullptr);
+    done(std::move(result));
+  }
+
+  const std::shared_ptr<Core> core_;
+  const inference::ModelInferRequest message_;
+  InferCallback done_;
+  const absl::Time deadline_;
+  InferRequest request_;  // Without its tensors' bytes.
+  inference::ModelInferResponse response_;
+
+  absl::Mutex mutex_;
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
+  int attempt_ = 0;  // Written by the one attempt at a time.
+  std::unique_ptr<grpc::ClientContext> context_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<grpc::Alarm> alarm_ ABSL_GUARDED_BY(mutex_);
+};
+
+std::shared_ptr<PendingInfer> InferenceClient::InferAsync(const InferRequest& request,
+                                                          InferCallback done) {
+  auto message = ToMessage(request);
+  if (!message.ok()) {
+    // The promise is a callback from another thread in every case: an expired alarm gives one.
+    // The alarm is dropped by its own callback, which owns the object that owns it.
+    struct Refused : PendingInfer {
+      void Cancel() override {}
+      std::unique_ptr<grpc::Alarm> alarm = std::make_unique<grpc::Alarm>();
+    };
+    auto refused = std::make_shared<Refused>();
+    refused->alarm->Set(absl::ToChronoTime(absl::Now()),
+                        [refused, status = message.status(), done = std::move(done)](bool) {
+                          refused->alarm.reset();
+                          done(status);
+                        });
+    return refused;
+  }
+  auto call =
+      std::make_shared<AsyncCall>(core_, request, std::move(message).value(), std::move(done));
+  call->Start();
+  return call;
+}
+
+absl::StatusOr<bool> InferenceClient::IsReady(absl::Duration timeout) {
+  grpc::ClientContext context;
+  SetTimeout(context, timeout);
+  inference::ServerReadyResponse response;
+  EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->ServerReady(&context, {}, &response)));
+  return response.ready();
+}
+
+absl::StatusOr<bool> InferenceClient::IsLive(absl::Duration timeout) {
+  grpc::ClientContext context;
+  SetTimeout(context, timeout);
+  inference::ServerLiveResponse response;
+  EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->ServerLive(&context, {}, &response)));
+  return response.live();
+}
+
+absl::Status InferenceClient::WaitUntilReady(absl::Duration timeout) {
+  constexpr absl::Duration kPollInterval = absl::Milliseconds(50);
+  const absl::Time deadline = absl::Now() + timeout;
+  std::string reason = "it has not answered";
+  while (true) {
+    const absl::Duration left = deadline - absl::Now();
+    const auto ready = IsReady(std::min(left, absl::Seconds(1)));
+    if (ready.ok() && *ready) return absl::OkStatus();
+    reason = ready.ok() ? "it answers, but not every worker is serving"
+                        : std::string(ready.status().message());
+    if (absl::Now() + kPollInterval >= deadline) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("wait until ready: the service is not ready after ",
+                       absl::FormatDuration(timeout), ": ", reason));
+    }
+    absl::SleepFor(kPollInterval);
+  }
+}
+
+absl::StatusOr<std::string> InferenceClient::OnlyModel(absl::Duration timeout) {
+  grpc::ClientContext context;
+  SetTimeout(context, timeout);
+  inference::RepositoryIndexResponse response;
+  EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->RepositoryIndex(&context, {}, &response)));
+  if (response.models_size() != 1) {
+    return absl::FailedPreconditionError(absl::StrCat("find model: the service holds ",
+                                                      response.models_size(),
+                                                      " models; name the one that is meant"));
+  }
+  return response.models(0).name();
+}
+
+absl::StatusOr<ModelDescription> InferenceClient::DescribeModel(const std::string& model,
+                                                                absl::Duration timeout) {
+  grpc::ClientContext context;
+  SetTimeout(context, timeout);
+  inference::ModelMetadataRequest request;
+  request.set_name(model);
+  inference::ModelMetadataResponse response;
+  EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->ModelMetadata(&context, request, &response)));
+  ModelDescription description;
+  description.name = response.name();
+  description.platform = response.platform();
+  description.versions.assign(response.versions().begin(), response.versions().end());
+  for (const auto& input : response.inputs()) {
+    if (input.shape_size() != 2) continue;
+    if (input.name() == kHiddenStates) description.hidden = input.shape(1);
+    if (input.name() == "topk_ids") description.topk = input.shape(1);
+  }
+  if (description.hidden <= 0 || description.topk <= 0) {
+    return absl::InternalError(absl::StrCat("describe model: '", model, "' is described with H ",
+                                            description.hidden, " and K ", description.topk));
+  }
+  return description;
+}
+
+}  // namespace epserve::client

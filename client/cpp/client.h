@@ -1,0 +1,120 @@
+// The C++ client of an epserve service: "here are T tokens with their routing, give me the weighted
+// sum of their experts' outputs", and the questions around it.
+//
+// Letters: T tokens, H hidden size, K experts per token, E experts.
+//
+// Errors come as absl::Status with the server's code and message:
+//   INVALID_ARGUMENT    the request is wrong, whoever retries; the message names value and limit
+//   NOT_FOUND           no such model or layer
+//   RESOURCE_EXHAUSTED  the server's queue is full; retried as RetryPolicy says
+//   UNAVAILABLE         no server, or experts without a live worker; retried as RetryPolicy says
+//   DEADLINE_EXCEEDED   the timeout has passed, over all attempts
+//   CANCELLED           PendingInfer::Cancel was called
+//   INTERNAL            the answer is not what the protocol promises
+//
+// Thread safety: an InferenceClient may be used from any number of threads at once. Dropping it
+// does not end asynchronous calls: their callbacks still run.
+#ifndef EPSERVE_CLIENT_CPP_CLIENT_H_
+#define EPSERVE_CLIENT_CPP_CLIENT_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "client/cpp/retry.h"
+#include "client/cpp/tensor.h"
+
+namespace epserve::client {
+
+struct ClientOptions {
+  std::string target = "127.0.0.1:8001";  // "host:port" or "unix:/path"
+  RetryPolicy retry;
+};
+
+struct InferRequest {
+  std::string model;                  // NOT empty; see InferenceClient::OnlyModel
+  std::string id;                     // Comes back in the result; may be empty.
+  std::optional<std::int64_t> layer;  // The model's layer number; absent: its first with experts.
+
+  Tensor hidden_states;  // [T, H] BF16, F16 or F32; T may be 0
+  // Both or neither; without them the service routes, where its checkpoint has the router.
+  std::optional<Tensor> topk_ids;      // [T, K] I32 or I64, expert in [0, E), -1: none
+  std::optional<Tensor> topk_weights;  // [T, K] F32, finite
+
+  // For the whole call, retries and waits included. InfiniteDuration: none.
+  absl::Duration timeout = absl::Seconds(30);
+  // Sent with each attempt. Keys in lower case.
+  std::vector<std::pair<std::string, std::string>> metadata;
+};
+
+struct InferResult {
+  std::string id;
+  Tensor hidden_states;  // [T, H], the input's type
+  // The response's integer parameters, such as epserve_epoch, and in microseconds epserve_queue_us,
+  // epserve_assign_us, epserve_counts_us, epserve_dispatch_us, epserve_ffn_us, epserve_combine_us,
+  // epserve_server_us.
+  std::map<std::string, std::int64_t> parameters;
+  int attempts = 1;  // How many it took.
+};
+
+// A call on its way. Dropping it does not cancel the call.
+class PendingInfer {
+ public:
+  virtual ~PendingInfer() = default;
+  // Asks for the end of the call, whether it is on the wire or waiting to be retried. The callback
+  // still runs, once, with CANCELLED unless the call was already over. From any thread.
+  virtual void Cancel() = 0;
+};
+
+using InferCallback = std::function<void(absl::StatusOr<InferResult>)>;
+
+// What the service says of its model.
+struct ModelDescription {
+  std::string name;
+  std::vector<std::string> versions;
+  std::string platform;
+  std::int64_t hidden = 0;  // H
+  std::int64_t topk = 0;    // K
+};
+
+class InferenceClient {
+ public:
+  explicit InferenceClient(const ClientOptions& options);
+  ~InferenceClient();
+  InferenceClient(const InferenceClient&) = delete;
+  InferenceClient& operator=(const InferenceClient&) = delete;
+
+  // Blocks until the answer, an error that is not retried, or the timeout.
+  absl::StatusOr<InferResult> Infer(const InferRequest& request);
+
+  // Returns at once. `done` is called exactly once, from a thread of gRPC's: it must not block,
+  // and may start further calls.
+  std::shared_ptr<PendingInfer> InferAsync(const InferRequest& request, InferCallback done);
+
+  // Waits until the service says it is ready: a batch has gone through every worker and come back
+  // right. DEADLINE_EXCEEDED with the last reason if it is not within `timeout`.
+  absl::Status WaitUntilReady(absl::Duration timeout);
+  absl::StatusOr<bool> IsReady(absl::Duration timeout);
+  absl::StatusOr<bool> IsLive(absl::Duration timeout);
+
+  // The name of the one model that the service holds. FAILED_PRECONDITION: it holds none or many.
+  absl::StatusOr<std::string> OnlyModel(absl::Duration timeout);
+  absl::StatusOr<ModelDescription> DescribeModel(const std::string& model, absl::Duration timeout);
+
+ private:
+  struct Core;
+  class AsyncCall;
+  std::shared_ptr<Core> core_;
+};
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_CLIENT_CPP_CLIENT_H_
