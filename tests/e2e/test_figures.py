@@ -1,0 +1,71 @@
+"""What the service must reach: a worker's memory, and its own part of a request's time."""
+
+import json
+import pathlib
+
+import pytest
+
+from checkpoints import Checkpoint, Spec
+from cluster import run_program
+
+
+@pytest.fixture
+def made(tmp_path):
+    """make(**flags) runs `epserve make-checkpoint`."""
+
+    def make(**flags):
+        directory = tmp_path / "made"
+        words = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", v)]
+        result = run_program("epserve", "make-checkpoint", "--out", directory, *words)
+        assert result.returncode == 0, result.stderr
+        return Checkpoint(directory, Spec(), {})
+
+    return make
+
+
+def memory_kib(pid, field):
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise AssertionError(f"no {field} of process {pid}")
+
+
+def test_worker_holds_its_weights_its_heap_and_at_most_a_tenth_more(made, start_cluster):
+    served = made(layout="mixtral", dtype="fp32", hidden=1024, intermediate=2048, experts=32,
+                  topk=2, layers=1)  # fmt: skip
+    limit = ["--max-batch-tokens", 1024]
+    options = dict(coordinator_args=limit, worker_args=limit)
+    with start_cluster(served, workers=2, **options) as cluster:
+        result = run_program(
+            "epserve", "bench", "--target", cluster.target, "--tokens", 1024, "--requests", 4,
+            "--warmup", 0, "--json",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        for worker in cluster.status().workers:
+            assert worker.weight_bytes >= 200 << 20
+            planned = worker.weight_bytes + worker.heap_bytes
+            resident = memory_kib(worker.pid, "VmRSS") * 1024
+            peak = memory_kib(worker.pid, "VmHWM") * 1024
+            print(
+                f"{worker.worker_id}: weights {worker.weight_bytes >> 20} MiB, heap "
+                f"{worker.heap_bytes >> 20} MiB, resident {resident >> 20} MiB, "
+                f"peak {peak >> 20} MiB"
+            )
+            assert resident <= 1.1 * planned
+            assert peak <= 1.1 * planned
+            assert abs(worker.resident_bytes - resident) <= 0.1 * resident
+
+
+def test_overhead_of_a_small_request_is_small(made, start_cluster):
+    served = made(layout="mixtral", dtype="bf16", hidden=512, intermediate=1024, experts=16,
+                  topk=2, layers=1)  # fmt: skip
+    with start_cluster(served, workers=4) as cluster:
+        result = run_program(
+            "epserve", "bench", "--target", cluster.target, "--tokens", 64, "--concurrency", 1,
+            "--requests", 300, "--warmup", 50, "--json",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        figures = json.loads(result.stdout)
+        print(json.dumps(figures))
+        # The target is 1 ms on a quiet machine; this bound only catches a broken path.
+        assert 0 < figures["overhead_us"]["p50"] <= 5000

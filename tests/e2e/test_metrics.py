@@ -1,0 +1,62 @@
+"""The Prometheus endpoint: what it offers, and that the numbers follow the requests."""
+
+import grpc
+import pytest
+
+from infer import infer, random_batch
+
+PHASES = ("queue", "assign", "counts", "dispatch", "ffn", "combine", "reply")
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint, start_cluster):
+    with start_cluster(checkpoint(), workers=2) as running:
+        yield running
+
+
+def test_every_metric_is_there_with_help_and_type(cluster, rng):
+    infer(cluster, *random_batch(cluster.checkpoint.spec, rng, 4))
+    text = cluster.metrics_text()
+    for name, kind in {
+        "epserve_requests_total": "counter",
+        "epserve_queue_depth": "gauge",
+        "epserve_tokens_total": "counter",
+        "epserve_phase_seconds": "histogram",
+        "epserve_expert_rows_total": "counter",
+        "epserve_epoch": "gauge",
+        "epserve_workers": "gauge",
+        "epserve_batches_in_flight": "gauge",
+        "epserve_request_seconds": "histogram",
+    }.items():
+        assert f"# TYPE {name} {kind}" in text
+        assert f"# HELP {name} " in text
+
+
+def test_numbers_follow_the_requests(cluster, rng):
+    spec = cluster.checkpoint.spec
+    before = cluster.metrics()
+    for _ in range(5):
+        hidden, ids, weights = random_batch(spec, rng, 10)
+        ids[:] = 3
+        infer(cluster, hidden, ids, weights)
+    with pytest.raises(grpc.RpcError):
+        infer(cluster, hidden, ids + 100, weights)
+    cluster.wait_status(lambda s: not s.batches_in_flight, 5, "no batch in flight")
+    after = cluster.metrics()
+
+    def grown(key):
+        return after[key] - before.get(key, 0)
+
+    assert grown('epserve_requests_total{outcome="ok"}') == 5
+    assert grown('epserve_requests_total{outcome="invalid_argument"}') == 1
+    assert grown("epserve_tokens_total") == 50
+    assert grown('epserve_expert_rows_total{expert="3"}') == 5 * 10 * spec.topk
+    assert grown("epserve_request_seconds_count") >= 5
+    for phase in PHASES:
+        assert grown(f'epserve_phase_seconds_count{{phase="{phase}"}}') >= 5, phase
+        assert grown(f'epserve_phase_seconds_sum{{phase="{phase}"}}') >= 0
+    assert grown('epserve_phase_seconds_sum{phase="ffn"}') > 0
+    assert after["epserve_epoch"] == cluster.status().epoch
+    assert after['epserve_workers{state="serving"}'] == 2
+    assert after["epserve_queue_depth"] == 0
+    assert after["epserve_batches_in_flight"] == 0

@@ -1,0 +1,57 @@
+"""Shared memory: a serving cluster's segments have no names, and a crash's are reclaimed."""
+
+import signal
+
+from checkpoints import relative_error
+from cluster import SHM_DIR, segments, wait_until
+from infer import infer, random_batch
+
+LEASE_MS = 3000
+
+
+def test_serving_cluster_has_no_named_segment(checkpoint, start_cluster):
+    with start_cluster(checkpoint(), workers=3) as cluster:
+        assert not segments(cluster.id)
+
+
+def test_segments_left_by_a_crash_are_reclaimed_at_the_next_start(
+    checkpoint, start_cluster, rng
+):
+    served = checkpoint()
+    arguments = ["--lease-ms", LEASE_MS]
+    with start_cluster(served, workers=2, coordinator_args=arguments, start=False) as cluster:
+        cluster.start_coordinator()
+        for index in range(2):
+            cluster.start_worker(index)
+        # A fresh coordinator waits one lease. One worker stops shortly before its end, so that
+        # the other has made its heap and waits for a peer when both are killed.
+        cluster.wait_status(
+            lambda s: [w.state for w in s.workers].count("loaded") == 2
+            and s.uptime_ms > LEASE_MS * 2 / 3,
+            10,
+            "both have loaded",
+        )
+        cluster.workers[1].send(signal.SIGSTOP)
+        wait_until(lambda: segments(cluster.id), 10, "a heap exists by name")
+        cluster.workers[0].kill()
+        cluster.workers[1].kill()
+        left = segments(cluster.id)
+        assert left, "the crash left nothing to reclaim"
+
+        # What another cluster or another program left is not this cluster's to remove.
+        foreign = [
+            SHM_DIR / f"epserve-{cluster.id}-other-1-0-0123456789abcdef",
+            SHM_DIR / f"epserve-{cluster.id}-notes",
+        ]
+        for path in foreign:
+            path.touch()
+        try:
+            cluster.start_worker(0)
+            cluster.start_worker(1)
+            cluster.wait_ready()
+            assert segments(cluster.id) == sorted(path.name for path in foreign)
+        finally:
+            for path in foreign:
+                path.unlink()
+        batch = random_batch(served.spec, rng, 12)
+        assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
