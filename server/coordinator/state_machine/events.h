@@ -153,8 +153,10 @@ struct DrainWorker {
 // one ClusterDrained.
 struct DrainCluster {};
 
-// Time has passed. All that only time brings about happens here, and not in other events: so a host
-// that was stalled lets the waiting heartbeats in first and ticks afterwards.
+// Time has passed. Whoever is given up because of silence is given up here, and not in other
+// events: so a host that was stalled lets the waiting heartbeats in first and ticks afterwards. A
+// Tick that comes much too late counts as a stall of the host, and every worker gets a quarter of a
+// lease more.
 struct Tick {};
 
 using Event = std::variant<WorkerHello, WorkerLoadProgress, WorkerLoaded, HeapCreated, PeersOpened,

@@ -1,0 +1,71 @@
+// The accepted requests: those that wait for a batch, in the order they came, and those in one.
+//
+// Thread safety: none. Invariants: a request is queued or in a batch, and gone once ended; all
+// operations but Pick take constant or logarithmic time.
+#ifndef EPSERVE_SERVER_COORDINATOR_STATE_MACHINE_REQUEST_QUEUE_H_
+#define EPSERVE_SERVER_COORDINATOR_STATE_MACHINE_REQUEST_QUEUE_H_
+
+#include <cstdint>
+#include <list>
+#include <set>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "server/coordinator/state_machine/events.h"
+#include "server/coordinator/state_machine/types.h"
+
+namespace epserve::coordinator {
+
+struct LiveRequest {
+  RequestArrived request;
+  TimeUs arrived_us = 0;
+  BatchId batch = 0;  // 0: queued
+};
+
+class RequestQueue {
+ public:
+  // window_us: how long the first request of a batch waits for others; 0: no merging.
+  RequestQueue(std::int64_t window_us, std::int64_t max_batch_tokens)
+      : window_us_(window_us), max_batch_tokens_(max_batch_tokens) {}
+
+  bool Contains(RequestId id) const { return entries_.contains(id); }
+  const LiveRequest& Get(RequestId id) const {
+    return entries_.at(id).live;
+  }  // REQUIRES: Contains(id)
+  std::int64_t num_queued() const { return static_cast<std::int64_t>(queue_.size()); }
+  std::int64_t num_in_flight() const {
+    return static_cast<std::int64_t>(entries_.size() - queue_.size());
+  }
+
+  // REQUIRES: !Contains(request.request), num_tokens in [1, max_batch_tokens].
+  void Push(const RequestArrived& request, TimeUs now_us);
+  // Forgets the request wherever it is.
+  void Remove(RequestId id);
+
+  // Takes the next batch's requests out of the queue: the oldest, and with it whatever is queued of
+  // the same layer, row type and routedness while it fits. Empty: nothing is queued, or the oldest
+  // still has time to wait for company (never with `flush`).
+  std::vector<RequestId> Pick(BatchId batch, TimeUs now_us, bool flush);
+
+  std::vector<RequestId> Queued() const { return {queue_.begin(), queue_.end()}; }
+  std::vector<RequestId> Expired(TimeUs now_us) const;
+  TimeUs NextRequestDeadline() const;  // kNever: none
+  TimeUs NextPick() const;             // when the oldest has waited long enough; kNever: empty
+
+ private:
+  struct Entry {
+    LiveRequest live;
+    std::list<RequestId>::iterator place;  // valid while live.batch is 0
+  };
+
+  const std::int64_t window_us_;
+  const std::int64_t max_batch_tokens_;
+  std::unordered_map<RequestId, Entry> entries_;
+  std::list<RequestId> queue_;
+  std::set<std::pair<TimeUs, RequestId>> deadlines_;
+};
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_STATE_MACHINE_REQUEST_QUEUE_H_
