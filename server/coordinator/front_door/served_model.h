@@ -9,8 +9,8 @@
 
 namespace epserve::coordinator {
 
-// REQUIRES: hidden and topk at least 1; num_experts in [1, 2^31); layers ascending and not empty;
-// max_batch_tokens in [1, 2^31).
+// REQUIRES: hidden, topk, num_experts and max_batch_tokens in [1, 2^31); layers ascending, not
+// empty.
 struct ServedModel {
   std::string name;
   std::string version = "1";         // the only one; a request may also leave it empty

@@ -1,0 +1,270 @@
+#include "server/coordinator/front_door/infer_proto_convert.h"
+
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/repeated_field.h>
+#include <google/protobuf/wire_format_lite.h>
+#include <grpcpp/impl/codegen/proto_utils.h>
+#include <grpcpp/support/proto_buffer_reader.h>
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "inference/grpc_service.pb.h"
+#include "runtime/base/status.h"
+#include "server/coordinator/front_door/request_validation.h"
+#include "server/coordinator/front_door/shm_registry.h"
+
+namespace epserve::coordinator {
+namespace {
+
+using google::protobuf::internal::WireFormatLite;
+using google::protobuf::io::CodedInputStream;
+using inference::ModelInferRequest;
+using inference::ModelInferResponse;
+
+absl::Status Malformed() {
+  return absl::InvalidArgumentError("infer: the message is not a ModelInferRequest");
+}
+
+// What a message holds, counted before anything is allocated for it.
+struct FieldCounts {
+  std::size_t inputs = 0;
+  std::size_t outputs = 0;
+  std::size_t raw_contents = 0;
+  std::size_t request_parameters = 0;
+  std::size_t tensor_parameters = 0;  // over all tensors
+  std::size_t strings = 0;            // elements of bytes_contents, over all tensors
+};
+
+// Calls on_field(number, stream) for each length-delimited field up to the stream's limit; on_field
+// need not read the field to its end. False for bytes that are no message.
+template <typename OnField>
+bool ForEachDelimited(CodedInputStream* stream, const OnField& on_field) {
+  while (const std::uint32_t tag = stream->ReadTag()) {
+    if (WireFormatLite::GetTagWireType(tag) != WireFormatLite::WIRETYPE_LENGTH_DELIMITED) {
+      if (!WireFormatLite::SkipField(stream, tag)) return false;
+      continue;
+    }
+    int length = 0;
+    if (!stream->ReadVarintSizeAsInt(&length)) return false;
+    const int outer = stream->BytesUntilLimit();
+    if (outer >= 0 && length > outer) return false;
+    const auto limit = stream->PushLimit(length);
+    if (!on_field(WireFormatLite::GetTagFieldNumber(tag), stream)) return false;
+    if (!stream->Skip(stream->BytesUntilLimit())) return false;
+    stream->PopLimit(limit);
+  }
+  return stream->ConsumedEntireMessage();
+}
+
+bool CountFields(CodedInputStream* stream, FieldCounts& counts) {
+  const auto leave = [](int, CodedInputStream*) { return true; };
+  const auto count_strings = [&](int field, CodedInputStream*) {
+    counts.strings += field == inference::InferTensorContents::kBytesContentsFieldNumber;
+    return true;
+  };
+  const auto count_input = [&](int field, CodedInputStream* nested) {
+    counts.tensor_parameters +=
+        field == ModelInferRequest::InferInputTensor::kParametersFieldNumber;
+    if (field != ModelInferRequest::InferInputTensor::kContentsFieldNumber) return true;
+    return ForEachDelimited(nested, count_strings);
+  };
+  const auto count_output = [&](int field, CodedInputStream*) {
+    counts.tensor_parameters +=
+        field == ModelInferRequest::InferRequestedOutputTensor::kParametersFieldNumber;
+    return true;
+  };
+  return ForEachDelimited(stream, [&](int field, CodedInputStream* nested) {
+    switch (field) {
+      case ModelInferRequest::kParametersFieldNumber:
+        ++counts.request_parameters;
+        return leave(field, nested);
+      case ModelInferRequest::kInputsFieldNumber:
+        ++counts.inputs;
+        return ForEachDelimited(nested, count_input);
+      case ModelInferRequest::kOutputsFieldNumber:
+        ++counts.outputs;
+        return ForEachDelimited(nested, count_output);
+      case ModelInferRequest::kRawInputContentsFieldNumber:
+        ++counts.raw_contents;
+        return leave(field, nested);
+      default:
+        return leave(field, nested);
+    }
+  });
+}
+
+absl::Status CheckCounts(grpc::ByteBuffer* bytes, const RequestLimits& limits) {
+  grpc::ProtoBufferReader reader(bytes);
+  if (!reader.status().ok()) return Malformed();
+  CodedInputStream stream(&reader);
+  FieldCounts counts;
+  if (!CountFields(&stream, counts)) return Malformed();
+  struct Bound {
+    const char* what;
+    std::size_t got;
+    std::size_t limit;
+  };
+  const Bound bounds[] = {
+      {"inputs", counts.inputs, limits.max_inputs},
+      {"outputs", counts.outputs, limits.max_outputs},
+      {"raw_input_contents entries", counts.raw_contents, limits.max_inputs},
+      {"parameters", counts.request_parameters, limits.max_parameters},
+      {"tensor parameters", counts.tensor_parameters, limits.max_parameters},
+      {"bytes_contents entries", counts.strings, limits.max_inputs},
+  };
+  for (const Bound& bound : bounds) {
+    if (bound.got > bound.limit) {
+      return absl::InvalidArgumentError(absl::StrCat("infer: request has ", bound.got, " ",
+                                                     bound.what, ", more than the limit of ",
+                                                     bound.limit));
+    }
+  }
+  return absl::OkStatus();
+}
+
+ParameterView ViewOf(std::string_view name, const inference::InferParameter& parameter) {
+  switch (parameter.parameter_choice_case()) {
+    case inference::InferParameter::kBoolParam:
+      return {name, parameter.bool_param()};
+    case inference::InferParameter::kInt64Param:
+      return {name, std::int64_t{parameter.int64_param()}};
+    case inference::InferParameter::kStringParam:
+      return {name, std::string_view(parameter.string_param())};
+    case inference::InferParameter::kDoubleParam:
+      return {name, parameter.double_param()};
+    case inference::InferParameter::kUint64Param:
+      return {name, std::uint64_t{parameter.uint64_param()}};
+    case inference::InferParameter::PARAMETER_CHOICE_NOT_SET:
+      break;
+  }
+  return {name, std::monostate()};
+}
+
+template <typename Map>
+std::vector<ParameterView> ViewsOf(const Map& parameters) {
+  std::vector<ParameterView> views;
+  views.reserve(parameters.size());
+  for (const auto& [name, value] : parameters) views.push_back(ViewOf(name, value));
+  return views;
+}
+
+template <typename T>
+std::span<const char> BytesOf(const google::protobuf::RepeatedField<T>& elements) {
+  return {reinterpret_cast<const char*>(elements.data()),
+          static_cast<std::size_t>(elements.size()) * sizeof(T)};
+}
+
+void ViewTypedContents(const inference::InferTensorContents& contents, InputView& view) {
+  const auto found = [&view](TypedKind kind, int size, std::span<const char> bytes) {
+    if (size == 0) return;
+    view.typed_bytes = view.typed_kind == TypedKind::kNone ? bytes : std::span<const char>();
+    view.typed_kind = view.typed_kind == TypedKind::kNone ? kind : TypedKind::kSeveral;
+  };
+  found(TypedKind::kBool, contents.bool_contents_size(), {});
+  found(TypedKind::kInt32, contents.int_contents_size(), BytesOf(contents.int_contents()));
+  found(TypedKind::kInt64, contents.int64_contents_size(), BytesOf(contents.int64_contents()));
+  found(TypedKind::kUint32, contents.uint_contents_size(), {});
+  found(TypedKind::kUint64, contents.uint64_contents_size(), {});
+  found(TypedKind::kFp32, contents.fp32_contents_size(), BytesOf(contents.fp32_contents()));
+  found(TypedKind::kFp64, contents.fp64_contents_size(), {});
+  found(TypedKind::kBytes, contents.bytes_contents_size(), {});
+}
+
+RequestView ViewOf(const ModelInferRequest& message) {
+  RequestView view;
+  view.model_name = message.model_name();
+  view.model_version = message.model_version();
+  view.parameters = ViewsOf(message.parameters());
+  for (const auto& input : message.inputs()) {
+    InputView& tensor = view.inputs.emplace_back();
+    tensor.name = input.name();
+    tensor.datatype = input.datatype();
+    // The protocol's int64 and this platform's are one type.
+    tensor.shape = std::span<const std::int64_t>(input.shape().data(), input.shape_size());
+    tensor.parameters = ViewsOf(input.parameters());
+    ViewTypedContents(input.contents(), tensor);
+  }
+  for (const auto& output : message.outputs()) {
+    view.outputs.push_back({output.name(), ViewsOf(output.parameters())});
+  }
+  for (const auto& raw : message.raw_input_contents()) view.raw_contents.emplace_back(raw);
+  return view;
+}
+
+const char* WireDataType(runtime::DataType type) {
+  switch (type) {
+    case runtime::DataType::kBf16:
+      return "BF16";
+    case runtime::DataType::kFp16:
+      return "FP16";
+    default:
+      return "FP32";  // A validated request has no other.
+  }
+}
+
+void SetParameters(const InferReply& reply, ModelInferResponse& response) {
+  auto& parameters = *response.mutable_parameters();
+  const auto set = [&parameters](const char* name, std::int64_t value) {
+    parameters[name].set_int64_param(value);
+  };
+  set("epserve_queue_us", reply.times.queue_us);
+  set("epserve_assign_us", reply.times.assign_us);
+  set("epserve_counts_us", reply.times.counts_us);
+  set("epserve_dispatch_us", reply.times.dispatch_us);
+  set("epserve_ffn_us", reply.times.ffn_us);
+  set("epserve_combine_us", reply.times.combine_us);
+  set("epserve_epoch", static_cast<std::int64_t>(reply.times.epoch));
+  set("epserve_server_us", reply.server_us);
+}
+
+}  // namespace
+
+absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
+                                                      const RequestLimits& limits) {
+  grpc::ByteBuffer shared(bytes);  // Counts references; copies no bytes.
+  EPS_RETURN_IF_ERROR(CheckCounts(&shared, limits));
+  auto message = std::make_shared<ModelInferRequest>();
+  if (!grpc::SerializationTraits<ModelInferRequest>::Deserialize(&shared, message.get()).ok()) {
+    return Malformed();
+  }
+  InferRequestMessage result;
+  result.id = message->id();
+  result.view = ViewOf(*message);
+  result.owner = std::move(message);
+  return result;
+}
+
+absl::Status SerializeInferReply(const ServedModel& model, InferReply reply,
+                                 grpc::ByteBuffer* bytes) {
+  ModelInferResponse response;
+  response.set_model_name(model.name);
+  response.set_model_version(model.version);
+  response.set_id(std::string(reply.id));
+  SetParameters(reply, response);
+  auto* output = response.add_outputs();
+  output->set_name(kHiddenStates);
+  output->set_datatype(WireDataType(reply.request->dtype));
+  output->add_shape(reply.request->num_tokens);
+  output->add_shape(model.hidden);
+  if (const auto& window = reply.request->output; window.region != nullptr) {
+    auto& parameters = *output->mutable_parameters();
+    parameters["shared_memory_region"].set_string_param(window.region->info().name);
+    parameters["shared_memory_byte_size"].set_int64_param(
+        static_cast<std::int64_t>(reply.request->output_bytes));
+    parameters["shared_memory_offset"].set_int64_param(
+        static_cast<std::int64_t>(window.offset_bytes));
+  }
+  *response.add_raw_output_contents() = std::move(reply.output);
+  bool own_buffer = false;
+  const grpc::Status status =
+      grpc::SerializationTraits<ModelInferResponse>::Serialize(response, bytes, &own_buffer);
+  if (!status.ok()) {
+    return absl::InternalError(
+        absl::StrCat("infer: the reply of ", reply.request->output_bytes,
+                     " output bytes could not be written: ", status.error_message()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace epserve::coordinator

@@ -1,0 +1,50 @@
+// ModelInfer's messages, between their bytes and the structs that the rest of the front door works
+// on. Pure functions, safe from any thread.
+#ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_PROTO_CONVERT_H_
+#define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_PROTO_CONVERT_H_
+
+#include <grpcpp/support/byte_buffer.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/coordinator/front_door/request_sink.h"
+#include "server/coordinator/front_door/request_view.h"
+#include "server/coordinator/front_door/served_model.h"
+#include "server/coordinator/front_door/validated_request.h"
+
+namespace epserve::coordinator {
+
+// A parsed request. `view` and `id` point into the message that `owner` keeps; tensor bytes are not
+// copied again.
+struct InferRequestMessage {
+  std::shared_ptr<const void> owner;
+  std::string_view id;
+  RequestView view;
+};
+
+// INVALID_ARGUMENT for bytes that are no ModelInferRequest, and for a message of more tensors,
+// parameters or strings than `limits` allow; these are counted on the wire, before the parser
+// allocates an object for each.
+absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
+                                                      const RequestLimits& limits);
+
+struct InferReply {
+  std::string_view id;
+  const ValidatedRequest* request = nullptr;
+  InferTimes times;
+  std::int64_t server_us = 0;
+  std::string output;  // [T, H]; empty where it went to shared memory
+};
+
+// One output with its raw entry, and the epserve_* parameters.
+absl::Status SerializeInferReply(const ServedModel& model, InferReply reply,
+                                 grpc::ByteBuffer* bytes);
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_PROTO_CONVERT_H_

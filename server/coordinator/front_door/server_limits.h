@@ -1,0 +1,15 @@
+// What every gRPC server of the front door is built with.
+#ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_SERVER_LIMITS_H_
+#define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_SERVER_LIMITS_H_
+
+#include <grpcpp/server_builder.h>
+
+namespace epserve::coordinator {
+
+// Bounds a message's size both ways, and refuses compressed messages (UNIMPLEMENTED): a message's
+// size would be known only after it had been unpacked, and tensors hardly compress.
+void ApplyServerLimits(int max_message_bytes, grpc::ServerBuilder& builder);
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_SERVER_LIMITS_H_

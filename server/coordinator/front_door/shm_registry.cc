@@ -1,0 +1,273 @@
+#include "server/coordinator/front_door/shm_registry.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+#include "server/coordinator/front_door/quote.h"
+
+namespace epserve::coordinator {
+namespace {
+
+constexpr std::size_t kMaxNameBytes = 256;
+// NAME_MAX of the file system behind shm_open.
+constexpr std::size_t kMaxKeyBytes = 255;
+// The service's own symmetric heaps: never a client's, whatever prefixes are allowed.
+constexpr const char* kReservedKeyPrefix = "epserve";
+
+bool StartsWith(std::string_view text, std::string_view prefix) {
+  return text.substr(0, prefix.size()) == prefix;
+}
+
+bool IsKeyCharacter(char c) {
+  return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
+         c == '.' || c == '-';
+}
+
+// [offset, offset + size) inside [0, cap), without wrap-around.
+bool Fits(std::uint64_t offset, std::uint64_t size, std::uint64_t cap) {
+  return size <= cap && offset <= cap - size;
+}
+
+absl::Status OpenError(std::string_view name, int error) {
+  const std::string region = absl::StrCat("register: region ", Quoted(name));
+  if (error == ENOENT) {
+    return absl::NotFoundError(absl::StrCat(
+        region, " names a shared-memory object that does not exist; create it before registering"));
+  }
+  if (error == EACCES || error == EPERM) {
+    return absl::PermissionDeniedError(absl::StrCat(
+        region, " names a shared-memory object that the server may not read and write; run client ",
+        "and server as the same user"));
+  }
+  if (error == ELOOP || error == EISDIR || error == ENXIO || error == ENODEV) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(region, " does not name a regular shared-memory object"));
+  }
+  return absl::InternalError(absl::StrCat(region, ": shm_open: ", std::strerror(error)));
+}
+
+absl::StatusOr<runtime::UniqueFd> OpenObject(std::string_view name, const std::string& key,
+                                             std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  // O_NONBLOCK: an object that is not a regular file must not hold the server up before it is
+  // refused. shm_open adds O_NOFOLLOW and O_CLOEXEC.
+  runtime::UniqueFd fd(::shm_open(absl::StrCat("/", key).c_str(), O_RDWR | O_NONBLOCK, 0));
+  if (!fd.valid()) return OpenError(name, errno);
+  struct stat info = {};
+  if (::fstat(fd.get(), &info) != 0) {
+    return absl::InternalError(
+        absl::StrCat("register: region ", Quoted(name), ": fstat: ", std::strerror(errno)));
+  }
+  if (!S_ISREG(info.st_mode)) return OpenError(name, ENODEV);
+  if (info.st_uid != ::geteuid()) return OpenError(name, EACCES);
+  const auto object_bytes = static_cast<std::uint64_t>(std::max<off_t>(info.st_size, 0));
+  if (!Fits(offset_bytes, size_bytes, object_bytes)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "register: region ", Quoted(name), " offset ", offset_bytes, " and byte_size ", size_bytes,
+        " reach past its shared-memory object of ", object_bytes, " bytes"));
+  }
+  return fd;
+}
+
+}  // namespace
+
+ShmRegion::ShmRegion(ShmRegionInfo info, runtime::UniqueFd fd)
+    : info_(std::move(info)), fd_(std::move(fd)) {}
+
+absl::Status ShmRegion::CheckWindow(std::uint64_t offset_bytes, std::uint64_t size_bytes) const {
+  if (!Fits(offset_bytes, size_bytes, info_.size_bytes)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "shared memory: offset ", offset_bytes, " and size ", size_bytes, " reach past region ",
+        Quoted(info_.name), " of ", info_.size_bytes, " bytes"));
+  }
+  struct stat now = {};
+  if (::fstat(fd_.get(), &now) != 0) {
+    return absl::InternalError(absl::StrCat("shared memory: region ", Quoted(info_.name),
+                                            ": fstat: ", std::strerror(errno)));
+  }
+  // Registration has found offset + size of the region within the object, so this cannot wrap.
+  const std::uint64_t needed = info_.offset_bytes + offset_bytes + size_bytes;
+  const auto given = static_cast<std::uint64_t>(std::max<off_t>(now.st_size, 0));
+  if (needed > given) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shared memory: region ", Quoted(info_.name),
+                     " has been truncated since it was registered: ", needed,
+                     " bytes of its object are needed, ", given, " are left"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ShmRegion::Read(std::uint64_t offset_bytes, std::span<char> destination) const {
+  EPS_RETURN_IF_ERROR(CheckWindow(offset_bytes, destination.size()));
+  auto position = static_cast<off_t>(info_.offset_bytes + offset_bytes);
+  while (!destination.empty()) {
+    const ssize_t got = ::pread(fd_.get(), destination.data(), destination.size(), position);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      return absl::InternalError(absl::StrCat("shared memory: region ", Quoted(info_.name),
+                                              ": pread: ", std::strerror(errno)));
+    }
+    if (got == 0) {
+      return absl::InvalidArgumentError(absl::StrCat("shared memory: region ", Quoted(info_.name),
+                                                     " was truncated while it was read, ",
+                                                     destination.size(), " bytes short"));
+    }
+    destination = destination.subspan(static_cast<std::size_t>(got));
+    position += got;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ShmRegion::Write(std::uint64_t offset_bytes, std::span<const char> source) const {
+  // An object that is truncated between this check and the write grows again by the write. That is
+  // the client's own memory, bounded by what it registered.
+  EPS_RETURN_IF_ERROR(CheckWindow(offset_bytes, source.size()));
+  auto position = static_cast<off_t>(info_.offset_bytes + offset_bytes);
+  while (!source.empty()) {
+    const ssize_t put = ::pwrite(fd_.get(), source.data(), source.size(), position);
+    if (put < 0 && errno == EINTR) continue;
+    if (put <= 0) {
+      const int error = put == 0 ? ENOSPC : errno;
+      const std::string message = absl::StrCat("shared memory: region ", Quoted(info_.name),
+                                               ": pwrite: ", std::strerror(error));
+      return error == ENOSPC ? absl::ResourceExhaustedError(message) : absl::InternalError(message);
+    }
+    source = source.subspan(static_cast<std::size_t>(put));
+    position += put;
+  }
+  return absl::OkStatus();
+}
+
+ShmRegistry::ShmRegistry(ShmOptions options) : options_(std::move(options)) {}
+
+absl::Status ShmRegistry::CheckAllowed() const {
+  if (options_.allowed) return absl::OkStatus();
+  return absl::UnimplementedError(
+      "shared memory: clients' regions are switched off on this server; send tensors inline, or "
+      "start the coordinator with --allow-client-shm");
+}
+
+absl::Status ShmRegistry::CheckKey(std::string_view name, std::string_view key) const {
+  const std::string region = absl::StrCat("register: the key of region ", Quoted(name));
+  if (key.empty() || key.size() > kMaxKeyBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(region, " has ", key.size(),
+                     " characters after its leading slashes, not 1 to ", kMaxKeyBytes));
+  }
+  if (!std::all_of(key.begin(), key.end(), IsKeyCharacter)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(region, " has a character outside [A-Za-z0-9_.-]"));
+  }
+  if (key == "." || key == ".." || StartsWith(key, "sem.") || StartsWith(key, kReservedKeyPrefix)) {
+    return absl::InvalidArgumentError(absl::StrCat(region,
+                                                   " is a reserved one: '.', '..', 'sem.*' and '",
+                                                   kReservedKeyPrefix, "*' are not for clients"));
+  }
+  const auto& prefixes = options_.key_prefixes;
+  const bool prefixed =
+      prefixes.empty() || std::any_of(prefixes.begin(), prefixes.end(),
+                                      [key](const std::string& p) { return StartsWith(key, p); });
+  if (!prefixed) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(region, " begins with none of the prefixes that this server allows"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ShmRegistry::CheckRoom(std::string_view name, std::uint64_t size_bytes) const {
+  if (regions_.find(name) != regions_.end()) {
+    return absl::AlreadyExistsError(absl::StrCat("register: region ", Quoted(name),
+                                                 " is already registered; unregister it first"));
+  }
+  if (regions_.size() >= options_.max_regions) {
+    return absl::ResourceExhaustedError(absl::StrCat("register: region ", Quoted(name),
+                                                     " would be one more than the limit of ",
+                                                     options_.max_regions, " regions"));
+  }
+  if (!Fits(total_bytes_, size_bytes, options_.max_total_bytes)) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "register: region ", Quoted(name), " of ", size_bytes, " bytes, on top of ", total_bytes_,
+        " registered, exceeds the limit of ", options_.max_total_bytes, " bytes"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ShmRegistry::Register(std::string_view name, std::string_view key,
+                                   std::uint64_t offset_bytes, std::uint64_t size_bytes) {
+  EPS_RETURN_IF_ERROR(CheckAllowed());
+  if (name.empty() || name.size() > kMaxNameBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("register: a region's name has ", name.size(),
+                                                   " bytes, not 1 to ", kMaxNameBytes));
+  }
+  if (size_bytes == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("register: region ", Quoted(name), " has byte_size 0; give at least 1"));
+  }
+  // Stripped before anything looks at the key: a slash must not carry it past the prefix check.
+  const std::string stripped(key.substr(std::min(key.find_first_not_of('/'), key.size())));
+  EPS_RETURN_IF_ERROR(CheckKey(name, stripped));
+  absl::MutexLock lock(&mutex_);
+  EPS_RETURN_IF_ERROR(CheckRoom(name, size_bytes));
+  EPS_ASSIGN_OR_RETURN(runtime::UniqueFd fd, OpenObject(name, stripped, offset_bytes, size_bytes));
+  ShmRegionInfo info{std::string(name), std::string(key), offset_bytes, size_bytes};
+  regions_.emplace(name, std::make_shared<ShmRegion>(std::move(info), std::move(fd)));
+  total_bytes_ += size_bytes;
+  return absl::OkStatus();
+}
+
+absl::Status ShmRegistry::Unregister(std::string_view name, std::function<void()> released) {
+  EPS_RETURN_IF_ERROR(CheckAllowed());
+  // Called when the last of the regions, and this function, have let go of it.
+  const std::shared_ptr<void> on_release(nullptr,
+                                         [released = std::move(released)](void*) { released(); });
+  std::vector<std::shared_ptr<ShmRegion>> taken;  // Closed after the lock is given up.
+  absl::MutexLock lock(&mutex_);
+  for (auto it = regions_.begin(); it != regions_.end();) {
+    if (!name.empty() && it->first != name) {
+      ++it;
+      continue;
+    }
+    total_bytes_ -= it->second->info().size_bytes;
+    it->second->released_ = on_release;
+    taken.push_back(std::move(it->second));
+    it = regions_.erase(it);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<const ShmRegion>> ShmRegistry::Find(std::string_view name) const {
+  EPS_RETURN_IF_ERROR(CheckAllowed());
+  absl::MutexLock lock(&mutex_);
+  const auto it = regions_.find(name);
+  if (it == regions_.end()) {
+    return absl::NotFoundError(
+        absl::StrCat("shared memory: region ", Quoted(name), " is not registered"));
+  }
+  return it->second;
+}
+
+absl::StatusOr<std::vector<ShmRegionInfo>> ShmRegistry::List(std::string_view name) const {
+  EPS_RETURN_IF_ERROR(CheckAllowed());
+  absl::MutexLock lock(&mutex_);
+  std::vector<ShmRegionInfo> result;
+  for (const auto& [region_name, region] : regions_) {
+    if (name.empty() || region_name == name) result.push_back(region->info());
+  }
+  if (!name.empty() && result.empty()) {
+    return absl::NotFoundError(
+        absl::StrCat("shared memory: region ", Quoted(name), " is not registered"));
+  }
+  return result;
+}
+
+}  // namespace epserve::coordinator

@@ -1,0 +1,110 @@
+// System shared memory that clients have registered for their tensors.
+//
+// A region is an open descriptor, read and written by pread and pwrite and never mapped: a client
+// that truncates its object after registering it gets an error for its request, where a mapping
+// would bring the server down by SIGBUS. Descriptors are owned and reference-counted: a request
+// holds the region it uses, and Unregister() reports back once the last user has let go, so a name
+// or descriptor number used again never reaches somebody else's memory.
+//
+// Clients are not trusted: a key may name only a regular shared-memory object of the server's own
+// user, all bounds are unsigned 64-bit without wrap-around, and no error shows a key.
+//
+// Thread safety: all methods, from any thread.
+#ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_SHM_REGISTRY_H_
+#define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_SHM_REGISTRY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "runtime/base/unique_fd.h"
+
+namespace epserve::coordinator {
+
+struct ShmOptions {
+  bool allowed = false;                   // --allow-client-shm
+  std::vector<std::string> key_prefixes;  // a key must begin with one of these; none: any key
+  std::size_t max_regions = 256;
+  std::uint64_t max_total_bytes = std::uint64_t{64} << 30;  // over all regions
+};
+
+struct ShmRegionInfo {
+  std::string name;
+  std::string key;  // as the client gave it
+  std::uint64_t offset_bytes = 0;
+  std::uint64_t size_bytes = 0;
+};
+
+// One registered window of a shared-memory object. Offsets below are relative to the window.
+class ShmRegion {
+ public:
+  ShmRegion(ShmRegionInfo info, runtime::UniqueFd fd);
+
+  const ShmRegionInfo& info() const { return info_; }
+
+  // OK if [offset, offset + size) lies inside the region, and the object still reaches that far.
+  // INVALID_ARGUMENT names needed and given.
+  absl::Status CheckWindow(std::uint64_t offset_bytes, std::uint64_t size_bytes) const;
+
+  // Checks the window and copies. What another process writes meanwhile may or may not be seen.
+  absl::Status Read(std::uint64_t offset_bytes, std::span<char> destination) const;
+  // RESOURCE_EXHAUSTED if the object has holes and the file system no room for them.
+  absl::Status Write(std::uint64_t offset_bytes, std::span<const char> source) const;
+
+ private:
+  friend class ShmRegistry;
+
+  const ShmRegionInfo info_;
+  // Reports the region's end to Unregister(). Stands before fd_, which is thus closed first.
+  std::shared_ptr<void> released_;
+  runtime::UniqueFd fd_;
+};
+
+class ShmRegistry {
+ public:
+  explicit ShmRegistry(ShmOptions options);
+
+  // UNIMPLEMENTED, naming the flag, if client shared memory is switched off.
+  absl::Status CheckAllowed() const;
+  bool allowed() const { return options_.allowed; }
+
+  // ALREADY_EXISTS for a name in use; several names may share one key.
+  absl::Status Register(std::string_view name, std::string_view key, std::uint64_t offset_bytes,
+                        std::uint64_t size_bytes);
+
+  // Takes the name, or every name if it is empty, out of the registry at once, and calls `released`
+  // when the last request that uses one of the regions has let go, within this call or later and
+  // from any thread; if nothing is registered by that name, at once. `released` must not block.
+  // On an error `released` is not called.
+  absl::Status Unregister(std::string_view name, std::function<void()> released);
+
+  // NOT_FOUND names the region.
+  absl::StatusOr<std::shared_ptr<const ShmRegion>> Find(std::string_view name) const;
+
+  // One region, or all if the name is empty, by name.
+  absl::StatusOr<std::vector<ShmRegionInfo>> List(std::string_view name) const;
+
+ private:
+  absl::Status CheckKey(std::string_view name, std::string_view stripped_key) const;
+  absl::Status CheckRoom(std::string_view name, std::uint64_t size_bytes) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const ShmOptions options_;
+  mutable absl::Mutex mutex_;
+  std::map<std::string, std::shared_ptr<ShmRegion>, std::less<>> regions_ ABSL_GUARDED_BY(mutex_);
+  std::uint64_t total_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_SHM_REGISTRY_H_
