@@ -67,7 +67,6 @@ def nothing_is_left():
     ]
     assert not strays, f"processes left: {strays}"
     known = tuple(f"epserve-{c.id}" for c in clusters.live_clusters)
-    left = [
-        name for name in clusters.segments(clusters.SESSION) if not (known and name.startswith(known))
-    ]
+    found = clusters.segments(clusters.SESSION)
+    left = [name for name in found if not (known and name.startswith(known))]
     assert not left, f"segments left in /dev/shm: {left}"
