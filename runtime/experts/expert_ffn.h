@@ -17,8 +17,8 @@ namespace epserve::runtime {
 // One layer's local experts, held in fp32, row-major.
 struct LayerWeights {
   std::int64_t num_local_experts = 0;
-  std::int64_t hidden = 0;        // H
-  std::int64_t intermediate = 0;  // I
+  std::int64_t hidden = 0;         // H
+  std::int64_t intermediate = 0;   // I
   const float* gate_up = nullptr;  // [E_local, 2 * I, H]: gate rows, then up rows
   const float* down = nullptr;     // [E_local, H, I]
 };
@@ -29,7 +29,7 @@ class ExpertFfn {
   struct Config {
     std::int64_t hidden = 0;
     std::int64_t intermediate = 0;
-    std::int64_t max_rows = 0;           // N at most
+    std::int64_t max_rows = 0;  // N at most
     std::int64_t max_local_experts = 0;
     int max_topk = 0;
     int threads = 1;
