@@ -1,0 +1,74 @@
+// What the host keeps of batches in flight: it cuts requests into shards, takes in the shards'
+// output rows, and puts them together again.
+//
+// Thread safety: none; the host's thread.
+// Invariants: a batch is kept from its start until Erase(); a shard's rows are taken once and only
+// where their size is right.
+#ifndef EPSERVE_SERVER_COORDINATOR_BATCH_STORE_H_
+#define EPSERVE_SERVER_COORDINATOR_BATCH_STORE_H_
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "runtime/routing/count_matrix.h"
+#include "server/common/probe.h"
+#include "server/coordinator/front_door/validated_request.h"
+#include "server/coordinator/state_machine/commands.h"
+#include "server/coordinator/worker_stream.h"
+
+namespace epserve::coordinator {
+
+struct KeptBatch {
+  std::int64_t layer = 0;
+  std::int64_t row_bytes = 0;  // H * size of the row type
+  std::vector<ShardPlan> shards;
+  std::vector<std::string> outputs;  // by rank; empty until taken
+  std::vector<bool> taken;           // by rank
+  WorkerTimes times;                 // of each phase the most that any worker took
+  TimeUs started_us = 0;
+  TimeUs last_done_us = 0;
+  bool is_probe = false;
+  server::ProbeBatch probe;  // where is_probe
+};
+
+class BatchStore {
+ public:
+  // `hidden` is H, `topk` K.
+  BatchStore(runtime::Placement placement, std::int64_t hidden, int topk);
+
+  // Keeps the batch; gives the shards, by rank. `requests` are those of `start`, in its order.
+  std::vector<ShardMessage> Start(const StartBatch& start,
+                                  std::span<const ValidatedRequest* const> requests, TimeUs now_us);
+  std::vector<ShardMessage> Start(const StartProbe& start, TimeUs now_us);
+
+  // The batch's part of a BatchDone with code OK. INTERNAL: wrong size, nothing taken. `rank`
+  // receives the reporting rank, or -1 where the batch, or the stream's part in it, is unknown or
+  // has reported before; then nothing is taken either.
+  absl::Status TakeOutput(const BatchDone& done, std::string output, const WorkerTimes& times,
+                          TimeUs now_us, int* rank);
+
+  // Copies the batch's rows into `out`, which has their size. INTERNAL where a shard's rows are
+  // missing or `out` has another size.
+  static absl::Status CopyRows(const KeptBatch& batch, runtime::RowRange rows, std::span<char> out);
+
+  KeptBatch* Find(EpochId epoch, BatchId batch);
+  void Erase(EpochId epoch, BatchId batch);
+
+ private:
+  const runtime::Placement placement_;
+  const std::int64_t hidden_;
+  const int topk_;
+  std::map<std::pair<EpochId, BatchId>, KeptBatch> batches_;
+};
+
+// The bytes of one element.
+std::int64_t RowTypeBytes(RowType type);
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_BATCH_STORE_H_

@@ -1,0 +1,245 @@
+#include "server/coordinator/control_proto_convert.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "absl/strings/str_cat.h"
+
+namespace epserve::coordinator {
+namespace {
+
+// A code that a worker made up must not pass for OK, nor for a code that does not exist.
+absl::StatusCode CodeOf(std::int32_t code) {
+  constexpr std::int32_t kHighest = static_cast<std::int32_t>(absl::StatusCode::kUnauthenticated);
+  if (code < 0 || code > kHighest) return absl::StatusCode::kUnknown;
+  return static_cast<absl::StatusCode>(code);
+}
+
+BatchDone ConvertBatchDone(StreamId stream, v1::BatchDone& in, WorkerReport& report) {
+  report.output = std::move(*in.mutable_output());
+  const v1::PhaseTimes& times = in.times();
+  report.times.assign_ns = std::max<std::int64_t>(times.assign_ns(), 0);
+  report.times.counts_ns = std::max<std::int64_t>(times.counts_ns(), 0);
+  report.times.dispatch_ns = std::max<std::int64_t>(times.dispatch_ns(), 0);
+  report.times.ffn_ns = std::max<std::int64_t>(times.ffn_ns(), 0);
+  report.times.combine_ns = std::max<std::int64_t>(times.combine_ns(), 0);
+  report.local_expert_rows.assign(in.local_expert_rows().begin(), in.local_expert_rows().end());
+  BatchDone out;
+  out.stream = stream;
+  out.epoch = in.epoch();
+  out.batch = in.batch();
+  out.code = CodeOf(in.code());
+  out.message = std::move(*in.mutable_message());
+  if (out.code != absl::StatusCode::kOk && out.message.empty()) {
+    out.message = "worker gave no reason";
+  }
+  return out;
+}
+
+Counts ConvertCounts(StreamId stream, const v1::Counts& in) {
+  Counts out;
+  out.stream = stream;
+  out.epoch = in.epoch();
+  out.batch = in.batch();
+  out.rows_to_rank.assign(in.rows_to_rank().begin(), in.rows_to_rank().end());
+  out.rows_per_expert.assign(in.rows_per_expert().begin(), in.rows_per_expert().end());
+  return out;
+}
+
+WorkerFailure ConvertFailure(StreamId stream, const v1::WorkerFailure& in) {
+  WorkerFailure out;
+  out.stream = stream;
+  out.code = CodeOf(in.code());
+  if (out.code == absl::StatusCode::kOk) out.code = absl::StatusCode::kUnknown;
+  out.message = in.message().empty() ? "worker gave no reason" : in.message();
+  return out;
+}
+
+v1::TriggerMode ToProto(TriggerMode trigger) {
+  return trigger == TriggerMode::kSeparate ? v1::TRIGGER_SEPARATE : v1::TRIGGER_TOGETHER;
+}
+
+v1::RowType ToProto(RowType type) {
+  switch (type) {
+    case RowType::kFp32:
+      return v1::ROW_TYPE_FP32;
+    case RowType::kFp16:
+      return v1::ROW_TYPE_FP16;
+    case RowType::kBf16:
+      return v1::ROW_TYPE_BF16;
+  }
+  return v1::ROW_TYPE_UNSPECIFIED;
+}
+
+void FillCounts(EpochId epoch, BatchId batch, const runtime::CountMatrix& in,
+                v1::CountMatrix* out) {
+  out->set_epoch(epoch);
+  out->set_batch(batch);
+  out->mutable_rows()->Assign(in.rows.begin(), in.rows.end());
+  out->mutable_rows_per_expert()->Assign(in.rows_per_expert.begin(), in.rows_per_expert.end());
+}
+
+// One overload for each kind of message; `in` may be moved from.
+void Fill(AssignRank& in, v1::CoordinatorMessage& out) {
+  out.mutable_assignment()->set_rank(in.rank);
+  out.mutable_assignment()->set_num_ranks(in.placement.num_ranks());
+  out.mutable_assignment()->mutable_first_expert()->Assign(in.placement.first_expert.begin(),
+                                                           in.placement.first_expert.end());
+}
+
+void Fill(SendStandby& in, v1::CoordinatorMessage& out) {
+  out.mutable_standby()->set_reason(std::move(in.reason));
+}
+
+void Fill(SendCreateHeap& in, v1::CoordinatorMessage& out) {
+  out.mutable_create_heap()->set_epoch(in.epoch);
+}
+
+void Fill(SendOpenPeers& in, v1::CoordinatorMessage& out) {
+  out.mutable_open_peers()->set_epoch(in.epoch);
+  for (std::string& handle : in.handles) out.mutable_open_peers()->add_handles(std::move(handle));
+}
+
+void Fill(SendEpochStarted& in, v1::CoordinatorMessage& out) {
+  out.mutable_epoch_started()->set_epoch(in.epoch);
+}
+
+void Fill(SendEpochEnded& in, v1::CoordinatorMessage& out) {
+  out.mutable_epoch_ended()->set_epoch(in.epoch);
+  out.mutable_epoch_ended()->set_reason(std::move(in.reason));
+}
+
+void Fill(GrantLease& in, v1::CoordinatorMessage& out) {
+  out.mutable_lease()->set_epoch(in.epoch);
+  out.mutable_lease()->set_echo_monotonic_us(in.echo_us);
+  out.mutable_lease()->set_duration_us(in.duration_us);
+}
+
+void Fill(SendShutdown& in, v1::CoordinatorMessage& out) {
+  out.mutable_shutdown()->set_reason(std::move(in.reason));
+}
+
+void Fill(RejectWorker& in, v1::CoordinatorMessage& out) {
+  out.mutable_rejected()->set_code(static_cast<std::int32_t>(in.code));
+  out.mutable_rejected()->set_message(std::move(in.message));
+}
+
+void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
+  v1::Shard* shard = out.mutable_shard();
+  shard->set_epoch(in.epoch);
+  shard->set_batch(in.batch);
+  shard->set_slot(in.slot);
+  shard->set_layer(in.layer);
+  shard->set_row_type(ToProto(in.row_type));
+  shard->set_num_tokens(in.num_tokens);
+  shard->set_topk(in.topk);
+  shard->set_hidden(std::move(in.hidden));
+  shard->set_routed(in.routed);
+  shard->set_topk_ids(std::move(in.topk_ids));
+  shard->set_topk_weights(std::move(in.topk_weights));
+  shard->set_trigger(ToProto(in.trigger));
+  if (in.counts != nullptr) FillCounts(in.epoch, in.batch, *in.counts, shard->mutable_counts());
+}
+
+void Fill(CountMatrixMessage& in, v1::CoordinatorMessage& out) {
+  FillCounts(in.epoch, in.batch, *in.counts, out.mutable_count_matrix());
+}
+
+void Fill(DispatchTriggerMessage& in, v1::CoordinatorMessage& out) {
+  out.mutable_dispatch_trigger()->set_epoch(in.epoch);
+  out.mutable_dispatch_trigger()->set_batch(in.batch);
+}
+
+void Fill(CombineTriggerMessage& in, v1::CoordinatorMessage& out) {
+  out.mutable_combine_trigger()->set_epoch(in.epoch);
+  out.mutable_combine_trigger()->set_batch(in.batch);
+}
+
+}  // namespace
+
+HelloInfo FromProto(const v1::Hello& hello) {
+  HelloInfo info;
+  info.worker_id = hello.worker_id();
+  info.incarnation = hello.incarnation();
+  info.version = hello.version();
+  info.backend = hello.backend();
+  info.fingerprint = hello.model().fingerprint();
+  info.last_epoch = hello.last_epoch();
+  info.held_rank = hello.held_rank();
+  info.held_num_ranks = hello.held_num_ranks();
+  info.node = hello.node();
+  info.pid = hello.pid();
+  info.max_batch_tokens = hello.max_batch_tokens();
+  info.cluster_id = hello.cluster_id();
+  return info;
+}
+
+absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& message) {
+  WorkerReport report;
+  switch (message.message_case()) {
+    case v1::WorkerMessage::kHello:
+      return absl::InvalidArgumentError("control: a second Hello came on one stream");
+    case v1::WorkerMessage::kHeartbeat: {
+      const v1::Heartbeat& in = message.heartbeat();
+      report.event = Heartbeat{stream, in.epoch(), in.sent_monotonic_us(), in.resident_bytes()};
+      return report;
+    }
+    case v1::WorkerMessage::kLoadProgress: {
+      const v1::LoadProgress& in = message.load_progress();
+      report.event = WorkerLoadProgress{stream, in.loaded_bytes(), in.total_bytes()};
+      return report;
+    }
+    case v1::WorkerMessage::kLoaded: {
+      const v1::Loaded& in = message.loaded();
+      report.event =
+          WorkerLoaded{stream, in.rank(), in.num_ranks(), in.weight_bytes(), in.heap_bytes()};
+      return report;
+    }
+    case v1::WorkerMessage::kHeapCreated: {
+      v1::HeapCreated& in = *message.mutable_heap_created();
+      report.event = HeapCreated{stream, in.epoch(), std::move(*in.mutable_handle())};
+      return report;
+    }
+    case v1::WorkerMessage::kPeersOpened: {
+      const v1::PeersOpened& in = message.peers_opened();
+      report.probe_output.assign(in.probe_output().begin(), in.probe_output().end());
+      report.event = PeersOpened{stream, in.epoch()};
+      return report;
+    }
+    case v1::WorkerMessage::kCounts:
+      report.event = ConvertCounts(stream, message.counts());
+      return report;
+    case v1::WorkerMessage::kPhaseDone: {
+      const v1::PhaseDone& in = message.phase_done();
+      const Phase phase = in.phase() == v1::PHASE_COMBINE ? Phase::kCombine : Phase::kDispatch;
+      report.event = PhaseDone{stream, in.epoch(), in.batch(), phase};
+      return report;
+    }
+    case v1::WorkerMessage::kBatchDone:
+      report.event = ConvertBatchDone(stream, *message.mutable_batch_done(), report);
+      return report;
+    case v1::WorkerMessage::kEpochQuiesced:
+      report.event = EpochQuiesced{stream, message.epoch_quiesced().epoch()};
+      return report;
+    case v1::WorkerMessage::kLeaving:
+      report.event = WorkerLeaving{stream, message.leaving().reason()};
+      return report;
+    case v1::WorkerMessage::kFailure:
+      report.event = ConvertFailure(stream, message.failure());
+      return report;
+    case v1::WorkerMessage::MESSAGE_NOT_SET:
+      break;
+  }
+  return absl::InvalidArgumentError("control: a message of no known kind came");
+}
+
+v1::CoordinatorMessage ToProto(StreamMessage message) {
+  v1::CoordinatorMessage out;
+  std::visit([&out](auto& content) { Fill(content, out); }, message);
+  return out;
+}
+
+}  // namespace epserve::coordinator

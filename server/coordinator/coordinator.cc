@@ -1,0 +1,191 @@
+#include "server/coordinator/coordinator.h"
+
+#include <grpc/support/log.h>
+#include <grpcpp/ext/channelz_service_plugin.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+
+#include <algorithm>
+#include <chrono>
+#include <ctime>
+#include <mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/log.h"
+#include "runtime/base/status.h"
+#include "server/coordinator/admin_service.h"
+#include "server/coordinator/control_service.h"
+#include "server/coordinator/front_door/infer_service.h"
+#include "server/coordinator/front_door/server_limits.h"
+#include "server/coordinator/health.h"
+#include "server/coordinator/host.h"
+
+namespace epserve::coordinator {
+namespace {
+
+// Finds a machine that vanished without closing its connections. Dead processes are seen at once,
+// and stalled ones by their heartbeats, so this need not be fast.
+constexpr int kKeepaliveTimeMs = 10'000;
+constexpr int kKeepaliveTimeoutMs = 5'000;
+
+// What is still being answered when the server stops gets so long to leave.
+constexpr auto kStopGrace = std::chrono::seconds(1);
+
+// gRPC's own lines would otherwise stand on stderr beside ours, and twice where we report the same.
+void LogGrpcLine(gpr_log_func_args* args) {
+  runtime::LogDebug("grpc", {{"file", args->file}, {"line", args->line}, {"text", args->message}});
+}
+
+// Once in a process, before its first server.
+void PrepareGrpc() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    gpr_set_log_function(LogGrpcLine);
+    EnableHealthService();
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::channelz::experimental::InitChannelzService();
+  });
+}
+
+Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
+                  const Coordinator::Pace& pace) {
+  Config config;
+  config.num_workers = options.num_workers;
+  config.num_experts = model.num_experts;
+  config.topk = model.topk;
+  config.layers = model.layers;
+  config.max_batch_tokens = options.max_batch_tokens;
+  config.num_slots = options.num_slots;
+  config.queue_capacity = options.queue_capacity;
+  config.batch_window_us = options.batch_window_us;
+  config.trigger = options.separate_triggers ? TriggerMode::kSeparate : TriggerMode::kTogether;
+  config.lease_us = options.lease_ms * 1000;
+  config.initial_epoch = static_cast<EpochId>(std::time(nullptr));
+  config.epoch_pace_us = pace.epoch_pace_us;
+  config.probe_backoff_us = pace.probe_backoff_us;
+  config.formation_timeout_us = options.formation_timeout_ms * 1000;
+  config.batch_timeout_us = options.batch_timeout_ms * 1000;
+  config.drain_timeout_us = options.drain_timeout_ms * 1000;
+  return config;
+}
+
+FrontDoorOptions MakeFrontDoorOptions(const Options& options, const runtime::ModelInfo& model) {
+  FrontDoorOptions out;
+  out.model.name = options.model_name;
+  out.model.hidden = model.hidden;
+  out.model.intermediate = model.intermediate;
+  out.model.num_experts = model.num_experts;
+  out.model.topk = model.topk;
+  out.model.layers = model.layers;
+  out.model.has_router = model.has_router;
+  out.model.max_batch_tokens = options.max_batch_tokens;
+  return out;
+}
+
+HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& model) {
+  HelloPolicy policy;
+  policy.version = EPSERVE_VERSION;
+  policy.fingerprint = model.fingerprint;
+  policy.max_batch_tokens = options.max_batch_tokens;
+  policy.cluster_id = options.cluster_id;
+  return policy;
+}
+
+}  // namespace
+
+// In the order of making; each outlives what stands below it.
+struct Coordinator::Parts {
+  std::unique_ptr<Metrics> metrics;
+  std::unique_ptr<ShmRegistry> regions;
+  std::unique_ptr<Host> host;
+  std::unique_ptr<grpc::Service> infer;
+  std::unique_ptr<grpc::Service> control;
+  std::unique_ptr<grpc::Service> admin;
+  std::unique_ptr<grpc::Server> server;
+  std::vector<int> ports;
+  std::once_flag stopped;
+
+  absl::Status StartServer(const Options& options) {
+    grpc::ServerBuilder builder;
+    ApplyServerLimits(static_cast<int>(options.max_message_bytes), builder);
+    // Without this a second coordinator would share the port silently.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
+    ports.assign(options.listen.size(), -1);
+    for (std::size_t i = 0; i < options.listen.size(); ++i) {
+      builder.AddListeningPort(options.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
+    }
+    for (grpc::Service* service : {infer.get(), control.get(), admin.get()}) {
+      builder.RegisterService(service);
+    }
+    server = builder.BuildAndStart();
+    for (std::size_t i = 0; i < options.listen.size(); ++i) {
+      // gRPC gives 0 for an address that it could not bind, and 1 for a Unix socket that it could.
+      if (server == nullptr || ports[i] <= 0) {
+        const bool this_one = ports[i] == 0;
+        if (server == nullptr && !this_one && i + 1 < options.listen.size()) continue;
+        return absl::UnavailableError(absl::StrCat("listen: address ", options.listen[i],
+                                                   " cannot be bound; free it or give another "
+                                                   "--listen"));
+      }
+      if (options.listen[i].starts_with("unix:")) ports[i] = 0;
+    }
+    StartHealth(server.get());
+    return absl::OkStatus();
+  }
+};
+
+Coordinator::Coordinator(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
+
+Coordinator::~Coordinator() { Stop(); }
+
+absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& options,
+                                                                 const runtime::ModelInfo& model,
+                                                                 std::function<void()> on_drained,
+                                                                 Pace pace) {
+  PrepareGrpc();
+  auto parts = std::make_unique<Parts>();
+  EPS_ASSIGN_OR_RETURN(parts->metrics, Metrics::Create(options.metrics_listen, model.num_experts));
+  ShmOptions shm;
+  shm.allowed = options.allow_client_shm;
+  shm.key_prefixes = options.shm_key_prefixes;
+  parts->regions = std::make_unique<ShmRegistry>(std::move(shm));
+
+  HostHooks hooks;
+  hooks.on_drained = std::move(on_drained);
+  hooks.on_serving = [raw = parts.get()](bool serving) {
+    SetHealthReady(raw->server.get(), serving);
+  };
+  parts->host = std::make_unique<Host>(MakeConfig(options, model, pace), model.hidden,
+                                       parts->metrics.get(), std::move(hooks));
+  parts->infer = MakeInferService(MakeFrontDoorOptions(options, model), parts->regions.get(),
+                                  parts->host.get());
+  parts->control = CreateControlService(parts->host.get(), MakeHelloPolicy(options, model));
+  parts->admin = CreateAdminService(parts->host.get(),
+                                    {options.cluster_id, EPSERVE_VERSION, options.model_name});
+  EPS_RETURN_IF_ERROR(parts->StartServer(options));
+  parts->host->Start();  // What came in between has waited in the inbox.
+  return std::unique_ptr<Coordinator>(new Coordinator(std::move(parts)));
+}
+
+void Coordinator::Drain() { parts_->host->DrainCluster(); }
+
+void Coordinator::Stop() {
+  std::call_once(parts_->stopped, [this] {
+    EndHealth(parts_->server.get());
+    parts_->host->Stop();
+    parts_->server->Shutdown(std::chrono::system_clock::now() + kStopGrace);
+    parts_->server->Wait();
+  });
+}
+
+const std::vector<int>& Coordinator::ports() const { return parts_->ports; }
+
+const Metrics& Coordinator::metrics() const { return *parts_->metrics; }
+
+}  // namespace epserve::coordinator

@@ -1,0 +1,346 @@
+#include "server/coordinator/host.h"
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/log.h"
+
+namespace epserve::coordinator {
+namespace {
+
+constexpr const char* kStopped = "coordinator: shutting down; retry against another coordinator";
+
+RowType RowTypeOf(runtime::DataType type) {
+  switch (type) {
+    case runtime::DataType::kFp16:
+      return RowType::kFp16;
+    case runtime::DataType::kBf16:
+      return RowType::kBf16;
+    default:
+      return RowType::kFp32;
+  }
+}
+
+TimeUs ToUs(Host::Clock::time_point time) {
+  if (time == Host::Clock::time_point::max()) return kNever;
+  return std::chrono::duration_cast<std::chrono::microseconds>(time.time_since_epoch()).count();
+}
+
+}  // namespace
+
+Host::Host(const Config& config, std::int64_t hidden, Metrics* metrics, HostHooks hooks)
+    : config_(config), hidden_(hidden), metrics_(metrics), hooks_(std::move(hooks)) {
+  expert_rows_.assign(config.layers.size(),
+                      std::vector<std::uint64_t>(static_cast<std::size_t>(config.num_experts), 0));
+}
+
+Host::~Host() { Stop(); }
+
+void Host::Start() {
+  config_.start_us = NowUs();
+  machine_ = std::make_unique<StateMachine>(config_);
+  batches_ = std::make_unique<BatchStore>(machine_->placement(), hidden_, config_.topk);
+  UpdateGauges();
+  thread_ = std::thread([this] { Run(); });
+}
+
+void Host::Stop() {
+  {
+    std::lock_guard<std::mutex> lock(mu_);
+    stopping_ = true;
+    wake_.notify_one();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+TimeUs Host::NowUs() { return ToUs(Clock::now()); }
+
+// ---- from other threads
+
+void Host::Post(Item item) {
+  bool wake = false;
+  bool refused = false;
+  {
+    std::lock_guard<std::mutex> lock(mu_);
+    refused = stopping_;
+    if (!refused) {
+      inbox_.push_back(std::move(item));
+      wake = std::exchange(sleeping_, false);
+    }
+  }
+  if (refused) Refuse(item);  // NOLINT(bugprone-use-after-move): it was not moved
+  if (wake) wake_.notify_one();
+}
+
+void Host::Refuse(Item& item) {
+  if (auto* request = std::get_if<std::unique_ptr<PendingRequest>>(&item)) {
+    (*request)->Complete({absl::UnavailableError(kStopped), {}, 0});
+  } else if (auto* query = std::get_if<Query>(&item)) {
+    (*query)(/*stopped=*/true);
+  } else if (auto* opened = std::get_if<NewStream>(&item)) {
+    opened->stream->Close(absl::UnavailableError(kStopped), /*flush=*/false);
+  }
+}
+
+void Host::Submit(std::unique_ptr<PendingRequest> request) { Post(std::move(request)); }
+
+void Host::Cancel(std::uint64_t id) { Post(CancelRequest{id}); }
+
+void Host::OnAnswered(absl::StatusCode code, std::chrono::nanoseconds server_time) {
+  metrics_->AddRequest(code, std::chrono::duration<double>(server_time).count());
+}
+
+void Host::OpenStream(StreamId id, std::shared_ptr<WorkerStream> stream, HelloInfo hello) {
+  Post(NewStream{id, std::move(stream), std::move(hello)});
+}
+
+void Host::Report(WorkerReport report) { Post(std::move(report)); }
+
+void Host::QueryCluster(std::function<void(absl::StatusOr<ClusterView>)> done) {
+  Post(Query([this, done = std::move(done)](bool stopped) {
+    if (stopped) return done(absl::UnavailableError(kStopped));
+    done(View());
+  }));
+}
+
+void Host::QueryExpertLoad(std::int64_t layer,
+                           std::function<void(absl::StatusOr<std::vector<std::uint64_t>>)> done) {
+  Post(Query([this, layer, done = std::move(done)](bool stopped) {
+    if (stopped) return done(absl::UnavailableError(kStopped));
+    std::vector<std::uint64_t> rows(static_cast<std::size_t>(config_.num_experts), 0);
+    bool found = layer == -1;
+    for (std::size_t i = 0; i < config_.layers.size(); ++i) {
+      if (layer != -1 && config_.layers[i] != layer) continue;
+      found = true;
+      for (std::size_t e = 0; e < rows.size(); ++e) rows[e] += expert_rows_[i][e];
+    }
+    if (!found) {
+      return done(absl::NotFoundError(
+          absl::StrCat("expert load: layer ", layer, " has no experts; give one of the model's ",
+                       config_.layers.size(), " expert layers, or -1 for their sum")));
+    }
+    done(std::move(rows));
+  }));
+}
+
+void Host::DrainWorker(std::string worker_id, std::function<void(absl::Status)> done) {
+  Post(Query([this, worker_id = std::move(worker_id), done = std::move(done)](bool stopped) {
+    if (stopped) return done(absl::UnavailableError(kStopped));
+    const std::uint64_t token = next_drain_token_++;
+    worker_drains_[token] = done;
+    ApplyEvent(coordinator::DrainWorker{worker_id, token});
+  }));
+}
+
+void Host::DrainCluster() { Post(Drain{}); }
+
+// ---- the host's thread
+
+bool Host::TakeItems(std::vector<Item>& items) {
+  items.clear();
+  const std::optional<TimeUs> deadline = machine_->NextDeadline();
+  std::unique_lock<std::mutex> lock(mu_);
+  if (inbox_.empty() && !stopping_) {
+    sleeping_ = true;
+    const auto roused = [this] { return !inbox_.empty() || stopping_; };
+    if (deadline.has_value()) {
+      wake_.wait_until(lock, Clock::time_point(std::chrono::microseconds(*deadline)), roused);
+    } else {
+      wake_.wait(lock, roused);
+    }
+    sleeping_ = false;
+  }
+  items.swap(inbox_);
+  return !stopping_;
+}
+
+void Host::Run() {
+  std::vector<Item> items;
+  bool running = true;
+  while (running) {
+    running = TakeItems(items);
+    for (Item& item : items) {
+      std::visit([this](auto& content) { Handle(content); }, item);
+    }
+    // After the waiting events: a heartbeat that came in time counts even if this thread is late.
+    const std::optional<TimeUs> deadline = machine_->NextDeadline();
+    if (deadline.has_value() && NowUs() >= *deadline) ApplyEvent(Tick{});
+    UpdateGauges();
+  }
+  Shut();
+}
+
+void Host::Shut() {
+  for (auto& [id, record] : requests_) {
+    record.pending->Complete({absl::UnavailableError(kStopped), {}, 0});
+  }
+  requests_.clear();
+  for (auto& [token, done] : worker_drains_) done(absl::UnavailableError(kStopped));
+  worker_drains_.clear();
+  for (auto& [id, record] : streams_) {
+    record.stream->Close(absl::UnavailableError(kStopped), /*flush=*/false);
+  }
+  streams_.clear();
+  ready_.store(false, std::memory_order_release);
+}
+
+void Host::ApplyEvent(Event event) {
+  raised_.push_back(std::move(event));
+  while (!raised_.empty()) {
+    std::vector<Command> commands = machine_->Apply(raised_.front(), NowUs());
+    raised_.pop_front();
+    for (Command& command : commands) {
+      std::visit([this](auto& content) { Execute(content); }, command);
+    }
+  }
+}
+
+void Host::Handle(std::unique_ptr<PendingRequest>& request) {
+  const RequestId id = request->id;
+  const ValidatedRequest& validated = request->request;
+  RequestArrived event;
+  event.request = id;
+  event.layer = validated.layer;
+  event.row_type = RowTypeOf(validated.dtype);
+  event.routed = validated.routed;
+  event.num_tokens = validated.num_tokens;
+  event.deadline_us = ToUs(request->deadline);
+  const TimeUs arrived_us = ToUs(request->arrival);
+  requests_.emplace(id, RequestRecord{std::move(request), arrived_us});
+  ApplyEvent(event);
+}
+
+void Host::Handle(CancelRequest& cancel) { ApplyEvent(RequestCancelled{cancel.id}); }
+
+void Host::Handle(NewStream& opened) {
+  WorkerHello event;
+  event.stream = opened.id;
+  event.worker_id = opened.hello.worker_id;
+  event.incarnation = opened.hello.incarnation;
+  event.last_epoch = opened.hello.last_epoch;
+  event.held_rank = opened.hello.held_rank;
+  event.held_num_ranks = opened.hello.held_num_ranks;
+  runtime::LogInfo("worker_hello", {{"worker", opened.hello.worker_id},
+                                    {"node", opened.hello.node},
+                                    {"pid", opened.hello.pid},
+                                    {"backend", opened.hello.backend},
+                                    {"last_epoch", opened.hello.last_epoch},
+                                    {"held_rank", opened.hello.held_rank}});
+  StreamRecord& record = streams_[opened.id];
+  record.stream = std::move(opened.stream);
+  record.hello = std::move(opened.hello);
+  ApplyEvent(event);
+}
+
+void Host::Handle(Query& query) { query(/*stopped=*/false); }
+
+void Host::Handle(Drain&) { ApplyEvent(coordinator::DrainCluster{}); }
+
+void Host::Handle(WorkerReport& report) {
+  if (auto* done = std::get_if<BatchDone>(&report.event)) return HandleBatchDone(report, *done);
+  if (auto* opened = std::get_if<PeersOpened>(&report.event)) {
+    const auto it = streams_.find(opened->stream);
+    if (it != streams_.end()) {
+      it->second.probe_epoch = opened->epoch;
+      it->second.probe_output = std::move(report.probe_output);
+    }
+  }
+  ApplyEvent(report.event);
+  if (auto* closed = std::get_if<StreamClosed>(&report.event)) streams_.erase(closed->stream);
+}
+
+void Host::HandleBatchDone(WorkerReport& report, BatchDone& done) {
+  if (done.code != absl::StatusCode::kOk) return ApplyEvent(done);
+  int rank = -1;
+  const absl::Status taken =
+      batches_->TakeOutput(done, std::move(report.output), report.times, NowUs(), &rank);
+  if (!taken.ok()) {
+    done.code = taken.code();
+    done.message = std::string(taken.message());
+    ApplyEvent(done);
+    // A worker that miscounts its own rows is not to be trusted with this epoch.
+    ApplyEvent(WorkerFailure{done.stream, taken.code(), done.message});
+    return;
+  }
+  const KeptBatch* batch = rank >= 0 ? batches_->Find(done.epoch, done.batch) : nullptr;
+  const bool counts = batch != nullptr && !batch->is_probe;
+  const std::int64_t layer = counts ? batch->layer : 0;
+  ApplyEvent(done);  // First: callers wait for it, and nobody for the counters.
+  if (counts) AddExpertRows(layer, rank, done.stream, report.local_expert_rows);
+}
+
+void Host::AddExpertRows(std::int64_t model_layer, int rank, StreamId stream,
+                         const std::vector<std::int64_t>& local_rows) {
+  const runtime::Placement& placement = machine_->placement();
+  if (static_cast<std::int64_t>(local_rows.size()) != placement.num_local_experts(rank)) return;
+  const auto layer = std::find(config_.layers.begin(), config_.layers.end(), model_layer);
+  if (layer == config_.layers.end()) return;
+  auto& load = expert_rows_[static_cast<std::size_t>(layer - config_.layers.begin())];
+  const auto record = streams_.find(stream);
+  for (std::size_t i = 0; i < local_rows.size(); ++i) {
+    if (local_rows[i] <= 0) continue;
+    const std::int64_t expert = placement.first_expert[rank] + static_cast<std::int64_t>(i);
+    load[static_cast<std::size_t>(expert)] += static_cast<std::uint64_t>(local_rows[i]);
+    metrics_->AddExpertRows(expert, local_rows[i]);
+    if (record != streams_.end()) {
+      record->second.expert_rows += static_cast<std::uint64_t>(local_rows[i]);
+    }
+  }
+}
+
+void Host::UpdateGauges() {
+  const Snapshot snapshot = machine_->TakeSnapshot();
+  metrics_->SetQueueDepth(snapshot.queued_requests);
+  metrics_->SetEpoch(snapshot.epoch);
+  metrics_->SetBatchesInFlight(snapshot.batches_in_flight);
+  std::vector<std::pair<std::string, int>> workers;
+  for (const WorkerSnapshot& worker : snapshot.workers) {
+    workers.emplace_back(WorkerStateName(worker), 1);
+  }
+  metrics_->SetWorkers(workers);
+}
+
+ClusterView Host::View() const {
+  ClusterView view;
+  view.cluster = machine_->TakeSnapshot();
+  view.placement = machine_->placement();
+  const TimeUs now_us = NowUs();
+  view.uptime_ms = (now_us - config_.start_us) / 1000;
+  for (const WorkerSnapshot& worker : view.cluster.workers) {
+    WorkerView& shown = view.workers.emplace_back();
+    shown.worker = worker;
+    shown.ms_since_heartbeat = (now_us - worker.last_heartbeat_us) / 1000;
+    const auto it = streams_.find(worker.stream);
+    if (it == streams_.end()) continue;
+    shown.node = it->second.hello.node;
+    shown.pid = it->second.hello.pid;
+    shown.backend = it->second.hello.backend;
+    shown.expert_rows = it->second.expert_rows;
+  }
+  return view;
+}
+
+const char* WorkerStateName(const WorkerSnapshot& worker) {
+  if (worker.draining) return "draining";
+  switch (worker.state) {
+    case WorkerState::kStandby:
+      return "standby";
+    case WorkerState::kLoading:
+      return "loading";
+    case WorkerState::kLoaded:
+    case WorkerState::kQuiescing:
+      return "loaded";
+    case WorkerState::kForming:
+      return "forming";
+    case WorkerState::kServing:
+      return "serving";
+    case WorkerState::kLeaving:
+      return "draining";
+  }
+  return "loaded";
+}
+
+}  // namespace epserve::coordinator

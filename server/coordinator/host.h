@@ -1,0 +1,198 @@
+// Runs the pure state machine: owns its thread, its clock and everything that it must not know
+// (payloads, streams, metrics, logs).
+//
+//   gRPC threads ──post──► inbox ──(one wake-up per burst)──► host thread: Apply ─► commands
+//                                       worker streams, replies, probe check, metrics ◄──┘
+//
+// Thread-safe: every public method may be called from any thread; none waits for another request
+// but Stop(). Hooks and query callbacks run on the host's thread.
+//
+// Invariants: a submitted request is completed once. After Stop() nothing is accepted: requests and
+// queries are answered UNAVAILABLE at once.
+#ifndef EPSERVE_SERVER_COORDINATOR_HOST_H_
+#define EPSERVE_SERVER_COORDINATOR_HOST_H_
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/coordinator/batch_store.h"
+#include "server/coordinator/front_door/request_sink.h"
+#include "server/coordinator/metrics.h"
+#include "server/coordinator/state_machine/state_machine.h"
+#include "server/coordinator/worker_stream.h"
+
+namespace epserve::coordinator {
+
+// The cluster at one moment, for the admin service.
+struct WorkerView {
+  WorkerSnapshot worker;
+  std::string node;
+  std::int64_t pid = 0;
+  std::string backend;
+  std::uint64_t expert_rows = 0;
+  std::int64_t ms_since_heartbeat = 0;
+};
+struct ClusterView {
+  Snapshot cluster;
+  runtime::Placement placement;
+  std::vector<WorkerView> workers;
+  std::int64_t uptime_ms = 0;
+};
+
+struct HostHooks {
+  std::function<void(bool serving)> on_serving;
+  std::function<void()> on_drained;  // nothing accepted is left after DrainCluster()
+};
+
+// The word for a worker's state in the admin service and the metrics.
+const char* WorkerStateName(const WorkerSnapshot& worker);
+
+class Host : public RequestSink {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  // `config.start_us` is set by Start(). REQUIRES: config.max_batch_tokens is at least
+  // NumProbeTokens(num_workers); `metrics` outlives the host.
+  Host(const Config& config, std::int64_t hidden, Metrics* metrics, HostHooks hooks);
+  ~Host() override;  // Stops.
+
+  void Start();
+  // Answers what is left, closes every stream, ends the thread. Idempotent.
+  void Stop();
+
+  // ---- front door
+  void Submit(std::unique_ptr<PendingRequest> request) override;
+  void Cancel(std::uint64_t id) override;
+  bool ready() const override { return ready_.load(std::memory_order_acquire); }
+  void OnAnswered(absl::StatusCode code, std::chrono::nanoseconds server_time) override;
+
+  // ---- control service
+  StreamId NewStreamId() { return next_stream_.fetch_add(1, std::memory_order_relaxed); }
+  void OpenStream(StreamId id, std::shared_ptr<WorkerStream> stream, HelloInfo hello);
+  void Report(WorkerReport report);  // StreamClosed too, as the last of its stream
+
+  // ---- admin service
+  void QueryCluster(std::function<void(absl::StatusOr<ClusterView>)> done);
+  // `layer` -1: summed over the layers. NOT_FOUND: no such layer.
+  void QueryExpertLoad(std::int64_t layer,
+                       std::function<void(absl::StatusOr<std::vector<std::uint64_t>>)> done);
+  void DrainWorker(std::string worker_id, std::function<void(absl::Status)> done);
+
+  void DrainCluster();
+
+ private:
+  struct NewStream {
+    StreamId id = 0;
+    std::shared_ptr<WorkerStream> stream;
+    HelloInfo hello;
+  };
+  struct CancelRequest {
+    RequestId id = 0;
+  };
+  struct Drain {};
+  using Query = std::function<void(bool stopped)>;
+  using Item = std::variant<WorkerReport, std::unique_ptr<PendingRequest>, CancelRequest, NewStream,
+                            Query, Drain>;
+
+  struct StreamRecord {
+    std::shared_ptr<WorkerStream> stream;
+    HelloInfo hello;
+    int rank = -1;
+    std::uint64_t expert_rows = 0;
+    EpochId probe_epoch = 0;
+    std::vector<float> probe_output;
+  };
+  struct RequestRecord {
+    std::unique_ptr<PendingRequest> pending;
+    TimeUs arrived_us = 0;
+  };
+
+  void Post(Item item);
+  static void Refuse(Item& item);  // what is posted after Stop()
+  void Run();
+  bool TakeItems(std::vector<Item>& items);  // false: stop
+  void Shut();                               // on the host's thread, last
+
+  void Handle(WorkerReport& report);
+  void Handle(std::unique_ptr<PendingRequest>& request);
+  void Handle(CancelRequest& cancel);
+  void Handle(NewStream& opened);
+  void Handle(Query& query);
+  void Handle(Drain& drain);
+  void HandleBatchDone(WorkerReport& report, BatchDone& done);
+  void AddExpertRows(std::int64_t layer, int rank, StreamId stream,
+                     const std::vector<std::int64_t>& local_rows);
+
+  // Applies the event and carries out its commands, then the events that those gave rise to.
+  void ApplyEvent(Event event);
+  void Send(StreamId stream, StreamMessage message);
+  void SendShards(const std::vector<ShardPlan>& plans, std::vector<ShardMessage> shards);
+
+  template <typename StreamCommand>
+  void Execute(StreamCommand& command);  // commands that go to one stream as they are
+  void Execute(AssignRank& command);
+  void Execute(RejectWorker& command);
+  void Execute(CloseStream& command);
+  void Execute(StartProbe& command);
+  void Execute(StartBatch& command);
+  void Execute(SendCountMatrix& command);
+  void Execute(SendDispatchTrigger& command);
+  void Execute(SendCombineTrigger& command);
+  void Execute(VerifyProbe& command);
+  void Execute(FinishBatch& command);
+  void Execute(DropBatch& command);
+  void Execute(CompleteRequest& command);
+  void Execute(SetServing& command);
+  void Execute(DrainWorkerDone& command);
+  void Execute(ClusterDrained& command);
+  void Execute(Notice& command);
+
+  InferTimes TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us) const;
+  void ObserveBatch(const KeptBatch& batch);
+  void UpdateGauges();
+  ClusterView View() const;
+  static TimeUs NowUs();
+
+  Config config_;
+  const std::int64_t hidden_;
+  Metrics* const metrics_;
+  const HostHooks hooks_;
+  std::atomic<bool> ready_{false};
+  std::atomic<StreamId> next_stream_{1};
+
+  std::mutex mu_;
+  std::condition_variable wake_;
+  std::vector<Item> inbox_;  // guarded by mu_
+  bool sleeping_ = false;    // guarded by mu_; whether a post has to wake the thread
+  bool stopping_ = false;    // guarded by mu_
+
+  // Of the host's thread alone.
+  std::unique_ptr<StateMachine> machine_;
+  std::unique_ptr<BatchStore> batches_;
+  std::unordered_map<StreamId, StreamRecord> streams_;
+  std::unordered_map<RequestId, RequestRecord> requests_;
+  std::unordered_map<std::uint64_t, std::function<void(absl::Status)>> worker_drains_;
+  std::uint64_t next_drain_token_ = 1;
+  std::deque<Event> raised_;  // by commands; applied once the commands before are carried out
+  std::vector<std::vector<std::uint64_t>> expert_rows_;  // [layers][E]
+
+  std::thread thread_;
+};
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_HOST_H_

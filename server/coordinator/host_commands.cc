@@ -1,0 +1,226 @@
+// How the host carries out each command of the state machine. All on the host's thread.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/log.h"
+#include "server/common/probe.h"
+#include "server/coordinator/host.h"
+
+namespace epserve::coordinator {
+namespace {
+
+constexpr double kSecondsPerNs = 1e-9;
+constexpr double kSecondsPerUs = 1e-6;
+
+// The outputs of a probe (fp32 rows) in one piece.
+absl::StatusOr<std::vector<float>> JoinProbeOutput(const KeptBatch& batch) {
+  std::vector<float> output(batch.probe.hidden.size());
+  const std::span<char> bytes(reinterpret_cast<char*>(output.data()),
+                              output.size() * sizeof(float));
+  const absl::Status status = BatchStore::CopyRows(batch, {0, batch.probe.num_tokens}, bytes);
+  if (!status.ok()) return status;
+  return output;
+}
+
+}  // namespace
+
+void Host::Send(StreamId stream, StreamMessage message) {
+  const auto it = streams_.find(stream);
+  if (it != streams_.end()) it->second.stream->Send(std::move(message));
+}
+
+void Host::SendShards(const std::vector<ShardPlan>& plans, std::vector<ShardMessage> shards) {
+  for (std::size_t i = 0; i < plans.size(); ++i) Send(plans[i].stream, std::move(shards[i]));
+}
+
+template <typename StreamCommand>
+void Host::Execute(StreamCommand& command) {
+  const StreamId stream = command.stream;
+  Send(stream, std::move(command));
+}
+template void Host::Execute(SendStandby&);
+template void Host::Execute(SendCreateHeap&);
+template void Host::Execute(SendOpenPeers&);
+template void Host::Execute(SendEpochStarted&);
+template void Host::Execute(SendEpochEnded&);
+template void Host::Execute(GrantLease&);
+template void Host::Execute(SendShutdown&);
+
+void Host::Execute(AssignRank& command) {
+  const auto it = streams_.find(command.stream);
+  if (it == streams_.end()) return;
+  it->second.rank = command.rank;
+  it->second.stream->Send(std::move(command));
+}
+
+void Host::Execute(RejectWorker& command) {
+  const auto it = streams_.find(command.stream);
+  if (it == streams_.end()) return;
+  const absl::Status reason(command.code, command.message);
+  it->second.stream->Send(std::move(command));
+  it->second.stream->Close(reason, /*flush=*/true);
+}
+
+void Host::Execute(CloseStream& command) {
+  const auto it = streams_.find(command.stream);
+  if (it == streams_.end()) return;
+  it->second.stream->Close(absl::AbortedError(absl::StrCat("control: ", command.reason)),
+                           /*flush=*/false);
+  streams_.erase(it);
+}
+
+void Host::Execute(StartProbe& command) {
+  SendShards(command.shards, batches_->Start(command, NowUs()));
+}
+
+void Host::Execute(StartBatch& command) {
+  std::vector<const ValidatedRequest*> requests;
+  for (const RequestRows& part : command.requests) {
+    const auto it = requests_.find(part.request);
+    if (it == requests_.end()) {
+      runtime::LogError("batch_without_request", {{"request", part.request}});
+      return;
+    }
+    requests.push_back(&it->second.pending->request);
+  }
+  SendShards(command.shards, batches_->Start(command, requests, NowUs()));
+}
+
+void Host::Execute(SendCountMatrix& command) {
+  const auto counts = std::make_shared<const runtime::CountMatrix>(std::move(command.counts));
+  for (StreamId stream : command.streams) {
+    Send(stream, CountMatrixMessage{command.epoch, command.batch, counts});
+  }
+}
+
+void Host::Execute(SendDispatchTrigger& command) {
+  for (StreamId stream : command.streams) {
+    Send(stream, DispatchTriggerMessage{command.epoch, command.batch});
+  }
+}
+
+void Host::Execute(SendCombineTrigger& command) {
+  for (StreamId stream : command.streams) {
+    Send(stream, CombineTriggerMessage{command.epoch, command.batch});
+  }
+}
+
+void Host::Execute(VerifyProbe& command) {
+  absl::Status verdict = absl::InternalError("probe: its batch is not known");
+  if (const KeptBatch* batch = batches_->Find(command.epoch, command.batch)) {
+    std::vector<std::vector<float>> references(batch->shards.size());
+    for (const ShardPlan& plan : batch->shards) {
+      const auto it = streams_.find(plan.stream);
+      if (it == streams_.end() || it->second.probe_epoch != command.epoch) continue;
+      references[static_cast<std::size_t>(plan.rank)] = it->second.probe_output;
+    }
+    const absl::StatusOr<std::vector<float>> output = JoinProbeOutput(*batch);
+    verdict = output.ok() ? server::VerifyProbe(batch->probe, machine_->placement(), hidden_,
+                                                references, *output)
+                          : output.status();
+  }
+  batches_->Erase(command.epoch, command.batch);
+  if (verdict.ok()) {
+    runtime::LogInfo("probe_right", {{"epoch", command.epoch}});
+  } else {
+    runtime::LogError("probe_wrong", {{"epoch", command.epoch}, {"status", verdict}});
+  }
+  raised_.push_back(ProbeVerified{command.epoch, verdict.ok(), std::string(verdict.message())});
+}
+
+InferTimes Host::TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us) const {
+  InferTimes times;
+  times.queue_us = std::max<std::int64_t>(batch.started_us - arrived_us, 0);
+  times.assign_us = batch.times.assign_ns / 1000;
+  times.counts_us = batch.times.counts_ns / 1000;
+  times.dispatch_us = batch.times.dispatch_ns / 1000;
+  times.ffn_us = batch.times.ffn_ns / 1000;
+  times.combine_us = batch.times.combine_ns / 1000;
+  times.epoch = epoch;
+  return times;
+}
+
+void Host::ObserveBatch(const KeptBatch& batch) {
+  const auto observe = [&](PhaseMetric phase, std::int64_t ns) {
+    metrics_->ObservePhase(phase, static_cast<double>(ns) * kSecondsPerNs);
+  };
+  observe(PhaseMetric::kAssign, batch.times.assign_ns);
+  observe(PhaseMetric::kCounts, batch.times.counts_ns);
+  observe(PhaseMetric::kDispatch, batch.times.dispatch_ns);
+  observe(PhaseMetric::kFfn, batch.times.ffn_ns);
+  observe(PhaseMetric::kCombine, batch.times.combine_ns);
+  metrics_->ObservePhase(PhaseMetric::kReply,
+                         static_cast<double>(NowUs() - batch.last_done_us) * kSecondsPerUs);
+}
+
+void Host::Execute(FinishBatch& command) {
+  const KeptBatch* batch = batches_->Find(command.epoch, command.batch);
+  for (const RequestRows& part : command.requests) {
+    const auto it = requests_.find(part.request);
+    if (it == requests_.end()) continue;
+    PendingRequest& pending = *it->second.pending;
+    const absl::Status copied =
+        batch == nullptr ? absl::InternalError("batch: it is not known")
+                         : BatchStore::CopyRows(*batch, part.rows, pending.MutableOutput());
+    if (copied.ok()) {
+      const InferTimes times = TimesOf(*batch, command.epoch, it->second.arrived_us);
+      metrics_->ObservePhase(PhaseMetric::kQueue,
+                             static_cast<double>(times.queue_us) * kSecondsPerUs);
+      metrics_->AddTokens(part.rows.size());
+      pending.Complete({absl::OkStatus(), times, 0});
+    } else {
+      pending.Complete({copied, {}, 0});
+    }
+    requests_.erase(it);
+  }
+  if (batch != nullptr) ObserveBatch(*batch);
+  batches_->Erase(command.epoch, command.batch);
+}
+
+void Host::Execute(DropBatch& command) { batches_->Erase(command.epoch, command.batch); }
+
+void Host::Execute(CompleteRequest& command) {
+  const auto it = requests_.find(command.request);
+  if (it == requests_.end()) return;
+  Completion completion;
+  completion.status = absl::Status(command.code, command.message);
+  completion.times.epoch = command.epoch;
+  completion.retry_pushback_ms = std::max<std::int64_t>(command.pushback_ms, 0);
+  it->second.pending->Complete(std::move(completion));
+  requests_.erase(it);
+}
+
+void Host::Execute(SetServing& command) {
+  ready_.store(command.serving, std::memory_order_release);
+  runtime::LogInfo(command.serving ? "serving" : "not_serving", {{"epoch", command.epoch}});
+  if (hooks_.on_serving) hooks_.on_serving(command.serving);
+}
+
+void Host::Execute(DrainWorkerDone& command) {
+  const auto it = worker_drains_.find(command.token);
+  if (it == worker_drains_.end()) return;
+  it->second(absl::Status(command.code, command.message));
+  worker_drains_.erase(it);
+}
+
+void Host::Execute(ClusterDrained&) {
+  runtime::LogInfo("drained");
+  if (hooks_.on_drained) hooks_.on_drained();
+}
+
+void Host::Execute(Notice& command) {
+  switch (command.level) {
+    case Notice::Level::kInfo:
+      runtime::LogInfo(command.event, {{"detail", command.message}});
+      break;
+    case Notice::Level::kWarning:
+      runtime::LogWarning(command.event, {{"detail", command.message}});
+      break;
+    case Notice::Level::kError:
+      runtime::LogError(command.event, {{"detail", command.message}});
+      break;
+  }
+}
+
+}  // namespace epserve::coordinator

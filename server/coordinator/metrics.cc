@@ -1,0 +1,182 @@
+#include "server/coordinator/metrics.h"
+
+#include <prometheus/counter.h>
+#include <prometheus/exposer.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+#include <prometheus/text_serializer.h>
+
+#include <algorithm>
+#include <array>
+#include <exception>
+#include <map>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+
+namespace epserve::coordinator {
+namespace {
+
+constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
+    "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
+constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
+                                                      "serving", "standby", "draining"};
+// The highest status code (UNAUTHENTICATED) has the number 16.
+constexpr int kNumStatusCodes = 17;
+
+// Seconds: from a phase of one token (microseconds) to a prefill on a slow CPU (seconds).
+prometheus::Histogram::BucketBoundaries TimeBuckets() {
+  return {5e-6, 1e-5,   2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
+          1e-2, 2.5e-2, 5e-2,   0.1,  0.25, 0.5,    1.0,  2.5,  10.0};
+}
+
+}  // namespace
+
+std::string OutcomeLabel(absl::StatusCode code) {
+  return absl::AsciiStrToLower(absl::StatusCodeToString(code));
+}
+
+struct Metrics::State {
+  std::shared_ptr<prometheus::Registry> registry = std::make_shared<prometheus::Registry>();
+  std::array<prometheus::Counter*, kNumStatusCodes> requests{};
+  prometheus::Gauge* queue_depth = nullptr;
+  prometheus::Counter* tokens = nullptr;
+  std::array<prometheus::Histogram*, kNumPhaseMetrics> phases{};
+  prometheus::Histogram* request_seconds = nullptr;
+  std::vector<prometheus::Counter*> expert_rows;  // [E]
+  prometheus::Gauge* epoch = nullptr;
+  std::map<std::string, prometheus::Gauge*> workers;
+  prometheus::Gauge* batches_in_flight = nullptr;
+  // Last: it stops serving before what it serves goes.
+  std::unique_ptr<prometheus::Exposer> exposer;
+
+  explicit State(std::int64_t num_experts) {
+    auto& request_family = prometheus::BuildCounter()
+                               .Name("epserve_requests_total")
+                               .Help("Requests answered, by outcome")
+                               .Register(*registry);
+    for (int code = 0; code < kNumStatusCodes; ++code) {
+      requests[code] =
+          &request_family.Add({{"outcome", OutcomeLabel(static_cast<absl::StatusCode>(code))}});
+    }
+    queue_depth = &prometheus::BuildGauge()
+                       .Name("epserve_queue_depth")
+                       .Help("Requests waiting for a batch")
+                       .Register(*registry)
+                       .Add({});
+    tokens = &prometheus::BuildCounter()
+                  .Name("epserve_tokens_total")
+                  .Help("Tokens of requests answered with a result")
+                  .Register(*registry)
+                  .Add({});
+    auto& phase_family = prometheus::BuildHistogram()
+                             .Name("epserve_phase_seconds")
+                             .Help("Duration of each phase; over the workers, the longest")
+                             .Register(*registry);
+    for (int phase = 0; phase < kNumPhaseMetrics; ++phase) {
+      phases[phase] = &phase_family.Add({{"phase", kPhaseNames[phase]}}, TimeBuckets());
+    }
+    request_seconds = &prometheus::BuildHistogram()
+                           .Name("epserve_request_seconds")
+                           .Help("From a request's arrival to its answer, inside the coordinator")
+                           .Register(*registry)
+                           .Add({}, TimeBuckets());
+    auto& expert_family = prometheus::BuildCounter()
+                              .Name("epserve_expert_rows_total")
+                              .Help("Rows that each expert took, over all layers")
+                              .Register(*registry);
+    for (std::int64_t expert = 0; expert < num_experts; ++expert) {
+      expert_rows.push_back(&expert_family.Add({{"expert", std::to_string(expert)}}));
+    }
+    epoch = &prometheus::BuildGauge()
+                 .Name("epserve_epoch")
+                 .Help("Number of the present epoch; 0: none yet")
+                 .Register(*registry)
+                 .Add({});
+    auto& worker_family = prometheus::BuildGauge()
+                              .Name("epserve_workers")
+                              .Help("Workers joined, by state")
+                              .Register(*registry);
+    for (const char* name : kWorkerStates) workers[name] = &worker_family.Add({{"state", name}});
+    batches_in_flight = &prometheus::BuildGauge()
+                             .Name("epserve_batches_in_flight")
+                             .Help("Batches handed to the workers and not done")
+                             .Register(*registry)
+                             .Add({});
+  }
+};
+
+Metrics::Metrics(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Metrics::~Metrics() = default;
+
+absl::StatusOr<std::unique_ptr<Metrics>> Metrics::Create(const std::string& listen,
+                                                         std::int64_t num_experts) {
+  auto state = std::make_unique<State>(num_experts);
+  if (listen != "off") {
+    // The web server reports a failure to bind by exception; it ends here. One thread: a scrape
+    // every few seconds is all its work.
+    try {
+      state->exposer = std::make_unique<prometheus::Exposer>(listen, 1);
+    } catch (const std::exception& error) {
+      return absl::UnavailableError(absl::StrCat("metrics: address ", listen, " cannot be bound (",
+                                                 error.what(),
+                                                 "); free it or give another --metrics-listen"));
+    }
+    state->exposer->RegisterCollectable(state->registry);
+  }
+  return std::unique_ptr<Metrics>(new Metrics(std::move(state)));
+}
+
+int Metrics::port() const {
+  if (state_->exposer == nullptr) return 0;
+  const std::vector<int> ports = state_->exposer->GetListeningPorts();
+  return ports.empty() ? 0 : ports.front();
+}
+
+void Metrics::AddRequest(absl::StatusCode code, double seconds) {
+  const int index = static_cast<int>(code);
+  const bool known = index >= 0 && index < kNumStatusCodes;
+  state_->requests[known ? index : static_cast<int>(absl::StatusCode::kUnknown)]->Increment();
+  state_->request_seconds->Observe(seconds);
+}
+
+void Metrics::AddTokens(std::int64_t num_tokens) {
+  state_->tokens->Increment(static_cast<double>(num_tokens));
+}
+
+void Metrics::ObservePhase(PhaseMetric phase, double seconds) {
+  state_->phases[static_cast<std::size_t>(phase)]->Observe(std::max(seconds, 0.0));
+}
+
+void Metrics::AddExpertRows(std::int64_t expert, std::int64_t rows) {
+  if (expert < 0 || expert >= static_cast<std::int64_t>(state_->expert_rows.size())) return;
+  state_->expert_rows[static_cast<std::size_t>(expert)]->Increment(static_cast<double>(rows));
+}
+
+void Metrics::SetQueueDepth(std::int64_t depth) {
+  state_->queue_depth->Set(static_cast<double>(depth));
+}
+
+void Metrics::SetEpoch(std::uint64_t epoch) { state_->epoch->Set(static_cast<double>(epoch)); }
+
+void Metrics::SetWorkers(const std::vector<std::pair<std::string, int>>& counts) {
+  for (auto& [name, gauge] : state_->workers) {
+    int count = 0;
+    for (const auto& [state, number] : counts) {
+      if (state == name) count += number;
+    }
+    gauge->Set(count);
+  }
+}
+
+void Metrics::SetBatchesInFlight(std::int64_t batches) {
+  state_->batches_in_flight->Set(static_cast<double>(batches));
+}
+
+std::string Metrics::Render() const {
+  return prometheus::TextSerializer().Serialize(state_->registry->Collect());
+}
+
+}  // namespace epserve::coordinator

@@ -1,0 +1,58 @@
+// The coordinator's numbers, for Prometheus at /metrics. Thread-safe: every call may come from any
+// thread and none blocks on I/O. Names and labels are a contract (README); renaming breaks
+// dashboards.
+#ifndef EPSERVE_SERVER_COORDINATOR_METRICS_H_
+#define EPSERVE_SERVER_COORDINATOR_METRICS_H_
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace epserve::coordinator {
+
+enum class PhaseMetric { kQueue, kAssign, kCounts, kDispatch, kFfn, kCombine, kReply };
+inline constexpr int kNumPhaseMetrics = 7;
+
+class Metrics {
+ public:
+  // Serves on `listen` (HOST:PORT; "off": counts without serving). UNAVAILABLE if it cannot bind.
+  static absl::StatusOr<std::unique_ptr<Metrics>> Create(const std::string& listen,
+                                                         std::int64_t num_experts);
+  ~Metrics();
+  Metrics(const Metrics&) = delete;
+  Metrics& operator=(const Metrics&) = delete;
+
+  int port() const;  // bound port; 0 where nothing is served
+
+  // `code` gives the label: "ok", "unavailable", "resource_exhausted", ...
+  void AddRequest(absl::StatusCode code, double seconds);
+  void AddTokens(std::int64_t num_tokens);
+  void ObservePhase(PhaseMetric phase, double seconds);
+  void AddExpertRows(std::int64_t expert, std::int64_t rows);
+  void SetQueueDepth(std::int64_t depth);
+  void SetEpoch(std::uint64_t epoch);
+  // Workers by state; states not among `counts` become 0.
+  void SetWorkers(const std::vector<std::pair<std::string, int>>& counts);
+  void SetBatchesInFlight(std::int64_t batches);
+
+  // What a scrape would give; for tests and for "off".
+  std::string Render() const;
+
+ private:
+  struct State;
+  explicit Metrics(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+// "ok", "deadline_exceeded", ...
+std::string OutcomeLabel(absl::StatusCode code);
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_METRICS_H_

@@ -1,0 +1,231 @@
+#include "server/coordinator/options.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+
+namespace epserve::coordinator {
+namespace {
+
+void AddModelFlags(CLI::App& app, Options& options) {
+  app.add_option("--checkpoint", options.checkpoint_dir,
+                 "Checkpoint directory (config.json and safetensors); its headers are read")
+      ->envname("EPSERVE_CHECKPOINT")
+      ->required();
+  app.add_option("--model-name", options.model_name,
+                 "Name the model is served under (default: the checkpoint directory's base name)")
+      ->envname("EPSERVE_MODEL_NAME");
+  app.add_option("--workers", options.num_workers, "Workers that the experts are spread over")
+      ->envname("EPSERVE_WORKERS")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app.add_option("--cluster-id", options.cluster_id,
+                 "Name that coordinator and workers of one cluster share")
+      ->envname("EPSERVE_CLUSTER_ID")
+      ->capture_default_str();
+}
+
+void AddListenFlags(CLI::App& app, Options& options) {
+  app.add_option("--listen", options.listen,
+                 "Address of the gRPC server, HOST:PORT or unix:PATH; may be repeated "
+                 "(default: 127.0.0.1:8001; port 0: any free port)")
+      ->envname("EPSERVE_LISTEN")
+      ->allow_extra_args(false);
+  app.add_option("--metrics-listen", options.metrics_listen,
+                 "Address of the Prometheus endpoint, HOST:PORT; off: none")
+      ->envname("EPSERVE_METRICS_LISTEN")
+      ->capture_default_str();
+  app.add_flag("--insecure", options.insecure,
+               "Allow plaintext listening beyond this machine; there is no TLS")
+      ->envname("EPSERVE_INSECURE");
+  app.add_option("--port-file", options.port_file,
+                 "File to write the port of the first TCP --listen to, once bound (default: none)")
+      ->envname("EPSERVE_PORT_FILE");
+  app.add_option("--metrics-port-file", options.metrics_port_file,
+                 "File to write the port of --metrics-listen to, once bound (default: none)")
+      ->envname("EPSERVE_METRICS_PORT_FILE");
+  app.add_option("--max-message-bytes", options.max_message_bytes,
+                 "Largest gRPC message taken or sent, bytes")
+      ->envname("EPSERVE_MAX_MESSAGE_BYTES")
+      ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{2147483647}))
+      ->capture_default_str();
+  app.add_flag("--allow-client-shm", options.allow_client_shm,
+               "Let clients pass tensors in system shared memory")
+      ->envname("EPSERVE_ALLOW_CLIENT_SHM");
+  app.add_option("--shm-key-prefix", options.shm_key_prefixes,
+                 "Prefix that a client's shared-memory key must have; may be repeated "
+                 "(default: any key)")
+      ->envname("EPSERVE_SHM_KEY_PREFIX")
+      ->allow_extra_args(false);
+}
+
+void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger) {
+  app.add_option("--max-batch-tokens", options.max_batch_tokens,
+                 "Most tokens of one request and of one batch; the same on every worker")
+      ->envname("EPSERVE_MAX_BATCH_TOKENS")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
+      ->capture_default_str();
+  app.add_option("--batch-window-us", options.batch_window_us,
+                 "How long a request waits for others of its layer to merge with, microseconds; "
+                 "0: no merging")
+      ->envname("EPSERVE_BATCH_WINDOW_US")
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{10'000'000}))
+      ->capture_default_str();
+  app.add_option("--queue-capacity", options.queue_capacity, "Most requests that wait in the queue")
+      ->envname("EPSERVE_QUEUE_CAPACITY")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1'000'000}))
+      ->capture_default_str();
+  app.add_option("--slots", options.num_slots, "Batches in flight")
+      ->envname("EPSERVE_SLOTS")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app.add_option("--trigger", trigger,
+                 "Dispatch and combine are triggered together with the shard, or one by one: "
+                 "together, separate")
+      ->envname("EPSERVE_TRIGGER")
+      ->check(CLI::IsMember({"together", "separate"}))
+      ->capture_default_str();
+}
+
+void AddTimeFlags(CLI::App& app, Options& options) {
+  const auto add = [&app](const char* flag, std::int64_t& value, std::int64_t least,
+                          const char* env, const char* text) {
+    app.add_option(flag, value, text)
+        ->envname(env)
+        ->check(CLI::Range(least, std::int64_t{86'400'000}))
+        ->capture_default_str();
+  };
+  add("--lease-ms", options.lease_ms, 50, "EPSERVE_LEASE_MS",
+      "A worker that is not heard of for so long is lost, milliseconds");
+  add("--formation-timeout-ms", options.formation_timeout_ms, 100, "EPSERVE_FORMATION_TIMEOUT_MS",
+      "Longest that an epoch may take to form, milliseconds");
+  add("--batch-timeout-ms", options.batch_timeout_ms, 100, "EPSERVE_BATCH_TIMEOUT_MS",
+      "Longest that a batch may take, milliseconds; its epoch ends then");
+  add("--drain-timeout-ms", options.drain_timeout_ms, 0, "EPSERVE_DRAIN_TIMEOUT_MS",
+      "Longest that SIGTERM waits for queued and running requests, milliseconds");
+}
+
+void AddLogFlags(CLI::App& app, Options& options) {
+  app.add_option("--log-format", options.log_format, "Form of the log on stderr: text, json")
+      ->envname("EPSERVE_LOG_FORMAT")
+      ->check(CLI::IsMember({"text", "json"}))
+      ->capture_default_str();
+  app.add_option("--log-level", options.log_level,
+                 "Least level logged: debug, info, warning, error")
+      ->envname("EPSERVE_LOG_LEVEL")
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->capture_default_str();
+}
+
+absl::Status ValidateOptions(const Options& options) {
+  for (const std::string& address : options.listen) {
+    EPS_RETURN_IF_ERROR(ValidateAddress("--listen", address));
+  }
+  if (options.metrics_listen != "off") {
+    EPS_RETURN_IF_ERROR(ValidateAddress("--metrics-listen", options.metrics_listen));
+    if (options.metrics_listen.starts_with("unix:")) {
+      return absl::InvalidArgumentError(absl::StrCat("options: --metrics-listen ",
+                                                     options.metrics_listen,
+                                                     " is no TCP address; give HOST:PORT or off"));
+    }
+  }
+  std::vector<std::string> addresses = options.listen;
+  if (options.metrics_listen != "off") addresses.push_back(options.metrics_listen);
+  for (const std::string& address : addresses) {
+    if (!options.insecure && !IsLocalAddress(address)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "options: address ", address,
+          " can be reached from other machines, and there is no TLS yet; listen on 127.0.0.1, "
+          "[::1] or unix:PATH, or allow plaintext with --insecure"));
+    }
+  }
+  if (options.cluster_id.empty()) {
+    return absl::InvalidArgumentError("options: --cluster-id is empty; give the cluster a name");
+  }
+  const std::int64_t probe_tokens = std::max<std::int64_t>(2 * options.num_workers, 2);
+  if (options.max_batch_tokens < probe_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "options: --max-batch-tokens ", options.max_batch_tokens, " is below ", probe_tokens,
+        ", which the readiness probe of ", options.num_workers, " workers needs"));
+  }
+  return absl::OkStatus();
+}
+
+std::string BaseName(const std::string& dir) {
+  std::error_code error;
+  std::filesystem::path path = std::filesystem::weakly_canonical(dir, error);
+  if (error) path = dir;
+  if (!path.has_filename()) path = path.parent_path();
+  const std::string name = path.filename().string();
+  return name.empty() ? "model" : name;
+}
+
+}  // namespace
+
+bool IsLocalAddress(std::string_view address) {
+  if (address.starts_with("unix:")) return true;
+  const std::string_view host = address.substr(0, address.rfind(':'));
+  if (host == "localhost" || host == "[::1]") return true;
+  // 127.x.y.z by digits, so that a name such as 127.evil.example does not pass.
+  return host.starts_with("127.") && host.find_first_not_of("0123456789.") == host.npos;
+}
+
+absl::Status ValidateAddress(std::string_view flag, std::string_view address) {
+  const auto refuse = [&](std::string_view why) {
+    return absl::InvalidArgumentError(absl::StrCat("options: ", std::string(flag), " \"",
+                                                   std::string(address), "\" ", std::string(why),
+                                                   "; give HOST:PORT, [IPV6]:PORT or unix:PATH"));
+  };
+  if (address.starts_with("unix:")) {
+    return address.size() > 5 ? absl::OkStatus() : refuse("has no path");
+  }
+  const std::size_t colon = address.rfind(':');
+  if (colon == address.npos || colon == 0) return refuse("has no host or no port");
+  const std::string_view host = address.substr(0, colon);
+  if (host.find(':') != host.npos && !(host.front() == '[' && host.back() == ']')) {
+    return refuse("is no address");
+  }
+  const std::string_view digits = address.substr(colon + 1);
+  int port = -1;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), port);
+  if (error != std::errc() || end != digits.data() + digits.size() || port < 0 || port > 65535) {
+    return refuse("has no port in [0, 65535]");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
+  Options options;
+  std::string trigger = "together";
+  CLI::App app(
+      "epserve-coordinator: queues and batches requests, keeps the membership of the workers, and "
+      "serves the front door. Every flag can also be given as the environment variable named.");
+  app.set_version_flag("--version", std::string("epserve-coordinator ") + EPSERVE_VERSION);
+  AddModelFlags(app, options);
+  AddListenFlags(app, options);
+  AddBatchFlags(app, options, trigger);
+  AddTimeFlags(app, options);
+  AddLogFlags(app, options);
+  // CLI11 reports by exception; they end here.
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    return ParsedOptions{std::nullopt, app.help()};
+  } catch (const CLI::CallForVersion&) {
+    return ParsedOptions{std::nullopt, absl::StrCat("epserve-coordinator ", EPSERVE_VERSION, "\n")};
+  } catch (const CLI::ParseError& error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("options: ", error.what(), "; see epserve-coordinator --help"));
+  }
+  if (options.listen.empty()) options.listen = {"127.0.0.1:8001"};
+  if (options.model_name.empty()) options.model_name = BaseName(options.checkpoint_dir);
+  options.separate_triggers = trigger == "separate";
+  EPS_RETURN_IF_ERROR(ValidateOptions(options));
+  return ParsedOptions{std::move(options), ""};
+}
+
+}  // namespace epserve::coordinator

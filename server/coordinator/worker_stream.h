@@ -1,0 +1,109 @@
+// One worker's control stream as the host sees it, in plain structs: the generated types stay
+// behind control_service and control_proto_convert.
+#ifndef EPSERVE_SERVER_COORDINATOR_WORKER_STREAM_H_
+#define EPSERVE_SERVER_COORDINATOR_WORKER_STREAM_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "runtime/routing/count_matrix.h"
+#include "server/coordinator/state_machine/commands.h"
+#include "server/coordinator/state_machine/events.h"
+#include "server/coordinator/state_machine/types.h"
+
+namespace epserve::coordinator {
+
+// ---- to a worker, beside the state machine's own commands
+
+struct ShardMessage {
+  EpochId epoch = 0;
+  BatchId batch = 0;
+  int slot = 0;
+  std::int64_t layer = 0;
+  RowType row_type = RowType::kFp32;
+  std::int64_t num_tokens = 0;  // T of this shard
+  int topk = 0;                 // K
+  std::string hidden;           // [T, H] row_type
+  bool routed = true;
+  std::string topk_ids;      // [T, K] int32 little-endian, empty unless routed
+  std::string topk_weights;  // [T, K] fp32 little-endian, empty unless routed
+  TriggerMode trigger = TriggerMode::kTogether;
+  std::shared_ptr<const runtime::CountMatrix> counts;  // set where routed
+};
+
+struct CountMatrixMessage {
+  EpochId epoch = 0;
+  BatchId batch = 0;
+  std::shared_ptr<const runtime::CountMatrix> counts;
+};
+
+struct DispatchTriggerMessage {
+  EpochId epoch = 0;
+  BatchId batch = 0;
+};
+
+struct CombineTriggerMessage {
+  EpochId epoch = 0;
+  BatchId batch = 0;
+};
+
+using StreamMessage =
+    std::variant<AssignRank, SendStandby, SendCreateHeap, SendOpenPeers, SendEpochStarted,
+                 SendEpochEnded, GrantLease, SendShutdown, RejectWorker, ShardMessage,
+                 CountMatrixMessage, DispatchTriggerMessage, CombineTriggerMessage>;
+
+// Thread-safe. No call blocks.
+class WorkerStream {
+ public:
+  virtual ~WorkerStream() = default;
+
+  // Sent in the order of the calls. A stream whose worker does not read is closed once too much
+  // waits. Dropped where the stream has ended.
+  virtual void Send(StreamMessage message) = 0;
+
+  // Ends the stream; the first call counts. What was sent before still goes out if `flush`.
+  virtual void Close(absl::Status reason, bool flush) = 0;
+};
+
+// ---- from a worker
+
+// What a worker says of itself when it joins.
+struct HelloInfo {
+  std::string worker_id;
+  std::string incarnation;
+  std::string version;
+  std::string backend;
+  std::string fingerprint;  // of its checkpoint
+  EpochId last_epoch = 0;
+  int held_rank = -1;
+  int held_num_ranks = 0;
+  std::string node;
+  std::int64_t pid = 0;
+  std::int64_t max_batch_tokens = 0;
+  std::string cluster_id;
+};
+
+struct WorkerTimes {
+  std::int64_t assign_ns = 0;
+  std::int64_t counts_ns = 0;
+  std::int64_t dispatch_ns = 0;
+  std::int64_t ffn_ns = 0;
+  std::int64_t combine_ns = 0;
+};
+
+// One message of a worker: what the state machine is told, and the payload that it is not.
+struct WorkerReport {
+  Event event;                                  // never WorkerHello
+  std::vector<float> probe_output;              // PeersOpened: [H]
+  std::string output;                           // BatchDone: [T, H] of the shard
+  WorkerTimes times;                            // BatchDone
+  std::vector<std::int64_t> local_expert_rows;  // BatchDone: [E_local]
+};
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_SERVER_COORDINATOR_WORKER_STREAM_H_
