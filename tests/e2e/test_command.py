@@ -44,7 +44,7 @@ def test_made_checkpoint_opens_in_safetensors_and_serves_verified(
 ):
     directory = tmp_path / f"made-{layout}-{dtype}"
     result = run_program(
-        "epserve", "make-checkpoint", "--out", directory, "--layout", layout, "--dtype", dtype,
+        "epserve", "make-checkpoint", "--output", directory, "--architecture", layout, "--dtype", dtype,
         "--hidden", 128, "--intermediate", 160, "--experts", 8, "--topk", 2, "--layers", 2,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -60,7 +60,7 @@ def test_made_checkpoint_opens_in_safetensors_and_serves_verified(
     served = checkpoints.Checkpoint(directory, checkpoints.Spec(), {})
     with start_cluster(served, workers=2) as cluster:
         result = run_program(
-            "epserve", "verify", "--target", cluster.target, "--checkpoint", directory
+            "epserve", "verify", "--server", cluster.target, "--checkpoint", directory
         )
         assert result.returncode == 0, result.stdout + result.stderr
 
@@ -68,7 +68,7 @@ def test_made_checkpoint_opens_in_safetensors_and_serves_verified(
 def test_making_a_checkpoint_over_an_existing_one_is_refused(checkpoint):
     directory = checkpoint().path
     before = (directory / "config.json").read_text()
-    result = run_program("epserve", "make-checkpoint", "--out", directory)
+    result = run_program("epserve", "make-checkpoint", "--output", directory)
     assert result.returncode > 0
     assert directory.name in result.stderr
     assert (directory / "config.json").read_text() == before
@@ -84,8 +84,8 @@ def test_infer_answers_a_safetensors_file_with_a_safetensors_file(cluster, rng, 
     tensors = {"hidden_states": hidden, "topk_ids": ids, "topk_weights": weights}
     save_file(tensors, tmp_path / "in.safetensors")
     result = run_program(
-        "epserve", "infer", "--target", cluster.target, "--layer", 1,
-        "--in", tmp_path / "in.safetensors", "--out", tmp_path / "out.safetensors",
+        "epserve", "infer", "--server", cluster.target, "--layer", 1,
+        "--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     got = load_file(tmp_path / "out.safetensors")["hidden_states"]
@@ -98,8 +98,8 @@ def test_infer_without_ids_lets_the_service_route(cluster, rng, tmp_path):
     hidden = served.tokens_away_from_ties(rng, 9)
     save_file({"hidden_states": hidden}, tmp_path / "in.safetensors")
     result = run_program(
-        "epserve", "infer", "--target", cluster.target,
-        "--in", tmp_path / "in.safetensors", "--out", tmp_path / "out.safetensors",
+        "epserve", "infer", "--server", cluster.target,
+        "--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     got = load_file(tmp_path / "out.safetensors")["hidden_states"]
@@ -112,8 +112,8 @@ def test_infer_of_a_wrong_batch_fails_with_the_services_message(cluster, rng, tm
     tensors = {"hidden_states": hidden, "topk_ids": ids, "topk_weights": weights}
     save_file(tensors, tmp_path / "in.safetensors")
     result = run_program(
-        "epserve", "infer", "--target", cluster.target,
-        "--in", tmp_path / "in.safetensors", "--out", tmp_path / "out.safetensors",
+        "epserve", "infer", "--server", cluster.target,
+        "--input", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors",
     )  # fmt: skip
     assert result.returncode > 0
     assert "99" in result.stderr
@@ -122,8 +122,8 @@ def test_infer_of_a_wrong_batch_fails_with_the_services_message(cluster, rng, tm
 
 def test_infer_of_a_file_that_is_not_there_names_it(cluster, tmp_path):
     result = run_program(
-        "epserve", "infer", "--target", cluster.target,
-        "--in", tmp_path / "nowhere.safetensors", "--out", tmp_path / "out.safetensors",
+        "epserve", "infer", "--server", cluster.target,
+        "--input", tmp_path / "nowhere.safetensors", "--output", tmp_path / "out.safetensors",
     )  # fmt: skip
     assert result.returncode > 0
     assert "nowhere.safetensors" in result.stderr
@@ -134,7 +134,7 @@ def test_infer_of_a_file_that_is_not_there_names_it(cluster, tmp_path):
 
 def test_verify_of_a_right_service_passes_and_prints_the_error(cluster):
     result = run_program(
-        "epserve", "verify", "--target", cluster.target, "--checkpoint", cluster.checkpoint.path
+        "epserve", "verify", "--server", cluster.target, "--checkpoint", cluster.checkpoint.path
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "error" in result.stdout
@@ -143,7 +143,7 @@ def test_verify_of_a_right_service_passes_and_prints_the_error(cluster):
 def test_verify_against_another_checkpoint_fails(cluster, checkpoint):
     other = checkpoint(experts=10, topk=3, seed=99)
     result = run_program(
-        "epserve", "verify", "--target", cluster.target, "--checkpoint", other.path,
+        "epserve", "verify", "--server", cluster.target, "--checkpoint", other.path,
         "--model", cluster.checkpoint.name,
     )  # fmt: skip
     assert result.returncode > 0
@@ -155,7 +155,7 @@ def test_verify_against_another_checkpoint_fails(cluster, checkpoint):
 
 def test_bench_in_a_closed_loop_prints_one_json_object(cluster):
     result = run_program(
-        "epserve", "bench", "--target", cluster.target, "--tokens", 16, "--concurrency", 3,
+        "epserve", "bench", "--server", cluster.target, "--tokens", 16, "--concurrency", 3,
         "--requests", 60, "--warmup", 5, "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -167,7 +167,7 @@ def test_bench_in_a_closed_loop_prints_one_json_object(cluster):
 
 def test_bench_in_an_open_loop_keeps_its_rate(cluster):
     result = run_program(
-        "epserve", "bench", "--target", cluster.target, "--tokens", 4, "--rate", 100,
+        "epserve", "bench", "--server", cluster.target, "--tokens", 4, "--rate", 100,
         "--requests", 100, "--warmup", 0, "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -178,14 +178,14 @@ def test_bench_in_an_open_loop_keeps_its_rate(cluster):
 
 def test_bench_without_json_prints_a_table(cluster):
     result = run_program(
-        "epserve", "bench", "--target", cluster.target, "--tokens", 4, "--requests", 20
+        "epserve", "bench", "--server", cluster.target, "--tokens", 4, "--requests", 20
     )
     assert result.returncode == 0, result.stderr
     assert "p50" in result.stdout and "p99" in result.stdout
 
 
 def test_bench_without_a_service_fails():
-    result = run_program("epserve", "bench", "--target", "127.0.0.1:1", "--requests", 2)
+    result = run_program("epserve", "bench", "--server", "127.0.0.1:1", "--requests", 2)
     assert result.returncode > 0
     assert "127.0.0.1:1" in result.stderr
 
@@ -194,22 +194,21 @@ def test_bench_without_a_service_fails():
 
 
 def test_status_prints_a_table_of_workers_epoch_and_queue(cluster):
-    result = run_program("epserve", "status", "--target", cluster.target)
+    result = run_program("epserve", "status", "--server", cluster.target)
     assert result.returncode == 0, result.stderr
     for word in ("w0", "w1", str(cluster.status().epoch), "serving", cluster.id):
         assert word in result.stdout
 
 
 def test_status_without_a_service_fails():
-    result = run_program("epserve", "status", "--target", "127.0.0.1:1")
+    result = run_program("epserve", "status", "--server", "127.0.0.1:1")
     assert result.returncode > 0
     assert "127.0.0.1:1" in result.stderr
 
 
 def test_status_watch_repeats_until_interrupted(cluster, tmp_path):
     watch = Program(
-        tmp_path / "watch.log", "epserve", "status", "--target", cluster.target, "--watch",
-        "--interval-ms", 100,
+        tmp_path / "watch.log", "epserve", "status", "--server", cluster.target, "--watch=0.1",
     )  # fmt: skip
     try:
         wait_until(lambda: watch.log().count("w1") >= 3, 10, "the table came three times")
@@ -228,27 +227,29 @@ class Up:
 
     def __init__(self, directory, checkpoint, *args):
         self.cluster_id = unique_cluster_id()
-        self.port_file = directory / "port"
+        self.ready_file = directory / "ready"
         self.program = Program(
             directory / "up.log", "epserve", "up",
             "--checkpoint", checkpoint.path, "--workers", 2, "--cluster-id", self.cluster_id,
             "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
-            "--port-file", self.port_file, *args,
+            "--ready-file", self.ready_file, *args,
         )  # fmt: skip
 
     def wait_ready(self):
+        """Returns what the ready file says."""
+
         def ready():
             assert self.program.alive(), self.program.log()
-            if not self.port_file.exists() or not self.port_file.read_text().strip():
-                return False
-            status = run_program("epserve", "status", "--target", self.target)
-            return status.stdout.count("serving") >= 2
+            return self.ready_file.exists()
 
         wait_until(ready, 20, "epserve up serves")
+        lines = self.ready_file.read_text().splitlines()
+        self.ready = dict(line.split("=", 1) for line in lines)
+        return self.ready
 
     @property
     def target(self):
-        return f"127.0.0.1:{self.port_file.read_text().strip()}"
+        return self.ready["server"]
 
     def assert_nothing_left(self):
         wait_until(lambda: not processes_mentioning(self.cluster_id), 5, "every process ended")
@@ -269,11 +270,11 @@ def test_up_serves_until_told_to_stop_and_leaves_nothing(checkpoint, tmp_path, n
         up.wait_ready()
         assert len(processes_mentioning(up.cluster_id)) == 4
         verify = run_program(
-            "epserve", "verify", "--target", up.target, "--checkpoint", served.path
+            "epserve", "verify", "--server", up.target, "--checkpoint", served.path
         )
         assert verify.returncode == 0, verify.stdout + verify.stderr
         bench = run_program(
-            "epserve", "bench", "--target", up.target, "--tokens", 8, "--requests", 50, "--json"
+            "epserve", "bench", "--server", up.target, "--tokens", 8, "--requests", 50, "--json"
         )
         assert bench.returncode == 0, bench.stderr
         up.program.send(number)

@@ -16,7 +16,7 @@ def made(tmp_path):
     def make(**flags):
         directory = tmp_path / "made"
         words = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", v)]
-        result = run_program("epserve", "make-checkpoint", "--out", directory, *words)
+        result = run_program("epserve", "make-checkpoint", "--output", directory, *words)
         assert result.returncode == 0, result.stderr
         return Checkpoint(directory, Spec(), {})
 
@@ -31,13 +31,13 @@ def memory_kib(pid, field):
 
 
 def test_worker_holds_its_weights_its_heap_and_at_most_a_tenth_more(made, start_cluster):
-    served = made(layout="mixtral", dtype="fp32", hidden=1024, intermediate=2048, experts=32,
+    served = made(architecture="mixtral", dtype="fp32", hidden=1024, intermediate=2048, experts=32,
                   topk=2, layers=1)  # fmt: skip
     limit = ["--max-batch-tokens", 1024]
     options = dict(coordinator_args=limit, worker_args=limit)
     with start_cluster(served, workers=2, **options) as cluster:
         result = run_program(
-            "epserve", "bench", "--target", cluster.target, "--tokens", 1024, "--requests", 4,
+            "epserve", "bench", "--server", cluster.target, "--tokens", 1024, "--requests", 4,
             "--warmup", 0, "--json",
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -57,11 +57,11 @@ def test_worker_holds_its_weights_its_heap_and_at_most_a_tenth_more(made, start_
 
 
 def test_overhead_of_a_small_request_is_small(made, start_cluster):
-    served = made(layout="mixtral", dtype="bf16", hidden=512, intermediate=1024, experts=16,
+    served = made(architecture="mixtral", dtype="bf16", hidden=512, intermediate=1024, experts=16,
                   topk=2, layers=1)  # fmt: skip
     with start_cluster(served, workers=4) as cluster:
         result = run_program(
-            "epserve", "bench", "--target", cluster.target, "--tokens", 64, "--concurrency", 1,
+            "epserve", "bench", "--server", cluster.target, "--tokens", 64, "--concurrency", 1,
             "--requests", 300, "--warmup", 50, "--json",
         )  # fmt: skip
         assert result.returncode == 0, result.stderr

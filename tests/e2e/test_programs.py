@@ -8,7 +8,7 @@ import pytest
 from cluster import run_program, unique_cluster_id, wait_until
 
 PROGRAMS = ["epserve-coordinator", "epserve-worker", "epserve", "epserve-microbench"]
-COMMANDS = ["up", "infer", "verify", "bench", "status", "make-checkpoint"]
+COMMANDS = ["up", "infer", "verify", "bench", "status", "drain", "make-checkpoint"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -139,7 +139,7 @@ def test_front_door_listens_on_a_unix_socket(checkpoint, start_cluster, tmp_path
     address = f"unix:{tmp_path}/door"
     arguments = ["--listen", address]
     with start_cluster(checkpoint(), workers=1, coordinator_args=arguments):
-        result = run_program("epserve", "status", "--target", address)
+        result = run_program("epserve", "status", "--server", address)
         assert result.returncode == 0, result.stderr
         assert "w0" in result.stdout
 

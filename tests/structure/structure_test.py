@@ -21,7 +21,7 @@ SKIPPED = {".git", ".venv", "build", "__pycache__", ".pytest_cache"}
 PROGRAMS = {
     "epserve-coordinator": [],
     "epserve-worker": [],
-    "epserve": ["up", "infer", "verify", "bench", "status", "make-checkpoint"],
+    "epserve": ["up", "infer", "verify", "bench", "status", "drain", "make-checkpoint"],
     "epserve-microbench": ["alltoallv"],
 }
 
