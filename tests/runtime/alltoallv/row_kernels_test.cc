@@ -1,0 +1,70 @@
+#include "runtime/alltoallv/row_kernels.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+namespace epserve::runtime {
+namespace {
+
+TEST(CopyRowTest, EveryLengthIsCopiedExactlyAndNoByteBeyond) {
+  std::mt19937 random(3);
+  for (const CopyKind kind : {CopyKind::kCached, CopyKind::kStreamed}) {
+    for (std::size_t bytes = 0; bytes < 300; ++bytes) {
+      std::vector<std::byte> src(bytes + 1);  // One on, so that the source is unaligned.
+      for (std::byte& byte : src) byte = static_cast<std::byte>(random());
+      alignas(64) std::byte dst[400];
+      std::memset(dst, 0xa5, sizeof(dst));
+      CopyRow(kind, src.data() + 1, dst + 16, bytes);
+      FenceStreamedCopies();
+      for (std::size_t i = 0; i < sizeof(dst); ++i) {
+        const bool inside = i >= 16 && i < 16 + bytes;
+        ASSERT_EQ(dst[i], inside ? src[i - 16 + 1] : std::byte{0xa5}) << bytes << " at " << i;
+      }
+    }
+  }
+}
+
+class SumRowsTest : public testing::TestWithParam<DataType> {};
+
+TEST_P(SumRowsTest, SumsInOrderInFp32AndRoundsOnceWhateverTheLength) {
+  const DataType type = GetParam();
+  std::mt19937 random(5);
+  std::uniform_real_distribution<float> value(-4.0f, 4.0f);
+  for (const std::size_t count : {1u, 3u, 31u, 512u, 513u, 1100u}) {
+    for (std::size_t num_rows = 0; num_rows < 9; ++num_rows) {
+      std::vector<std::vector<std::byte>> rows(num_rows);
+      std::vector<const std::byte*> pointers;
+      std::vector<float> values(count);
+      std::vector<float> expected(count, 0.0f);
+      for (std::size_t r = 0; r < num_rows; ++r) {
+        rows[r].resize(count * DataTypeBytes(type));
+        for (float& v : values) v = value(random);
+        ConvertFromFloat(type, values.data(), rows[r].data(), count);
+        ConvertToFloat(type, rows[r].data(), values.data(), count);
+        for (std::size_t i = 0; i < count; ++i) {
+          expected[i] = r == 0 ? values[i] : expected[i] + values[i];
+        }
+        pointers.push_back(rows[r].data());
+      }
+      std::vector<std::byte> expected_out(count * DataTypeBytes(type));
+      ConvertFromFloat(type, expected.data(), expected_out.data(), count);
+      std::vector<std::byte> out(count * DataTypeBytes(type) + 8, std::byte{0xa5});
+      SumRows(type, pointers, out.data(), count);
+      ASSERT_EQ(std::memcmp(out.data(), expected_out.data(), expected_out.size()), 0)
+          << count << " x " << num_rows;
+      for (std::size_t i = expected_out.size(); i < out.size(); ++i) {
+        ASSERT_EQ(out[i], std::byte{0xa5});
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, SumRowsTest,
+                         testing::Values(DataType::kFp32, DataType::kFp16, DataType::kBf16));
+
+}  // namespace
+}  // namespace epserve::runtime
