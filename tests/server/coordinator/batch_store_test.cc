@@ -1,0 +1,151 @@
+#include "server/coordinator/batch_store.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace epserve::coordinator {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr std::int64_t kHidden = 2;
+constexpr int kTopk = 2;
+
+template <typename T>
+std::vector<T> Unpack(const std::string& bytes) {
+  std::vector<T> values(bytes.size() / sizeof(T));
+  if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
+}
+
+std::string Pack(const std::vector<float>& values) {
+  return std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
+}
+
+// Two requests of three rows and one, cut into shards of two rows each.
+class BatchStoreTest : public ::testing::Test {
+ protected:
+  BatchStoreTest() : store_(runtime::EvenPlacement(4, 2), kHidden, kTopk) {
+    first_.hidden = first_hidden_bytes_ = Pack({0, 1, 10, 11, 20, 21});
+    first_.topk_ids = {0, 1, 2, -1, 3, 3};
+    first_.topk_weights = {1, 2, 3, 4, 5, 6};
+    second_.hidden = second_hidden_bytes_ = Pack({30, 31});
+    second_.topk_ids = {1, 2};
+    second_.topk_weights = {7, 8};
+    start_.epoch = 5;
+    start_.batch = 9;
+    start_.slot = 1;
+    start_.layer = 3;
+    start_.num_tokens = 4;
+    start_.requests = {{101, {0, 3}}, {102, {3, 4}}};
+    start_.shards = {{0, 11, {0, 2}}, {1, 12, {2, 4}}};
+  }
+
+  std::vector<ShardMessage> Start() {
+    const ValidatedRequest* requests[] = {&first_, &second_};
+    return store_.Start(start_, requests, 1000);
+  }
+
+  absl::Status Take(StreamId stream, const std::vector<float>& output, int* rank,
+                    BatchId batch = 9) {
+    BatchDone done;
+    done.stream = stream;
+    done.epoch = 5;
+    done.batch = batch;
+    WorkerTimes times;
+    times.ffn_ns = static_cast<std::int64_t>(stream);
+    return store_.TakeOutput(done, Pack(output), times, 2000, rank);
+  }
+
+  BatchStore store_;
+  std::string first_hidden_bytes_;
+  std::string second_hidden_bytes_;
+  ValidatedRequest first_;
+  ValidatedRequest second_;
+  StartBatch start_;
+};
+
+TEST_F(BatchStoreTest, ShardsCutAcrossRequests) {
+  const std::vector<ShardMessage> shards = Start();
+  ASSERT_EQ(shards.size(), 2u);
+  EXPECT_EQ(shards[0].slot, 1);
+  EXPECT_EQ(shards[0].layer, 3);
+  EXPECT_THAT(Unpack<float>(shards[0].hidden), ElementsAre(0, 1, 10, 11));
+  EXPECT_THAT(Unpack<std::int32_t>(shards[0].topk_ids), ElementsAre(0, 1, 2, -1));
+  EXPECT_THAT(Unpack<float>(shards[1].hidden), ElementsAre(20, 21, 30, 31));
+  EXPECT_THAT(Unpack<std::int32_t>(shards[1].topk_ids), ElementsAre(3, 3, 1, 2));
+  EXPECT_THAT(Unpack<float>(shards[1].topk_weights), ElementsAre(5, 6, 7, 8));
+}
+
+TEST_F(BatchStoreTest, MatrixCountsATokenOnceForEachRank) {
+  const std::vector<ShardMessage> shards = Start();
+  ASSERT_NE(shards[0].counts, nullptr);
+  EXPECT_EQ(shards[0].counts, shards[1].counts);
+  EXPECT_THAT(shards[0].counts->rows, ElementsAre(1, 1, 1, 2));
+  EXPECT_THAT(shards[0].counts->rows_per_expert, ElementsAre(1, 2, 2, 2));
+}
+
+TEST_F(BatchStoreTest, UnroutedShardsCarryNoIdsAndNoMatrix) {
+  start_.routed = false;
+  first_.topk_ids.clear();
+  first_.topk_weights.clear();
+  second_.topk_ids.clear();
+  second_.topk_weights.clear();
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_EQ(shards[0].counts, nullptr);
+  EXPECT_TRUE(shards[0].topk_ids.empty());
+  EXPECT_THAT(Unpack<float>(shards[1].hidden), ElementsAre(20, 21, 30, 31));
+}
+
+TEST_F(BatchStoreTest, OutputIsPutTogetherByRequest) {
+  Start();
+  int rank = -1;
+  ASSERT_TRUE(Take(12, {7, 8, 9, 10}, &rank).ok());
+  EXPECT_EQ(rank, 1);
+  ASSERT_TRUE(Take(11, {1, 2, 3, 4}, &rank).ok());
+  EXPECT_EQ(rank, 0);
+  const KeptBatch& batch = *store_.Find(5, 9);
+  EXPECT_EQ(batch.times.ffn_ns, 12);
+  std::vector<float> rows(6);
+  const std::span<char> out(reinterpret_cast<char*>(rows.data()), rows.size() * sizeof(float));
+  ASSERT_TRUE(BatchStore::CopyRows(batch, {0, 3}, out).ok());
+  EXPECT_THAT(rows, ElementsAre(1, 2, 3, 4, 7, 8));
+  ASSERT_TRUE(BatchStore::CopyRows(batch, {3, 4}, out.first(8)).ok());
+  EXPECT_THAT(rows, ElementsAre(9, 10, 3, 4, 7, 8));
+}
+
+TEST_F(BatchStoreTest, OutputOfTheWrongSizeIsInternalAndNotTaken) {
+  Start();
+  int rank = 0;
+  const absl::Status status = Take(11, {1, 2, 3}, &rank);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("12 bytes"));
+  EXPECT_EQ(rank, -1);
+  std::vector<char> out(8);
+  EXPECT_EQ(BatchStore::CopyRows(*store_.Find(5, 9), {0, 1}, out).code(),
+            absl::StatusCode::kInternal)
+      << "its rows are missing";
+}
+
+TEST_F(BatchStoreTest, UnknownBatchStreamOrRepeatIsNotTaken) {
+  Start();
+  int rank = 0;
+  EXPECT_TRUE(Take(11, {1}, &rank, 10).ok());
+  EXPECT_EQ(rank, -1);
+  EXPECT_TRUE(Take(99, {1}, &rank).ok());
+  EXPECT_EQ(rank, -1);
+  ASSERT_TRUE(Take(11, {1, 2, 3, 4}, &rank).ok());
+  EXPECT_EQ(rank, 0);
+  EXPECT_TRUE(Take(11, {5, 6, 7, 8}, &rank).ok());
+  EXPECT_EQ(rank, -1);
+  store_.Erase(5, 9);
+  EXPECT_EQ(store_.Find(5, 9), nullptr);
+}
+
+}  // namespace
+}  // namespace epserve::coordinator
