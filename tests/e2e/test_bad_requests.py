@@ -12,6 +12,7 @@ from checkpoints import relative_error
 from infer import add_input, infer, make_request, random_batch
 
 MAX_TOKENS = 128
+INPUTS = ("hidden_states", "topk_ids", "topk_weights")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
@@ -177,7 +178,7 @@ def test_tensor_given_twice_is_refused_with_its_name(cluster, rng):
     refused(cluster, request, INVALID, "topk_ids")
 
 
-@pytest.mark.parametrize("index, name", enumerate(["hidden_states", "topk_ids", "topk_weights"]))
+@pytest.mark.parametrize("index, name", list(enumerate(INPUTS)))
 @pytest.mark.parametrize("change", [-1, 1, -4, 4])
 def test_byte_size_off_is_refused_with_expected_and_got(cluster, rng, index, name, change):
     request = build(cluster, good(rng))
@@ -208,7 +209,7 @@ def test_raw_and_typed_contents_together_are_refused(cluster, rng):
 def test_typed_contents_of_the_wrong_length_are_refused(cluster, rng):
     request = build(cluster, good(rng), raw=False)
     request.inputs[2].contents.fp32_contents.append(1.0)
-    refused(cluster, request, INVALID, "topk_weights", 12, 13)
+    refused(cluster, request, INVALID, "topk_weights", 48, 52)
 
 
 def test_more_tokens_than_a_batch_holds_are_refused_with_both(cluster, rng):
@@ -257,20 +258,25 @@ def test_ids_left_out_where_no_router_is_served_are_refused(cluster_without_rout
 
 
 @pytest.mark.parametrize(
-    "method, request_type",
+    "method",
     [
-        ("ModelStatistics", "ModelStatisticsRequest"),
-        ("CudaSharedMemoryStatus", "CudaSharedMemoryStatusRequest"),
-        ("CudaSharedMemoryRegister", "CudaSharedMemoryRegisterRequest"),
-        ("CudaSharedMemoryUnregister", "CudaSharedMemoryUnregisterRequest"),
+        "ModelStatistics",
+        "CudaSharedMemoryStatus",
+        "CudaSharedMemoryRegister",
+        "CudaSharedMemoryUnregister",
     ],
 )
-def test_call_that_is_not_offered_is_unimplemented_with_a_message(cluster, method, request_type):
-    call = getattr(cluster.front_door, method)
+def test_call_that_is_not_offered_is_unimplemented_with_a_message(cluster, method):
+    request = getattr(protos.inference, f"{method}Request")(name="region")
     with pytest.raises(grpc.RpcError) as caught:
-        call(getattr(protos.inference, request_type)(), timeout=10)
+        getattr(cluster.front_door, method)(request, timeout=10)
     assert caught.value.code() == UNIMPLEMENTED
     assert caught.value.details()
+
+
+def test_unregistering_all_cuda_regions_is_fine_because_there_are_none(cluster):
+    request = protos.inference.CudaSharedMemoryUnregisterRequest(name="")
+    cluster.front_door.CudaSharedMemoryUnregister(request, timeout=10)
 
 
 def test_streamed_inference_is_unimplemented_with_a_message(cluster, rng):

@@ -113,6 +113,11 @@ def shape_that_wraps(directory):
 
 
 def missing_tensor(directory):
+    # Under another name, so that its bytes still belong to something.
+    edit_tensor(directory, lambda _, header: header.update({"other": header.pop(TENSOR)}))
+
+
+def bytes_that_belong_to_no_tensor(directory):
     edit_tensor(directory, lambda _, header: header.pop(TENSOR))
 
 
@@ -198,6 +203,7 @@ CASES = [
     ("single", shape_larger_than_its_bytes, [FILE, TENSOR]),
     ("single", shape_that_wraps, [FILE, TENSOR]),
     ("single", missing_tensor, [TENSOR]),
+    ("single", bytes_that_belong_to_no_tensor, [FILE]),
     ("single", missing_file, [FILE]),
     ("sharded", missing_shard, [SHARD]),
     ("sharded", shard_name_that_leaves_the_directory, ["../outside.safetensors"]),

@@ -36,8 +36,14 @@ def test_version_is_semantic_and_exits_with_0(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_unknown_flag_is_named_and_fails(program):
-    result = run_program(program, "--no-such-flag")
+def test_unknown_flag_is_named_and_fails(program, tmp_path):
+    required = {
+        "epserve-coordinator": ["--checkpoint", tmp_path],
+        "epserve-worker": ["--checkpoint", tmp_path],
+        "epserve": ["status"],
+        "epserve-microbench": ["alltoallv"],
+    }
+    result = run_program(program, *required[program], "--no-such-flag")
     assert result.returncode > 0
     assert "no-such-flag" in result.stderr
 
