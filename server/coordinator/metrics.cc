@@ -7,14 +7,21 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <netinet/in.h>
+#include <sys/socket.h>
+
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <exception>
 #include <map>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "runtime/base/unique_fd.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -30,6 +37,16 @@ constexpr int kNumStatusCodes = 17;
 prometheus::Histogram::BucketBoundaries TimeBuckets() {
   return {5e-6, 1e-5,   2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
           1e-2, 2.5e-2, 5e-2,   0.1,  0.25, 0.5,    1.0,  2.5,  10.0};
+}
+
+// Connects to a port of this machine and hangs up.
+void KnockAt(int port) {
+  const runtime::UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<std::uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  ::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address));
 }
 
 }  // namespace
@@ -109,7 +126,22 @@ struct Metrics::State {
 };
 
 Metrics::Metrics(std::unique_ptr<State> state) : state_(std::move(state)) {}
-Metrics::~Metrics() = default;
+
+Metrics::~Metrics() {
+  if (state_->exposer == nullptr) return;
+  // The web server looks whether it is to stop once in two seconds, or when somebody connects.
+  const int bound_port = port();
+  std::atomic<bool> stopped{false};
+  std::thread stopper([this, &stopped] {
+    state_->exposer.reset();
+    stopped = true;
+  });
+  while (!stopped) {
+    KnockAt(bound_port);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  stopper.join();
+}
 
 absl::StatusOr<std::unique_ptr<Metrics>> Metrics::Create(const std::string& listen,
                                                          std::int64_t num_experts) {
