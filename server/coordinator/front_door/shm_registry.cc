@@ -23,7 +23,7 @@ constexpr std::size_t kMaxNameBytes = 256;
 // NAME_MAX of the file system behind shm_open.
 constexpr std::size_t kMaxKeyBytes = 255;
 // The service's own symmetric heaps: never a client's, whatever prefixes are allowed.
-constexpr const char* kReservedKeyPrefix = "epserve";
+constexpr const char* kReservedKeyPrefix = "epserve-";
 
 bool StartsWith(std::string_view text, std::string_view prefix) {
   return text.substr(0, prefix.size()) == prefix;
@@ -50,7 +50,8 @@ absl::Status OpenError(std::string_view name, int error) {
         region, " names a shared-memory object that the server may not read and write; run client ",
         "and server as the same user"));
   }
-  if (error == ELOOP || error == EISDIR || error == ENXIO || error == ENODEV) {
+  // EINVAL: what glibc makes of a directory.
+  if (error == ELOOP || error == EISDIR || error == EINVAL || error == ENXIO || error == ENODEV) {
     return absl::InvalidArgumentError(
         absl::StrCat(region, " does not name a regular shared-memory object"));
   }

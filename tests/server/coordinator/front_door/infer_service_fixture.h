@@ -1,0 +1,166 @@
+// The front door over real gRPC on loopback, with a fake coordinator behind it.
+#ifndef EPSERVE_TESTS_SERVER_COORDINATOR_FRONT_DOOR_INFER_SERVICE_FIXTURE_H_
+#define EPSERVE_TESTS_SERVER_COORDINATOR_FRONT_DOOR_INFER_SERVICE_FIXTURE_H_
+
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "inference/grpc_service.grpc.pb.h"
+#include "server/coordinator/front_door/infer_service.h"
+#include "server/coordinator/front_door/server_limits.h"
+#include "tests/server/coordinator/front_door/test_request.h"
+
+namespace epserve::coordinator {
+
+inline constexpr int kMaxMessageBytes = 1 << 20;
+inline constexpr auto kPatience = std::chrono::seconds(20);  // Only a failing test waits that long.
+
+// Hands every request to `on_submit`, or keeps it for the test to take.
+class FakeSink final : public RequestSink {
+ public:
+  void Submit(std::unique_ptr<PendingRequest> request) override {
+    if (on_submit) return on_submit(std::move(request));
+    const std::lock_guard lock(mutex_);
+    submitted_.push_back(std::move(request));
+    changed_.notify_all();
+  }
+  void Cancel(std::uint64_t id) override {
+    const std::lock_guard lock(mutex_);
+    cancelled_.push_back(id);
+    changed_.notify_all();
+  }
+  bool ready() const override { return is_ready.load(); }
+  void OnAnswered(absl::StatusCode code, std::chrono::nanoseconds server_time) override {
+    EXPECT_GE(server_time.count(), 0);
+    const std::lock_guard lock(mutex_);
+    answers_.push_back(code);
+    changed_.notify_all();
+  }
+
+  std::unique_ptr<PendingRequest> Take() {
+    std::unique_lock lock(mutex_);
+    if (!changed_.wait_for(lock, kPatience, [this] { return !submitted_.empty(); })) return nullptr;
+    auto request = std::move(submitted_.back());
+    submitted_.pop_back();
+    return request;
+  }
+  std::vector<std::uint64_t> WaitForCancelled(std::size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, kPatience, [&] { return cancelled_.size() >= count; });
+    return cancelled_;
+  }
+  std::vector<absl::StatusCode> WaitForAnswers(std::size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, kPatience, [&] { return answers_.size() >= count; });
+    return answers_;
+  }
+
+  std::function<void(std::unique_ptr<PendingRequest>)> on_submit;  // set before any call
+  std::atomic<bool> is_ready{true};
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::unique_ptr<PendingRequest>> submitted_;
+  std::vector<std::uint64_t> cancelled_;
+  std::vector<absl::StatusCode> answers_;
+};
+
+inline Completion Ok() {
+  Completion completion;
+  completion.times = {1, 2, 3, 4, 5, 6, 77};
+  return completion;
+}
+
+// Answers with the hidden states themselves.
+inline void Echo(std::unique_ptr<PendingRequest> request) {
+  const auto output = request->MutableOutput();
+  ASSERT_EQ(output.size(), request->request.hidden.size());
+  std::copy(request->request.hidden.begin(), request->request.hidden.end(), output.begin());
+  request->Complete(Ok());
+}
+
+inline ShmOptions Allowed() {
+  ShmOptions options;
+  options.allowed = true;
+  return options;
+}
+
+class InferServiceTest : public testing::Test {
+ protected:
+  explicit InferServiceTest(ShmOptions shm = Allowed()) : regions_(std::move(shm)) {
+    FrontDoorOptions options;
+    options.model = TestModel();
+    service_ = MakeInferService(options, &regions_, &sink_);
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    ApplyServerLimits(kMaxMessageBytes, builder);
+    builder.RegisterService(service_.get());
+    server_ = builder.BuildAndStart();
+    channel_ = grpc::CreateChannel("127.0.0.1:" + std::to_string(port),
+                                   grpc::InsecureChannelCredentials());
+    stub_ = inference::GRPCInferenceService::NewStub(channel_);
+  }
+
+  static inference::ModelInferRequest ValidMessage() {
+    const TestRequest valid = ValidRequest();
+    inference::ModelInferRequest message;
+    message.set_model_name(valid.model_name);
+    message.set_id("request-1");
+    for (const TestInput& input : valid.inputs) {
+      auto* tensor = message.add_inputs();
+      tensor->set_name(input.name);
+      tensor->set_datatype(input.datatype);
+      for (const std::int64_t size : input.shape) tensor->add_shape(size);
+    }
+    for (const std::string& raw : valid.raw) message.add_raw_input_contents(raw);
+    return message;
+  }
+
+  grpc::Status Infer(const inference::ModelInferRequest& request,
+                     inference::ModelInferResponse* response = nullptr) {
+    grpc::ClientContext context;
+    inference::ModelInferResponse ignored;
+    return stub_->ModelInfer(&context, request, response == nullptr ? &ignored : response);
+  }
+
+  grpc::Status Register(const std::string& name, const ShmObject& object, std::uint64_t size) {
+    inference::SystemSharedMemoryRegisterRequest request;
+    request.set_name(name);
+    request.set_key("/" + object.key());
+    request.set_byte_size(size);
+    inference::SystemSharedMemoryRegisterResponse response;
+    grpc::ClientContext context;
+    return stub_->SystemSharedMemoryRegister(&context, request, &response);
+  }
+
+  FakeSink sink_;
+  ShmRegistry regions_;
+  std::unique_ptr<grpc::Service> service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::shared_ptr<grpc::Channel> channel_;
+  std::unique_ptr<inference::GRPCInferenceService::Stub> stub_;
+};
+
+inline void SetWindow(google::protobuf::Map<std::string, inference::InferParameter>* parameters,
+                      const std::string& region, std::int64_t size, std::int64_t offset) {
+  (*parameters)["shared_memory_region"].set_string_param(region);
+  (*parameters)["shared_memory_byte_size"].set_int64_param(size);
+  (*parameters)["shared_memory_offset"].set_int64_param(offset);
+}
+
+}  // namespace epserve::coordinator
+
+#endif  // EPSERVE_TESTS_SERVER_COORDINATOR_FRONT_DOOR_INFER_SERVICE_FIXTURE_H_

@@ -1,0 +1,382 @@
+#include "server/coordinator/front_door/infer_service.h"
+
+#include <gmock/gmock.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/server/coordinator/front_door/infer_service_fixture.h"
+
+namespace epserve::coordinator {
+namespace {
+
+using absl::StatusCode;
+using grpc::ClientContext;
+using inference::ModelInferRequest;
+using inference::ModelInferResponse;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+
+TEST_F(InferServiceTest, LiveAlwaysAndReadyAsTheSinkSays) {
+  for (const bool ready : {false, true}) {
+    sink_.is_ready.store(ready);
+    ClientContext live_context, ready_context, model_context;
+    inference::ServerLiveResponse live;
+    ASSERT_TRUE(stub_->ServerLive(&live_context, {}, &live).ok());
+    EXPECT_TRUE(live.live());
+    inference::ServerReadyResponse server;
+    ASSERT_TRUE(stub_->ServerReady(&ready_context, {}, &server).ok());
+    EXPECT_EQ(server.ready(), ready);
+    inference::ModelReadyRequest request;
+    request.set_name("tiny");
+    inference::ModelReadyResponse model;
+    ASSERT_TRUE(stub_->ModelReady(&model_context, request, &model).ok());
+    EXPECT_EQ(model.ready(), ready);
+  }
+}
+
+TEST_F(InferServiceTest, ServerMetadataNamesExtensionsButNoStatistics) {
+  ClientContext context;
+  inference::ServerMetadataResponse response;
+  ASSERT_TRUE(stub_->ServerMetadata(&context, {}, &response).ok());
+  EXPECT_EQ(response.name(), "epserve");
+  EXPECT_THAT(response.version(), Not(IsEmpty()));
+  EXPECT_THAT(response.extensions(), ElementsAre("model_configuration", "system_shared_memory"));
+}
+
+TEST_F(InferServiceTest, ModelMetadataGivesFullShapes) {
+  ClientContext context;
+  inference::ModelMetadataRequest request;
+  request.set_name("tiny");
+  inference::ModelMetadataResponse response;
+  ASSERT_TRUE(stub_->ModelMetadata(&context, request, &response).ok());
+  EXPECT_EQ(response.name(), "tiny");
+  EXPECT_THAT(response.versions(), ElementsAre("1"));
+  ASSERT_EQ(response.inputs_size(), 3);
+  EXPECT_EQ(response.inputs(0).name(), "hidden_states");
+  EXPECT_THAT(response.inputs(0).shape(), ElementsAre(-1, 4));
+  EXPECT_EQ(response.inputs(1).datatype(), "INT32");
+  EXPECT_THAT(response.inputs(2).shape(), ElementsAre(-1, 2));
+  ASSERT_EQ(response.outputs_size(), 1);
+  EXPECT_EQ(response.outputs(0).name(), "hidden_states");
+}
+
+TEST_F(InferServiceTest, ModelConfigIsSetWithoutABatchDimension) {
+  ClientContext context;
+  inference::ModelConfigRequest request;
+  request.set_name("tiny");
+  request.set_version("1");
+  inference::ModelConfigResponse response;
+  ASSERT_TRUE(stub_->ModelConfig(&context, request, &response).ok());
+  ASSERT_TRUE(response.has_config());
+  EXPECT_EQ(response.config().max_batch_size(), 0);
+  ASSERT_EQ(response.config().input_size(), 3);
+  EXPECT_THAT(response.config().input(1).dims(), ElementsAre(-1, 2));
+  EXPECT_FALSE(response.config().input(1).optional()) << "this model has no router";
+  EXPECT_FALSE(response.config().model_transaction_policy().decoupled());
+}
+
+TEST_F(InferServiceTest, RepositoryIndexGivesTheModelsState) {
+  inference::RepositoryIndexRequest ready_only;
+  ready_only.set_ready(true);
+  ClientContext first, second, third;
+  inference::RepositoryIndexResponse response;
+  ASSERT_TRUE(stub_->RepositoryIndex(&first, ready_only, &response).ok());
+  ASSERT_EQ(response.models_size(), 1);
+  EXPECT_EQ(response.models(0).state(), "READY");
+  sink_.is_ready.store(false);
+  ASSERT_TRUE(stub_->RepositoryIndex(&second, {}, &response).ok());
+  ASSERT_EQ(response.models_size(), 1);
+  EXPECT_EQ(response.models(0).state(), "UNAVAILABLE");
+  ASSERT_TRUE(stub_->RepositoryIndex(&third, ready_only, &response).ok());
+  EXPECT_EQ(response.models_size(), 0);
+}
+
+TEST_F(InferServiceTest, UnknownModelIsNotFoundEverywhere) {
+  ClientContext contexts[4];
+  inference::ModelReadyRequest ready;
+  ready.set_name("other");
+  inference::ModelReadyResponse ready_reply;
+  inference::ModelMetadataRequest metadata;
+  metadata.set_name("other");
+  inference::ModelMetadataResponse metadata_reply;
+  inference::ModelConfigRequest config;
+  config.set_name("tiny");
+  config.set_version("2");
+  inference::ModelConfigResponse config_reply;
+  ModelInferRequest infer = ValidMessage();
+  infer.set_model_name("other");
+  ModelInferResponse infer_reply;
+  for (const grpc::Status& status : {stub_->ModelReady(&contexts[0], ready, &ready_reply),
+                                     stub_->ModelMetadata(&contexts[1], metadata, &metadata_reply),
+                                     stub_->ModelConfig(&contexts[2], config, &config_reply),
+                                     stub_->ModelInfer(&contexts[3], infer, &infer_reply)}) {
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::NOT_FOUND);
+    EXPECT_THAT(status.error_message(), HasSubstr("is not served"));
+  }
+}
+
+TEST_F(InferServiceTest, WhatIsNotServedIsUnimplementedWithAMessage) {
+  ClientContext contexts[4];
+  inference::ModelStatisticsResponse statistics;
+  inference::CudaSharedMemoryStatusResponse status;
+  inference::CudaSharedMemoryRegisterResponse registered;
+  inference::CudaSharedMemoryUnregisterRequest unregister;
+  unregister.set_name("gpu");
+  inference::CudaSharedMemoryUnregisterResponse unregistered;
+  ClientContext stream_context;
+  auto stream = stub_->ModelStreamInfer(&stream_context);
+  for (const grpc::Status& answer :
+       {stub_->ModelStatistics(&contexts[0], {}, &statistics),
+        stub_->CudaSharedMemoryStatus(&contexts[1], {}, &status),
+        stub_->CudaSharedMemoryRegister(&contexts[2], {}, &registered),
+        stub_->CudaSharedMemoryUnregister(&contexts[3], unregister, &unregistered),
+        stream->Finish()}) {
+    EXPECT_EQ(answer.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+    EXPECT_THAT(answer.error_message(), Not(IsEmpty()));
+  }
+}
+
+TEST_F(InferServiceTest, ClearingCudaSharedMemoryIsOkBecauseThereIsNone) {
+  ClientContext context;
+  inference::CudaSharedMemoryUnregisterResponse response;
+  EXPECT_TRUE(stub_->CudaSharedMemoryUnregister(&context, {}, &response).ok());
+}
+
+TEST_F(InferServiceTest, BytesThatAreNoMessageGetAMessageFromEveryMethod) {
+  grpc::GenericStub generic(channel_);
+  const auto* service =
+      inference::ModelInferRequest::descriptor()->file()->FindServiceByName("GRPCInferenceService");
+  for (int i = 0; i < service->method_count(); ++i) {
+    if (service->method(i)->client_streaming()) continue;
+    const std::string method = "/" + service->full_name() + "/" + service->method(i)->name();
+    const grpc::Slice slice("\x0a\xff\xff garbage");
+    const grpc::ByteBuffer garbage(&slice, 1);
+    grpc::ByteBuffer reply;
+    ClientContext context;
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::unique_ptr<grpc::Status> result;
+    generic.UnaryCall(&context, method, grpc::StubOptions(), &garbage, &reply,
+                      [&](const grpc::Status& status) {
+                        const std::lock_guard lock(mutex);
+                        result = std::make_unique<grpc::Status>(status);
+                        changed.notify_all();
+                      });
+    std::unique_lock lock(mutex);
+    ASSERT_TRUE(changed.wait_for(lock, kPatience, [&] { return result != nullptr; })) << method;
+    EXPECT_FALSE(result->ok()) << method;
+    EXPECT_THAT(result->error_message(), Not(IsEmpty())) << method;
+  }
+}
+
+TEST_F(InferServiceTest, RawRequestComesBackWithRowsIdAndTimes) {
+  sink_.on_submit = Echo;
+  ModelInferRequest request = ValidMessage();
+  (*request.mutable_parameters())["triton_enable_empty_final_response"].set_bool_param(true);
+  (*request.mutable_parameters())["layer"].set_int64_param(5);
+  request.add_outputs()->set_name("hidden_states");
+  ModelInferResponse response;
+  const grpc::Status status = Infer(request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(response.model_name(), "tiny");
+  EXPECT_EQ(response.model_version(), "1");
+  EXPECT_EQ(response.id(), "request-1");
+  ASSERT_EQ(response.outputs_size(), 1);
+  EXPECT_EQ(response.outputs(0).name(), "hidden_states");
+  EXPECT_EQ(response.outputs(0).datatype(), "FP32");
+  EXPECT_THAT(response.outputs(0).shape(), ElementsAre(3, 4));
+  EXPECT_FALSE(response.outputs(0).has_contents());
+  EXPECT_THAT(response.raw_output_contents(), ElementsAre(request.raw_input_contents(0)));
+  const std::map<std::string, std::int64_t> expected = {
+      {"epserve_queue_us", 1},    {"epserve_assign_us", 2}, {"epserve_counts_us", 3},
+      {"epserve_dispatch_us", 4}, {"epserve_ffn_us", 5},    {"epserve_combine_us", 6},
+      {"epserve_epoch", 77}};
+  for (const auto& [name, value] : expected) {
+    EXPECT_EQ(response.parameters().at(name).int64_param(), value) << name;
+  }
+  EXPECT_GE(response.parameters().at("epserve_server_us").int64_param(), 0);
+  EXPECT_EQ(response.parameters_size(), 8);
+  EXPECT_THAT(sink_.WaitForAnswers(1), ElementsAre(StatusCode::kOk));
+}
+
+TEST_F(InferServiceTest, TypedRequestComesBackRaw) {
+  sink_.on_submit = Echo;
+  ModelInferRequest request = ValidMessage();
+  request.clear_raw_input_contents();
+  for (int i = 0; i < 12; ++i) {
+    request.mutable_inputs(0)->mutable_contents()->add_fp32_contents(static_cast<float>(i));
+  }
+  request.mutable_inputs(1)->set_datatype("INT64");
+  for (int i = 0; i < 6; ++i) {
+    request.mutable_inputs(1)->mutable_contents()->add_int64_contents(i);
+    request.mutable_inputs(2)->mutable_contents()->add_fp32_contents(0.5f);
+  }
+  ModelInferResponse response;
+  const grpc::Status status = Infer(request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_THAT(response.raw_output_contents(), ElementsAre(ValidRequest().raw[0]));
+}
+
+TEST_F(InferServiceTest, BothRawAndTypedContentsAreRefused) {
+  ModelInferRequest request = ValidMessage();
+  request.mutable_inputs(1)->mutable_contents()->add_int_contents(1);
+  const grpc::Status status = Infer(request);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("topk_ids"));
+}
+
+TEST_F(InferServiceTest, NoTokensComeBackAsOneEmptyEntry) {
+  sink_.on_submit = Echo;
+  ModelInferRequest request = ValidMessage();
+  for (int i = 0; i < 3; ++i) {
+    request.mutable_inputs(i)->set_shape(0, 0);
+    request.set_raw_input_contents(i, "");
+  }
+  ModelInferResponse response;
+  const grpc::Status status = Infer(request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_THAT(response.outputs(0).shape(), ElementsAre(0, 4));
+  EXPECT_THAT(response.raw_output_contents(), ElementsAre(""));
+}
+
+TEST_F(InferServiceTest, RefusedRequestNeverReachesTheSink) {
+  sink_.on_submit = [](std::unique_ptr<PendingRequest>) { ADD_FAILURE() << "submitted"; };
+  ModelInferRequest request = ValidMessage();
+  request.mutable_inputs(0)->set_shape(1, 5);
+  const grpc::Status status = Infer(request);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("[3,5]"));
+  EXPECT_THAT(sink_.WaitForAnswers(1), ElementsAre(StatusCode::kInvalidArgument));
+}
+
+TEST_F(InferServiceTest, CountsOfTensorsAndParametersAreCappedOnTheWire) {
+  ModelInferRequest many_inputs = ValidMessage();
+  for (int i = 0; i < 10000; ++i) many_inputs.add_inputs();
+  ModelInferRequest many_outputs = ValidMessage();
+  for (int i = 0; i < 10000; ++i) many_outputs.add_outputs();
+  ModelInferRequest many_raw = ValidMessage();
+  for (int i = 0; i < 10000; ++i) many_raw.add_raw_input_contents();
+  ModelInferRequest many_parameters = ValidMessage();
+  ModelInferRequest many_tensor_parameters = ValidMessage();
+  ModelInferRequest many_strings = ValidMessage();
+  for (int i = 0; i < 10000; ++i) {
+    const std::string name = "triton_" + std::to_string(i);
+    (*many_parameters.mutable_parameters())[name].set_bool_param(true);
+    (*many_tensor_parameters.mutable_inputs(0)->mutable_parameters())[name].set_bool_param(true);
+    many_strings.mutable_inputs(0)->mutable_contents()->add_bytes_contents("");
+  }
+  const std::pair<const ModelInferRequest*, const char*> cases[] = {
+      {&many_inputs, "10003 inputs, more than the limit of 16"},
+      {&many_outputs, "10000 outputs, more than the limit of 16"},
+      {&many_raw, "10003 raw_input_contents entries, more than the limit of 16"},
+      {&many_parameters, "10000 parameters, more than the limit of 64"},
+      {&many_tensor_parameters, "10000 tensor parameters, more than the limit of 64"},
+      {&many_strings, "10000 bytes_contents entries, more than the limit of 16"}};
+  for (const auto& [request, words] : cases) {
+    const grpc::Status status = Infer(*request);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_THAT(status.error_message(), HasSubstr(words));
+  }
+}
+
+TEST_F(InferServiceTest, MessagePastTheLimitIsRefused) {
+  ModelInferRequest request = ValidMessage();
+  request.set_raw_input_contents(0, std::string(kMaxMessageBytes + 1, 'x'));
+  EXPECT_EQ(Infer(request).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+}
+
+TEST_F(InferServiceTest, CompressedMessageIsRefusedBeforeItIsUnpacked) {
+  ModelInferRequest request = ValidMessage();
+  request.set_raw_input_contents(0, std::string(16 << 20, 'x'));
+  ClientContext context;
+  context.set_compression_algorithm(GRPC_COMPRESS_GZIP);
+  ModelInferResponse response;
+  const grpc::Status status = stub_->ModelInfer(&context, request, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_THAT(status.error_message(), Not(IsEmpty()));
+}
+
+TEST_F(InferServiceTest, SinksErrorReachesTheCallerNeverWithoutAMessage) {
+  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) {
+    request->Complete({absl::UnavailableError(request->request.layer == 3 ? "" : "no worker"), {}});
+  };
+  ModelInferRequest request = ValidMessage();
+  grpc::Status status = Infer(request);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(status.error_message(), "UNAVAILABLE");
+  (*request.mutable_parameters())["layer"].set_int64_param(4);
+  EXPECT_EQ(Infer(request).error_message(), "no worker");
+}
+
+TEST_F(InferServiceTest, FullQueueTellsWhenToRetry) {
+  for (const std::int64_t given_ms : {0, 1234}) {
+    sink_.on_submit = [given_ms](std::unique_ptr<PendingRequest> request) {
+      request->Complete({absl::ResourceExhaustedError("queue full"), {}, given_ms});
+    };
+    ClientContext context;
+    ModelInferResponse response;
+    const grpc::Status status = stub_->ModelInfer(&context, ValidMessage(), &response);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+    const auto& trailer = context.GetServerTrailingMetadata();
+    const auto pushback = trailer.find("grpc-retry-pushback-ms");
+    ASSERT_NE(pushback, trailer.end());
+    EXPECT_EQ(pushback->second, given_ms == 0 ? "50" : "1234");
+  }
+}
+
+TEST_F(InferServiceTest, OtherErrorsCarryNoPushback) {
+  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) {
+    request->Complete({absl::UnavailableError("no worker"), {}, 1234});
+  };
+  ClientContext context;
+  ModelInferResponse response;
+  EXPECT_FALSE(stub_->ModelInfer(&context, ValidMessage(), &response).ok());
+  EXPECT_EQ(context.GetServerTrailingMetadata().count("grpc-retry-pushback-ms"), 0u);
+}
+
+TEST_F(InferServiceTest, RequestDroppedByTheSinkIsAnsweredInternal) {
+  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) { request.reset(); };
+  const grpc::Status status = Infer(ValidMessage());
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INTERNAL);
+  EXPECT_THAT(status.error_message(), HasSubstr("dropped"));
+}
+
+TEST_F(InferServiceTest, OkWithoutRowsIsAnsweredInternal) {
+  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) { request->Complete(Ok()); };
+  const grpc::Status status = Infer(ValidMessage());
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INTERNAL);
+  EXPECT_THAT(status.error_message(), HasSubstr("0 output bytes, not 48"));
+}
+
+TEST_F(InferServiceTest, OnlyTheFirstCompletionCounts) {
+  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) {
+    request->Complete({absl::UnavailableError("first"), {}});
+    request->Complete({absl::InternalError("second"), {}});
+  };
+  EXPECT_EQ(Infer(ValidMessage()).error_message(), "first");
+  EXPECT_THAT(sink_.WaitForAnswers(1), ElementsAre(StatusCode::kUnavailable));
+}
+
+TEST_F(InferServiceTest, IdsAreUniqueAndFromOne) {
+  std::vector<std::uint64_t> ids;
+  sink_.on_submit = [&ids](std::unique_ptr<PendingRequest> request) {
+    ids.push_back(request->id);
+    Echo(std::move(request));
+  };
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(Infer(ValidMessage()).ok());
+  EXPECT_THAT(ids, ElementsAre(1, 2, 3));
+}
+
+}  // namespace
+}  // namespace epserve::coordinator
