@@ -85,7 +85,7 @@ std::uint8_t FloatToFp8E4m3(float value) {
   if (magnitude >= 448.0f) return sign | 0x7e;
   if (magnitude == 0.0f) return sign;  // frexp gives it an exponent of 0, which is not a small one.
   int exponent = 0;
-  std::frexp(magnitude, &exponent);             // magnitude = m * 2^exponent, m in [0.5, 1).
+  std::frexp(magnitude, &exponent);  // magnitude = m * 2^exponent, m in [0.5, 1).
   const int ulp_exponent = exponent - 1 < -6 ? -9 : exponent - 4;
   // nearbyint rounds to nearest even under the default rounding mode.
   const float steps = std::nearbyint(std::ldexp(magnitude, -ulp_exponent));

@@ -1,0 +1,190 @@
+// Device code that dispatch, combine and barrier share: flags, bounded waits, teams, vectors.
+#ifndef EPSERVE_RUNTIME_ALLTOALLV_CUDA_DEVICE_CUH_
+#define EPSERVE_RUNTIME_ALLTOALLV_CUDA_DEVICE_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cuda/atomic>
+
+#include "runtime/alltoallv/cuda_kernels.h"
+
+namespace epserve::runtime {
+
+__device__ inline std::uint64_t GlobalTimerNs() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+__device__ inline std::uint64_t* FlagOf(std::byte* flags, int index) {
+  return reinterpret_cast<std::uint64_t*>(flags +
+                                          static_cast<std::int64_t>(index) * kFlagStrideBytes);
+}
+
+// Waits until *flag >= target. False where the wait gave up, with the reason in the report; the
+// caller carries on without touching what it waited for, and the host turns the report into a
+// Status.
+__device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, int peer,
+                                   WaitStage stage, const WaitControl& control) {
+  // acquire: what the peer wrote before its release is visible after. system: the writer is another
+  // GPU. Pairs with PublishToPeer and PublishRow.
+  cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system> word(*flag);
+  if (word.load(cuda::memory_order_acquire) >= target) return true;
+  const std::uint64_t start = GlobalTimerNs();
+  for (unsigned spin = 1;; ++spin) {
+    if (word.load(cuda::memory_order_acquire) >= target) return true;
+    // The abort word lies in host memory, a PCIe read away: look at it, and at the clock, rarely.
+    if (spin % 1024 != 0) continue;
+    const std::uint64_t waited = GlobalTimerNs() - start;
+    const bool aborted = *const_cast<const volatile std::uint32_t*>(control.abort_word) != 0;
+    if (!aborted && waited < static_cast<std::uint64_t>(control.timeout_ns)) continue;
+    // The first to give up reports; the others' reports would name the same cause.
+    if (atomicCAS_system(&control.report->stage, 0u, 0xffffffffu) == 0u) {
+      control.report->peer = peer;
+      control.report->waited_ns = waited;
+      control.report->aborted = aborted ? 1u : 0u;
+      // release: the fields first. system: the host reads them.
+      cuda::atomic_ref<std::uint32_t, cuda::thread_scope_system>(control.report->stage)
+          .store(static_cast<std::uint32_t>(stage), cuda::memory_order_release);
+    }
+    return false;
+  }
+}
+
+// Called by one thread a peer, after a __syncthreads() that follows the block's last payload store.
+__device__ inline void PublishToPeer(std::uint64_t* arrivals) {
+  // release: the block's payload first (the barrier before made it this thread's past). system: the
+  // reader is another GPU. Pairs with the acquire in WaitAtLeast.
+  cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system>(*arrivals).fetch_add(
+      1, cuda::memory_order_release);
+}
+
+// Called by one thread of the team that wrote a row, after the team's sync().
+__device__ inline void PublishRow(std::uint64_t* flag, std::uint64_t use) {
+  // release, system: as in PublishToPeer, for one row.
+  cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system>(*flag).store(
+      use, cuda::memory_order_release);
+}
+
+// The threads that work on one row together: a warp where there are many rows, a block where a
+// single row's latency counts.
+enum class RowTeam { kWarp, kBlock };
+
+template <RowTeam kTeam>
+struct Team {
+  static __device__ int rank() {
+    return kTeam == RowTeam::kWarp ? static_cast<int>(threadIdx.x % 32)
+                                   : static_cast<int>(threadIdx.x);
+  }
+  static __device__ int size() {
+    return kTeam == RowTeam::kWarp ? 32 : static_cast<int>(blockDim.x);
+  }
+  // Teams of a block, and this thread's among them.
+  static __device__ int count() {
+    return kTeam == RowTeam::kWarp ? static_cast<int>(blockDim.x / 32) : 1;
+  }
+  static __device__ int index() {
+    return kTeam == RowTeam::kWarp ? static_cast<int>(threadIdx.x / 32) : 0;
+  }
+  static __device__ void sync() {
+    if constexpr (kTeam == RowTeam::kWarp) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+// 16 bytes of elements to and from fp32.
+template <typename T>
+struct Vector16;
+
+template <>
+struct Vector16<__nv_bfloat16> {
+  static constexpr int kElements = 8;
+  static __device__ void MultiplyAdd(const uint4& v, float w, float* acc) {
+    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = __bfloat1622float2(pairs[i]);
+      acc[2 * i] = fmaf(f.x, w, acc[2 * i]);
+      acc[2 * i + 1] = fmaf(f.y, w, acc[2 * i + 1]);
+    }
+  }
+  static __device__ uint4 Pack(const float* acc) {
+    uint4 v;
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(acc[2 * i], acc[2 * i + 1]);
+    return v;
+  }
+};
+
+template <>
+struct Vector16<__half> {
+  static constexpr int kElements = 8;
+  static __device__ void MultiplyAdd(const uint4& v, float w, float* acc) {
+    const auto* pairs = reinterpret_cast<const __half2*>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = __half22float2(pairs[i]);
+      acc[2 * i] = fmaf(f.x, w, acc[2 * i]);
+      acc[2 * i + 1] = fmaf(f.y, w, acc[2 * i + 1]);
+    }
+  }
+  static __device__ uint4 Pack(const float* acc) {
+    uint4 v;
+    auto* pairs = reinterpret_cast<__half2*>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(acc[2 * i], acc[2 * i + 1]);
+    return v;
+  }
+};
+
+template <>
+struct Vector16<float> {
+  static constexpr int kElements = 4;
+  static __device__ void MultiplyAdd(const uint4& v, float w, float* acc) {
+    acc[0] = fmaf(__uint_as_float(v.x), w, acc[0]);
+    acc[1] = fmaf(__uint_as_float(v.y), w, acc[1]);
+    acc[2] = fmaf(__uint_as_float(v.z), w, acc[2]);
+    acc[3] = fmaf(__uint_as_float(v.w), w, acc[3]);
+  }
+  static __device__ uint4 Pack(const float* acc) {
+    return make_uint4(__float_as_uint(acc[0]), __float_as_uint(acc[1]), __float_as_uint(acc[2]),
+                      __float_as_uint(acc[3]));
+  }
+};
+
+// Which use of an area this launch is, and which area: from the host, or counted on the device.
+struct AreaUse {
+  std::uint64_t use;         // from 1
+  std::int64_t byte_offset;  // of the area in every heap
+};
+
+// `counter` 0: dispatch, 1: combine. Every block reads it before any block may advance it.
+__device__ inline AreaUse CurrentUse(const AreaView& area, int counter) {
+  if (area.device_sequence == nullptr) return {area.use, area.area_offset};
+  const std::uint64_t sequence = area.device_sequence[counter];
+  return {sequence / 2 + 1,
+          area.area_offset + static_cast<std::int64_t>(sequence % 2) * area.layout.bytes};
+}
+
+// Called once by every block at its end: the last one advances the counter for the next launch.
+__device__ inline void AdvanceUse(const AreaView& area, int counter) {
+  if (area.device_sequence == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  std::uint64_t* ticket = area.device_sequence + 2 + counter;
+  // acq_rel, device: the last block's advance comes after every block's read of the counter.
+  cuda::atomic_ref<std::uint64_t, cuda::thread_scope_device> tickets(*ticket);
+  if (tickets.fetch_add(1, cuda::memory_order_acq_rel) == gridDim.x - 1) {
+    *ticket = 0;
+    area.device_sequence[counter] += 1;
+  }
+}
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_ALLTOALLV_CUDA_DEVICE_CUH_

@@ -1,0 +1,361 @@
+// Dispatch: one launch lays the rows out and pushes them.
+//
+// Each block owns a contiguous range of tokens. It counts, for every rank, the tokens before its
+// range that go there (the ids are small and sit in L2), so that no block waits for another; then
+// its teams write each row to all of the row's ranks from one read, metadata beside it, and the
+// block raises every peer's arrival counter by one. Block 0 waits for all sources.
+#include <cuda_fp8.h>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/alltoallv/cuda_device.cuh"
+#include "runtime/alltoallv/cuda_kernels.h"
+#include "runtime/base/cuda_status.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr int kWarpSize = 32;
+
+struct DispatchShared {
+  int base[kMaxCudaRanks];                       // rows to each rank before the present step
+  int warp_totals[kWarpSize][kMaxCudaRanks];     // [warps]
+  uint4* destination[kWarpSize][kMaxCudaRanks];  // [teams] rows that the team writes
+  float* scale_destination[kWarpSize][kMaxCudaRanks];
+  int num_destinations[kWarpSize];
+};
+
+__device__ int OwnerOf(int expert, const CudaDispatchArgs& args) {
+  int owner = 0;
+#pragma unroll
+  for (int r = 1; r < kMaxCudaRanks; ++r) {
+    owner += (r < args.area.num_ranks && expert >= args.first_expert[r]) ? 1 : 0;
+  }
+  return owner;
+}
+
+// Bit r is set where rank r owns one of the token's experts.
+__device__ unsigned RankMask(const CudaDispatchArgs& args, std::int64_t token) {
+  unsigned mask = 0;
+  const std::int32_t* ids = args.topk_ids + token * args.topk;
+  if (args.topk % 4 == 0) {
+    for (int k = 0; k < args.topk; k += 4) {
+      const int4 four = *reinterpret_cast<const int4*>(ids + k);
+      if (four.x >= 0) mask |= 1u << OwnerOf(four.x, args);
+      if (four.y >= 0) mask |= 1u << OwnerOf(four.y, args);
+      if (four.z >= 0) mask |= 1u << OwnerOf(four.z, args);
+      if (four.w >= 0) mask |= 1u << OwnerOf(four.w, args);
+    }
+  } else {
+    for (int k = 0; k < args.topk; ++k) {
+      if (ids[k] >= 0) mask |= 1u << OwnerOf(ids[k], args);
+    }
+  }
+  return mask;
+}
+
+// base[r] = tokens in [0, end) that go to rank r.
+__device__ void CountBefore(const CudaDispatchArgs& args, std::int64_t end,
+                            DispatchShared* shared) {
+  if (threadIdx.x < kMaxCudaRanks) shared->base[threadIdx.x] = 0;
+  __syncthreads();
+  int counts[kMaxCudaRanks] = {};
+  for (std::int64_t t = threadIdx.x; t < end; t += blockDim.x) {
+    const unsigned mask = RankMask(args, t);
+#pragma unroll
+    for (int r = 0; r < kMaxCudaRanks; ++r) counts[r] += (mask >> r) & 1u;
+  }
+#pragma unroll
+  for (int r = 0; r < kMaxCudaRanks; ++r) {
+    const int sum = __reduce_add_sync(0xffffffffu, counts[r]);
+    if (threadIdx.x % kWarpSize == 0 && sum != 0) atomicAdd(&shared->base[r], sum);
+  }
+  __syncthreads();
+}
+
+// Places the tokens [begin, begin + blockDim.x) below `end`, one a thread, in send_position.
+__device__ void PlaceTokens(const CudaDispatchArgs& args, std::int64_t begin, std::int64_t end,
+                            DispatchShared* shared) {
+  const std::int64_t token = begin + threadIdx.x;
+  const unsigned mask = token < end ? RankMask(args, token) : 0u;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  int before[kMaxCudaRanks];
+#pragma unroll
+  for (int r = 0; r < kMaxCudaRanks; ++r) {
+    const unsigned ballot = __ballot_sync(0xffffffffu, (mask >> r) & 1u);
+    before[r] = __popc(ballot & ((1u << lane) - 1u));
+    if (lane == r) shared->warp_totals[warp][r] = __popc(ballot);
+  }
+  __syncthreads();
+  int of_earlier_warps = 0;
+  if (lane < kMaxCudaRanks) {
+    of_earlier_warps = shared->base[lane];
+    for (int w = 0; w < warp; ++w) of_earlier_warps += shared->warp_totals[w][lane];
+  }
+#pragma unroll
+  for (int r = 0; r < kMaxCudaRanks; ++r) {
+    const int start = __shfl_sync(0xffffffffu, of_earlier_warps, r);
+    if (token < end && r < args.area.num_ranks) {
+      args.send_position[token * args.area.num_ranks + r] =
+          ((mask >> r) & 1u) != 0 ? start + before[r] : -1;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kMaxCudaRanks) {
+    int total = 0;
+    for (int w = 0; w < static_cast<int>(blockDim.x / kWarpSize); ++w) {
+      total += shared->warp_totals[w][threadIdx.x];
+    }
+    shared->base[threadIdx.x] += total;
+  }
+  __syncthreads();
+}
+
+// Writes the row's metadata to each of its ranks and lists the places the row itself goes to.
+template <RowTeam kTeam, RowPayload kPayload>
+__device__ void PrepareRow(const CudaDispatchArgs& args, std::int64_t area_offset,
+                           std::int64_t token, std::int64_t row_bytes, DispatchShared* shared) {
+  using T = Team<kTeam>;
+  const AreaLayout& layout = args.area.layout;
+  const int num_ranks = args.area.num_ranks;
+  if (T::rank() < kWarpSize) {
+    const int lane = T::rank();
+    int position = -1;
+    // Lane i looks at rank (own + 1 + i) mod R, so that the ranks' first stores go different ways.
+    const int peer = (args.area.rank + 1 + lane) % num_ranks;
+    if (lane < num_ranks) position = args.send_position[token * num_ranks + peer];
+    const bool sends = position >= 0 && position < args.row_limit[peer];
+    std::byte* area = sends ? args.area.heap[peer] + area_offset : nullptr;
+    const std::int64_t row = sends ? args.row_base[peer] + position : 0;
+    const bool moves = sends && peer != args.area.rank;
+    const unsigned movers = __ballot_sync(0xffffffffu, moves);
+    if (moves) {
+      const int place = __popc(movers & ((1u << lane) - 1u));
+      shared->destination[T::index()][place] =
+          reinterpret_cast<uint4*>(area + layout.rows + row * row_bytes);
+      if constexpr (kPayload == RowPayload::kFp8) {
+        shared->scale_destination[T::index()][place] =
+            reinterpret_cast<float*>(area + layout.scales) +
+            row * (args.hidden / kFp8GroupElements);
+      }
+    }
+    if (lane == 0) shared->num_destinations[T::index()] = __popc(movers);
+    for (int r = 0; r < num_ranks; ++r) {
+      const auto to = reinterpret_cast<std::byte*>(
+          __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(area), r));
+      const std::int64_t at = __shfl_sync(0xffffffffu, row, r);
+      if (to == nullptr) continue;
+      const int receiver = (args.area.rank + 1 + r) % num_ranks;
+      if (lane < args.topk) {
+        const int id = args.topk_ids[token * args.topk + lane];
+        const bool there =
+            id >= args.first_expert[receiver] && id < args.first_expert[receiver + 1];
+        reinterpret_cast<std::int32_t*>(to + layout.topk_ids)[at * args.topk + lane] =
+            there ? id - args.first_expert[receiver] : -1;
+        reinterpret_cast<float*>(to + layout.topk_weights)[at * args.topk + lane] =
+            args.topk_weights[token * args.topk + lane];
+      }
+      if (lane == kMaxCudaTopk) {
+        reinterpret_cast<std::int32_t*>(to + layout.source_token)[at] =
+            static_cast<std::int32_t>(token);
+      }
+    }
+  }
+  T::sync();
+}
+
+template <RowTeam kTeam>
+__device__ void CopyRow(const uint4* row, std::int64_t num_vectors, const DispatchShared& shared) {
+  using T = Team<kTeam>;
+  constexpr int kUnroll = kTeam == RowTeam::kWarp ? 7 : 2;  // 7 x 32 lanes: a quarter of 7168 bf16
+  const int num_destinations = shared.num_destinations[T::index()];
+  for (std::int64_t start = 0; start < num_vectors; start += kUnroll * T::size()) {
+    uint4 piece[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t v = start + u * T::size() + T::rank();
+      if (v < num_vectors) piece[u] = __ldcs(row + v);
+    }
+    for (int d = 0; d < num_destinations; ++d) {
+      uint4* to = shared.destination[T::index()][d];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const std::int64_t v = start + u * T::size() + T::rank();
+        if (v < num_vectors) to[v] = piece[u];
+      }
+    }
+  }
+}
+
+// Sixteen bf16 values to e4m3, given what they are multiplied with.
+__device__ uint4 CastToFp8(const uint4& low, const uint4& high, float inverse_scale) {
+  uint4 packed;
+  auto* out = reinterpret_cast<__nv_fp8x2_storage_t*>(&packed);
+  const uint4 halves[2] = {low, high};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&halves[h]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 f = __bfloat1622float2(pairs[i]);
+      f.x *= inverse_scale;
+      f.y *= inverse_scale;
+      out[h * 4 + i] = __nv_cvt_float2_to_fp8x2(f, __NV_SATFINITE, __NV_E4M3);
+    }
+  }
+  return packed;
+}
+
+__device__ float MaxMagnitude(const uint4& v) {
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&v);
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = __bfloat1622float2(pairs[i]);
+    largest = fmaxf(largest, fmaxf(fabsf(f.x), fabsf(f.y)));
+  }
+  return largest;
+}
+
+// Casts the row on its way: each thread takes 16 elements, so that eight neighbours share a scale
+// and every store is 16 bytes. A group of zeros has scale 1; NaN elements stay NaN.
+template <RowTeam kTeam>
+__device__ void CastRow(const uint4* row, std::int64_t hidden, const DispatchShared& shared) {
+  using T = Team<kTeam>;
+  constexpr int kLanesPerGroup = kFp8GroupElements / 16;
+  constexpr float kLargestFp8 = 448.0f;
+  constexpr int kUnroll = 2;
+  const int num_destinations = shared.num_destinations[T::index()];
+  const std::int64_t num_pieces = hidden / 16;
+  for (std::int64_t start = 0; start < num_pieces; start += kUnroll * T::size()) {
+    uint4 low[kUnroll], high[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t p = start + u * T::size() + T::rank();
+      low[u] = high[u] = make_uint4(0, 0, 0, 0);
+      if (p < num_pieces) {
+        low[u] = __ldcs(row + 2 * p);
+        high[u] = __ldcs(row + 2 * p + 1);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t p = start + u * T::size() + T::rank();
+      float largest = fmaxf(MaxMagnitude(low[u]), MaxMagnitude(high[u]));
+#pragma unroll
+      for (int step = 1; step < kLanesPerGroup; step *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+      }
+      const bool usable = largest > 0.0f && largest < INFINITY;
+      const float scale = usable ? largest / kLargestFp8 : 1.0f;
+      const uint4 packed = CastToFp8(low[u], high[u], usable ? kLargestFp8 / largest : 1.0f);
+      if (p >= num_pieces) continue;
+      for (int d = 0; d < num_destinations; ++d) {
+        shared.destination[T::index()][d][p] = packed;
+        if (p % kLanesPerGroup == 0) {
+          shared.scale_destination[T::index()][d][p / kLanesPerGroup] = scale;
+        }
+      }
+    }
+  }
+}
+
+// After the block's last row: tell every peer, and let block 0 wait for all sources.
+__device__ void PublishAndWait(const CudaDispatchArgs& args, const AreaUse& use,
+                               const DispatchShared& shared) {
+  const int num_ranks = args.area.num_ranks;
+  const AreaLayout& layout = args.area.layout;
+  // The last block's range ends at T, so that its base holds the totals.
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < num_ranks) {
+    std::byte* area = args.area.heap[threadIdx.x] + use.byte_offset;
+    reinterpret_cast<std::int32_t*>(area + layout.counts)[args.area.rank] =
+        shared.base[threadIdx.x];
+  }
+  __syncthreads();  // Orders every thread's payload stores before the releases.
+  if (threadIdx.x < num_ranks) {
+    std::byte* area = args.area.heap[threadIdx.x] + use.byte_offset;
+    PublishToPeer(FlagOf(area + layout.arrivals, args.area.rank));
+  }
+  if (blockIdx.x == 0 && threadIdx.x < num_ranks) {
+    std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
+    WaitAtLeast(FlagOf(own + layout.arrivals, threadIdx.x), use.use * gridDim.x, threadIdx.x,
+                WaitStage::kDispatch, args.wait);
+  }
+}
+
+template <RowTeam kTeam, RowPayload kPayload>
+__global__ void __launch_bounds__(1024, 1)
+    DispatchKernel(const __grid_constant__ CudaDispatchArgs args) {
+  __shared__ DispatchShared shared;
+  using T = Team<kTeam>;
+  const AreaUse use = CurrentUse(args.area, 0);
+  const std::int64_t begin = args.num_tokens * blockIdx.x / gridDim.x;
+  const std::int64_t end = args.num_tokens * (blockIdx.x + 1) / gridDim.x;
+  const std::int64_t element_bytes = args.dtype == DataType::kFp32 ? 4 : 2;
+  const std::int64_t input_bytes = args.hidden * element_bytes;
+  const std::int64_t row_bytes = kPayload == RowPayload::kFp8 ? args.hidden : input_bytes;
+  CountBefore(args, begin, &shared);
+  for (std::int64_t step = begin; step < end; step += blockDim.x) {
+    PlaceTokens(args, step, end, &shared);
+    const std::int64_t step_end = step + blockDim.x < end ? step + blockDim.x : end;
+    for (std::int64_t token = step + T::index(); token < step_end; token += T::count()) {
+      PrepareRow<kTeam, kPayload>(args, use.byte_offset, token, row_bytes, &shared);
+      const auto* row = reinterpret_cast<const uint4*>(static_cast<const std::byte*>(args.x) +
+                                                       token * input_bytes);
+      if constexpr (kPayload == RowPayload::kFp8) {
+        CastRow<kTeam>(row, args.hidden, shared);
+      } else {
+        CopyRow<kTeam>(row, input_bytes / 16, shared);
+      }
+      T::sync();  // The list of destinations is used anew for the team's next row.
+    }
+    __syncthreads();
+  }
+  PublishAndWait(args, use, shared);
+  AdvanceUse(args.area, 0);
+}
+
+template <RowTeam kTeam>
+cudaError_t Launch(const CudaDispatchArgs& args, int threads, cudaStream_t stream) {
+  if (args.payload == RowPayload::kFp8) {
+    DispatchKernel<kTeam, RowPayload::kFp8><<<args.num_blocks, threads, 0, stream>>>(args);
+  } else {
+    DispatchKernel<kTeam, RowPayload::kCopy><<<args.num_blocks, threads, 0, stream>>>(args);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
+  if (args.topk < 1 || args.topk > kMaxCudaTopk) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dispatch: topk ", args.topk, " outside [1, ", kMaxCudaTopk, "]"));
+  }
+  if (args.area.num_ranks < 1 || args.area.num_ranks > kMaxCudaRanks) {
+    return absl::InvalidArgumentError(absl::StrCat("dispatch: num_ranks ", args.area.num_ranks,
+                                                   " outside [1, ", kMaxCudaRanks, "]"));
+  }
+  const std::int64_t input_bytes =
+      args.hidden * static_cast<std::int64_t>(DataTypeBytes(args.dtype));
+  if (args.hidden < 1 || input_bytes % 16 != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("dispatch: a row of ", input_bytes,
+                                                   " bytes is not a positive multiple of 16"));
+  }
+  if (args.payload == RowPayload::kFp8 &&
+      (args.dtype != DataType::kBf16 || args.hidden % kFp8GroupElements != 0)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "dispatch: the fp8 cast takes bf16 rows with a hidden size that is a multiple of ",
+        kFp8GroupElements, ", got ", std::string(DataTypeName(args.dtype)), " and ", args.hidden));
+  }
+  // Few rows a block: their latency counts, so a whole block works on each.
+  const bool few = args.num_tokens <= std::int64_t{8} * args.num_blocks;
+  if (few) {
+    EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kBlock>(args, 512, stream));
+  } else {
+    EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kWarp>(args, 1024, stream));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace epserve::runtime

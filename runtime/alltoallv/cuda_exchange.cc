@@ -1,0 +1,352 @@
+#include "runtime/alltoallv/cuda_exchange.h"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "runtime/base/status.h"
+
+namespace epserve::runtime {
+namespace {
+
+CudaHeapShape ShapeOf(const CudaExchangeConfig& config) {
+  return {config.base.num_ranks,   config.base.num_slots,        config.base.max_topk,
+          config.base.hidden,      config.base.max_batch_tokens, config.max_decode_tokens,
+          config.max_element_bytes};
+}
+
+absl::Status Validate(const CudaExchangeConfig& config) {
+  const ExchangeConfig& base = config.base;
+  if (base.num_ranks < 1 || base.num_ranks > kMaxCudaRanks) {
+    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: num_ranks ", base.num_ranks,
+                                                   " outside [1, ", kMaxCudaRanks,
+                                                   "]; one host holds at most that many"));
+  }
+  if (base.rank < 0 || base.rank >= base.num_ranks) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cuda exchange: rank ", base.rank, " outside [0, ", base.num_ranks, ")"));
+  }
+  if (base.max_topk < 1 || base.max_topk > kMaxCudaTopk) {
+    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: max_topk ", base.max_topk,
+                                                   " outside [1, ", kMaxCudaTopk, "]"));
+  }
+  if (base.hidden < 8 || base.hidden % 8 != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cuda exchange: hidden ", base.hidden, " is not a positive multiple of 8"));
+  }
+  if (base.placement.num_ranks() != base.num_ranks) {
+    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: the placement is for ",
+                                                   base.placement.num_ranks(), " ranks, not ",
+                                                   base.num_ranks));
+  }
+  if (base.max_batch_tokens < 1 || config.max_decode_tokens < 1 || base.num_slots < 1 ||
+      config.comm_blocks < 1 || config.decode_blocks < 1) {
+    return absl::InvalidArgumentError(
+        "cuda exchange: max_batch_tokens, max_decode_tokens, num_slots, comm_blocks and "
+        "decode_blocks must be at least 1");
+  }
+  return absl::OkStatus();
+}
+
+const char* StageName(std::uint32_t stage) {
+  switch (static_cast<WaitStage>(stage)) {
+    case WaitStage::kDispatch:
+      return "dispatch";
+    case WaitStage::kCombine:
+      return "combine";
+    case WaitStage::kBarrier:
+      return "barrier";
+    case WaitStage::kNone:
+      break;
+  }
+  return "unknown stage";
+}
+
+}  // namespace
+
+// What an area needs beside the heap, and what its present batch looks like.
+struct CudaExchange::Local {
+  DeviceBuffer send_position;  // i32 [T, R]
+  DeviceBuffer expert_index;   // i32 [row_capacity, K]
+  DeviceBuffer expert_offset;  // i32 [E_local + 1]
+  DeviceBuffer sequence;       // u64 [4], decode path
+  std::uint64_t uses = 0;
+  int topk = 0;
+  std::int32_t recv_base[kMaxCudaRanks] = {};
+  std::int32_t recv_rows[kMaxCudaRanks] = {};
+  std::int32_t return_base[kMaxCudaRanks] = {};
+  std::int32_t partial_base[kMaxCudaRanks] = {};
+};
+
+CudaExchange::CudaExchange(const CudaExchangeConfig& config)
+    : config_(config), layout_(MakeCudaHeapLayout(ShapeOf(config))) {}
+
+CudaExchange::~CudaExchange() = default;
+
+std::int64_t CudaExchange::HeapBytes(const CudaExchangeConfig& config) {
+  return MakeCudaHeapLayout(ShapeOf(config)).bytes;
+}
+
+absl::StatusOr<std::unique_ptr<CudaExchange>> CudaExchange::Create(
+    const CudaExchangeConfig& config) {
+  EPS_RETURN_IF_ERROR(Validate(config));
+  std::unique_ptr<CudaExchange> exchange(new CudaExchange(config));
+  EPS_RETURN_IF_ERROR(exchange->Initialize());
+  return exchange;
+}
+
+absl::Status CudaExchange::Initialize() {
+  const ExchangeConfig& base = config_.base;
+  EPS_ASSIGN_OR_RETURN(host_words_,
+                       PinnedBuffer::Create(sizeof(std::uint64_t) + sizeof(WaitReport)));
+  std::memset(host_words_.as<std::byte>(), 0, sizeof(std::uint64_t) + sizeof(WaitReport));
+  EPS_ASSIGN_OR_RETURN(barrier_use_, DeviceBuffer::Create(sizeof(std::uint64_t)));
+  const std::int64_t local_experts = base.placement.num_local_experts(base.rank);
+  const std::int64_t shard = MaxShardTokens(base.max_batch_tokens, base.num_ranks);
+  for (int i = 0; i <= base.num_slots; ++i) {
+    const bool decode = i == base.num_slots;
+    const AreaLayout& area = decode ? layout_.decode : layout_.slot;
+    const std::int64_t tokens = decode ? config_.max_decode_tokens : shard;
+    auto local = std::make_unique<Local>();
+    EPS_ASSIGN_OR_RETURN(local->send_position, DeviceBuffer::Create(tokens * base.num_ranks * 4));
+    EPS_ASSIGN_OR_RETURN(local->expert_index,
+                         DeviceBuffer::Create(area.row_capacity * base.max_topk * 4));
+    EPS_ASSIGN_OR_RETURN(local->expert_offset, DeviceBuffer::Create((local_experts + 1) * 4));
+    EPS_ASSIGN_OR_RETURN(local->sequence, DeviceBuffer::Create(4 * sizeof(std::uint64_t)));
+    locals_.push_back(std::move(local));
+  }
+  EPS_ASSIGN_OR_RETURN(DeviceAllocation allocation, DeviceAllocation::Create(layout_.bytes));
+  EPS_ASSIGN_OR_RETURN(heap_, DeviceMapping::Map(std::move(allocation)));
+  // Flags start at zero; poisoning the rest is the caller's choice.
+  EPS_CUDA_RETURN_IF_ERROR(cudaMemset(heap_.data(), 0, layout_.bytes));
+  EPS_CUDA_RETURN_IF_ERROR(cudaDeviceSynchronize());
+  EPS_ASSIGN_OR_RETURN(UniqueFd descriptor, heap_.allocation().Export());
+  EPS_ASSIGN_OR_RETURN(
+      server_, HandleServer::Start(HandleSocketAddress(config_.socket_directory, base.cluster_id,
+                                                       base.epoch, base.rank),
+                                   config_.secret, std::move(descriptor), heap_.bytes()));
+  return absl::OkStatus();
+}
+
+absl::Status CudaExchange::OpenPeers(absl::Duration timeout) {
+  const ExchangeConfig& base = config_.base;
+  const absl::Time deadline = absl::Now() + timeout;
+  peers_.resize(base.num_ranks);
+  for (int r = 0; r < base.num_ranks; ++r) {
+    if (r == base.rank) continue;
+    const std::string address =
+        HandleSocketAddress(config_.socket_directory, base.cluster_id, base.epoch, r);
+    auto fetched = FetchHandle(address, config_.secret, absl::Seconds(1));
+    while (absl::IsUnavailable(fetched.status()) && absl::Now() < deadline) {
+      absl::SleepFor(absl::Milliseconds(5));  // The peer has not opened its socket yet.
+      fetched = FetchHandle(address, config_.secret, absl::Seconds(1));
+    }
+    EPS_RETURN_IF_ERROR(fetched.status());
+    if (fetched->bytes != heap_.bytes()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "cuda exchange: rank ", r, " has a heap of ", fetched->bytes, " bytes, this rank of ",
+          heap_.bytes(), "; start all workers with the same flags"));
+    }
+    EPS_ASSIGN_OR_RETURN(DeviceAllocation allocation,
+                         DeviceAllocation::Import(fetched->descriptor.get(), fetched->bytes));
+    EPS_ASSIGN_OR_RETURN(peers_[r], DeviceMapping::Map(std::move(allocation)));
+  }
+  opened_ = true;
+  return absl::OkStatus();
+}
+
+void CudaExchange::Seal() { server_.reset(); }
+
+CudaExchange::Local& CudaExchange::LocalOf(Path path, int slot) {
+  return *locals_[path == Path::kDecode ? config_.base.num_slots : slot];
+}
+
+const CudaExchange::Local& CudaExchange::LocalOf(Path path, int slot) const {
+  return *locals_[path == Path::kDecode ? config_.base.num_slots : slot];
+}
+
+WaitControl CudaExchange::Wait() const {
+  return {host_words_.as<std::uint32_t>(),
+          reinterpret_cast<WaitReport*>(host_words_.as<std::byte>() + sizeof(std::uint64_t)),
+          absl::ToInt64Nanoseconds(config_.base.peer_timeout)};
+}
+
+AreaView CudaExchange::ViewOf(Path path, int slot) const {
+  AreaView view{};
+  for (int r = 0; r < config_.base.num_ranks; ++r) {
+    view.heap[r] = r == config_.base.rank ? heap_.data() : peers_[r].data();
+  }
+  const bool decode = path == Path::kDecode;
+  view.layout = decode ? layout_.decode : layout_.slot;
+  view.area_offset = decode ? layout_.decodes : layout_.slots + slot * layout_.slot.bytes;
+  view.rank = config_.base.rank;
+  view.num_ranks = config_.base.num_ranks;
+  view.use = LocalOf(path, slot).uses;
+  view.device_sequence = decode ? LocalOf(path, slot).sequence.as<std::uint64_t>() : nullptr;
+  return view;
+}
+
+absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& tokens,
+                                    const CountMatrix* counts, cudaStream_t stream) {
+  const ExchangeConfig& base = config_.base;
+  const bool decode = path == Path::kDecode;
+  if (!opened_) {
+    return absl::FailedPreconditionError(
+        "dispatch: the peers are not opened; call OpenPeers first");
+  }
+  const std::int64_t limit =
+      decode ? config_.max_decode_tokens : MaxShardTokens(base.max_batch_tokens, base.num_ranks);
+  if (tokens.num_tokens < 0 || tokens.num_tokens > limit) {
+    return absl::InvalidArgumentError(absl::StrCat("dispatch: num_tokens ", tokens.num_tokens,
+                                                   " outside [0, ", limit,
+                                                   "]; raise --max-batch-tokens on every worker"));
+  }
+  if (tokens.topk < 1 || tokens.topk > base.max_topk) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dispatch: topk ", tokens.topk, " outside [1, ", base.max_topk, "]"));
+  }
+  if (static_cast<int>(DataTypeBytes(tokens.dtype)) > config_.max_element_bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dispatch: dtype ", std::string(DataTypeName(tokens.dtype)),
+                     " is wider than max_element_bytes ", config_.max_element_bytes));
+  }
+  Local& local = LocalOf(path, slot);
+  if (!decode) {
+    EPS_RETURN_IF_ERROR(ValidateCountMatrix(*counts, base.placement, base.max_batch_tokens));
+    ++local.uses;
+  }
+  local.topk = tokens.topk;
+  CudaDispatchArgs args{};
+  args.area = ViewOf(path, slot);
+  args.x = tokens.x;
+  args.topk_ids = tokens.topk_ids;
+  args.topk_weights = tokens.topk_weights;
+  args.send_position = local.send_position.as<std::int32_t>();
+  args.num_tokens = tokens.num_tokens;
+  args.hidden = base.hidden;
+  args.topk = tokens.topk;
+  args.dtype = tokens.dtype;
+  args.payload = tokens.payload;
+  args.num_blocks = decode ? config_.decode_blocks : config_.comm_blocks;
+  args.wait = Wait();
+  for (int r = 0; r <= base.num_ranks; ++r) {
+    args.first_expert[r] = static_cast<std::int32_t>(base.placement.first_expert[r]);
+  }
+  const auto decode_rows = static_cast<std::int32_t>(config_.max_decode_tokens);
+  for (int r = 0; r < base.num_ranks; ++r) {
+    if (decode) {
+      args.row_base[r] = base.rank * decode_rows;
+      args.row_limit[r] = decode_rows;
+      local.recv_base[r] = r * decode_rows;
+      local.recv_rows[r] = -1;
+      local.return_base[r] = base.rank * decode_rows;
+      local.partial_base[r] = r * decode_rows;
+    } else {
+      args.row_base[r] = static_cast<std::int32_t>(counts->ReceiveOffset(base.rank, r));
+      args.row_limit[r] = counts->at(base.rank, r);
+      local.recv_base[r] = static_cast<std::int32_t>(counts->ReceiveOffset(r, base.rank));
+      local.recv_rows[r] = counts->at(r, base.rank);
+      local.return_base[r] = static_cast<std::int32_t>(counts->SendOffset(r, base.rank));
+      local.partial_base[r] = static_cast<std::int32_t>(counts->SendOffset(base.rank, r));
+    }
+  }
+  return LaunchDispatch(args, stream);
+}
+
+absl::Status CudaExchange::LayOutExperts(Path path, int slot, cudaStream_t stream) {
+  Local& local = LocalOf(path, slot);
+  ExpertLayoutArgs args{};
+  args.area = ViewOf(path, slot);
+  std::copy_n(local.recv_base, kMaxCudaRanks, args.recv_base);
+  std::copy_n(local.recv_rows, kMaxCudaRanks, args.recv_rows);
+  args.topk = local.topk;
+  args.num_local_experts =
+      static_cast<int>(config_.base.placement.num_local_experts(config_.base.rank));
+  args.expert_index = local.expert_index.as<std::int32_t>();
+  args.expert_offset = local.expert_offset.as<std::int32_t>();
+  return LaunchExpertLayout(args, stream);
+}
+
+absl::Status CudaExchange::Gather(Path path, int slot, const CudaTokens& tokens,
+                                  void* expert_inputs, cudaStream_t stream) {
+  Local& local = LocalOf(path, slot);
+  GatherArgs args{};
+  args.area = ViewOf(path, slot);
+  std::copy_n(local.recv_base, kMaxCudaRanks, args.recv_base);
+  std::copy_n(local.recv_rows, kMaxCudaRanks, args.recv_rows);
+  args.x = tokens.x;
+  args.expert_index = local.expert_index.as<std::int32_t>();
+  args.expert_inputs = expert_inputs;
+  args.hidden = config_.base.hidden;
+  args.topk = tokens.topk;
+  args.dtype = tokens.dtype;
+  args.payload = tokens.payload;
+  args.num_blocks = 2 * 132;  // memory-bound: two blocks on each of an H200's multiprocessors
+  return LaunchGather(args, stream);
+}
+
+absl::Status CudaExchange::Combine(Path path, int slot, const CudaTokens& tokens,
+                                   const void* expert_rows, void* out, cudaStream_t stream) {
+  Local& local = LocalOf(path, slot);
+  CudaCombineArgs args{};
+  args.area = ViewOf(path, slot);
+  args.expert_rows = expert_rows;
+  args.expert_index = local.expert_index.as<std::int32_t>();
+  args.send_position = local.send_position.as<std::int32_t>();
+  args.out = out;
+  args.num_tokens = tokens.num_tokens;
+  args.hidden = config_.base.hidden;
+  args.topk = tokens.topk;
+  args.dtype = tokens.dtype;
+  std::copy_n(local.recv_base, kMaxCudaRanks, args.recv_base);
+  std::copy_n(local.recv_rows, kMaxCudaRanks, args.recv_rows);
+  std::copy_n(local.return_base, kMaxCudaRanks, args.return_base);
+  std::copy_n(local.partial_base, kMaxCudaRanks, args.partial_base);
+  const bool decode = path == Path::kDecode;
+  args.push_blocks = decode ? config_.decode_blocks : config_.comm_blocks;
+  args.reduce_blocks = decode ? config_.decode_blocks : config_.comm_blocks;
+  args.wait = Wait();
+  return LaunchCombine(args, stream);
+}
+
+absl::Status CudaExchange::Barrier(cudaStream_t stream) {
+  const AreaView view = ViewOf(Path::kDecode, 0);
+  return LaunchBarrier(view.heap, config_.base.rank, config_.base.num_ranks, layout_.barrier,
+                       barrier_use_.as<std::uint64_t>(), Wait(), stream);
+}
+
+const std::int32_t* CudaExchange::expert_offset(Path path, int slot) const {
+  return LocalOf(path, slot).expert_offset.as<std::int32_t>();
+}
+
+std::int64_t CudaExchange::row_capacity(Path path) const {
+  return path == Path::kDecode ? layout_.decode.row_capacity : layout_.slot.row_capacity;
+}
+
+std::byte* CudaExchange::PeerRows(int rank) const {
+  std::byte* heap = rank == config_.base.rank ? heap_.data() : peers_[rank].data();
+  return heap + layout_.slots + layout_.slot.rows;
+}
+
+absl::Status CudaExchange::CheckWaits() const {
+  const auto* report = reinterpret_cast<const volatile WaitReport*>(host_words_.as<std::byte>() +
+                                                                    sizeof(std::uint64_t));
+  const std::uint32_t stage = report->stage;
+  if (stage == 0) return absl::OkStatus();
+  const double waited_ms = static_cast<double>(report->waited_ns) / 1e6;
+  if (report->aborted != 0) {
+    return absl::AbortedError(absl::StrCat(StageName(stage), ": rank ", config_.base.rank,
+                                           " was told to stop while it waited for rank ",
+                                           report->peer, ", after ", waited_ms, " ms"));
+  }
+  return absl::DeadlineExceededError(
+      absl::StrCat(StageName(stage), ": rank ", config_.base.rank, " waited ", waited_ms,
+                   " ms for rank ", report->peer, ", longer than the peer timeout of ",
+                   absl::ToDoubleMilliseconds(config_.base.peer_timeout), " ms"));
+}
+
+void CudaExchange::Abort() { *host_words_.as<volatile std::uint32_t>() = 1; }
+
+}  // namespace epserve::runtime

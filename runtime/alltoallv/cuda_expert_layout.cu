@@ -1,0 +1,164 @@
+// Expert-major order of the received rows, and the gather that puts them there.
+//
+// One block an expert scans the received ids once: ids below its own give where its rows begin, its
+// own give their places. The order is by expert, then source, token and k: the same every time.
+#include <cuda_fp8.h>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/alltoallv/cuda_device.cuh"
+#include "runtime/alltoallv/cuda_kernels.h"
+#include "runtime/base/cuda_status.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int kLayoutThreads = 512;
+constexpr int kLayoutWarps = kLayoutThreads / kWarpSize;
+
+__device__ std::int64_t RowsFrom(const std::int32_t* recv_rows, const std::byte* area,
+                                 const AreaLayout& layout, int source) {
+  if (recv_rows[source] >= 0) return recv_rows[source];
+  return reinterpret_cast<const std::int32_t*>(area + layout.counts)[source];
+}
+
+// Sum over the block, the same in every thread.
+__device__ int BlockSum(int value, int* scratch) {
+  const int warp_sum = __reduce_add_sync(0xffffffffu, value);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = warp_sum;
+  __syncthreads();
+  int sum = 0;
+  for (int w = 0; w < kLayoutWarps; ++w) sum += scratch[w];
+  return sum;
+}
+
+// How many threads before this one have `flag` set, and in *total how many have it at all.
+__device__ int BlockRank(bool flag, int* scratch, int* total) {
+  const unsigned ballot = __ballot_sync(0xffffffffu, flag);
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  __syncthreads();
+  if (lane == 0) scratch[warp] = __popc(ballot);
+  __syncthreads();
+  int before = 0, all = 0;
+  for (int w = 0; w < kLayoutWarps; ++w) {
+    before += w < warp ? scratch[w] : 0;
+    all += scratch[w];
+  }
+  *total = all;
+  return before + __popc(ballot & ((1u << lane) - 1u));
+}
+
+__global__ void __launch_bounds__(kLayoutThreads)
+    ExpertLayoutKernel(const __grid_constant__ ExpertLayoutArgs args) {
+  __shared__ int scratch[kLayoutWarps];
+  const int expert = static_cast<int>(blockIdx.x);  // num_local_experts: the block of the total
+  const AreaUse use = CurrentUse(args.area, 1);     // the dispatch counter has moved on already
+  const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
+  const auto* ids = reinterpret_cast<const std::int32_t*>(own + args.area.layout.topk_ids);
+  int below = 0;
+  for (int s = 0; s < args.area.num_ranks; ++s) {
+    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area.layout, s) * args.topk;
+    const std::int32_t* part = ids + static_cast<std::int64_t>(args.recv_base[s]) * args.topk;
+    for (std::int64_t i = threadIdx.x; i < entries; i += kLayoutThreads) {
+      below += part[i] >= 0 && part[i] < expert ? 1 : 0;
+    }
+  }
+  int next = BlockSum(below, scratch);
+  if (threadIdx.x == 0) args.expert_offset[expert] = next;
+  for (int s = 0; s < args.area.num_ranks; ++s) {
+    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area.layout, s) * args.topk;
+    const std::int64_t first = static_cast<std::int64_t>(args.recv_base[s]) * args.topk;
+    for (std::int64_t start = 0; start < entries; start += kLayoutThreads) {
+      const std::int64_t i = start + threadIdx.x;
+      const int id = i < entries ? ids[first + i] : -2;
+      int total = 0;
+      const int rank = BlockRank(id == expert, scratch, &total);
+      if (id == expert && expert < args.num_local_experts)
+        args.expert_index[first + i] = next + rank;
+      if (id == -1 && expert == args.num_local_experts) args.expert_index[first + i] = -1;
+      next += total;
+    }
+  }
+}
+
+__device__ uint4 CastFromFp8(const uint2& packed, float scale) {
+  uint4 result;
+  auto* out = reinterpret_cast<__nv_bfloat162*>(&result);
+  const auto* in = reinterpret_cast<const __nv_fp8x2_storage_t*>(&packed);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half2 h(__nv_cvt_fp8x2_to_halfraw2(in[i], __NV_E4M3));
+    const float2 f = __half22float2(h);
+    out[i] = __floats2bfloat162_rn(f.x * scale, f.y * scale);
+  }
+  return result;
+}
+
+__global__ void __launch_bounds__(512) GatherKernel(const __grid_constant__ GatherArgs args) {
+  const AreaUse use = CurrentUse(args.area, 1);
+  const AreaLayout& layout = args.area.layout;
+  const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
+  const std::int64_t output_bytes = args.hidden * (args.dtype == DataType::kFp32 ? 4 : 2);
+  const std::int64_t num_vectors = output_bytes / 16;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int s = 0; s < args.area.num_ranks; ++s) {
+    const std::int64_t rows = RowsFrom(args.recv_rows, own, layout, s);
+    for (std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * warps + threadIdx.x / kWarpSize;
+         j < rows; j += static_cast<std::int64_t>(gridDim.x) * warps) {
+      const std::int64_t row = args.recv_base[s] + j;
+      const bool local = s == args.area.rank;  // Never sent: its row is still in x.
+      const std::int64_t token =
+          reinterpret_cast<const std::int32_t*>(own + layout.source_token)[row];
+      const bool packed = !local && args.payload == RowPayload::kFp8;
+      const std::byte* from = local
+                                  ? static_cast<const std::byte*>(args.x) + token * output_bytes
+                                  : own + layout.rows + row * (packed ? args.hidden : output_bytes);
+      const auto* scales = reinterpret_cast<const float*>(own + layout.scales) +
+                           row * (args.hidden / kFp8GroupElements);
+      const int index = lane < args.topk ? args.expert_index[row * args.topk + lane] : -1;
+      // The whole warp takes part in the shuffles, also where a row has fewer vectors than lanes.
+      for (std::int64_t start = 0; start < num_vectors; start += kWarpSize) {
+        const std::int64_t v = start + lane;
+        uint4 value = make_uint4(0, 0, 0, 0);
+        if (v < num_vectors) {
+          value = packed ? CastFromFp8(reinterpret_cast<const uint2*>(from)[v],
+                                       scales[v * 8 / kFp8GroupElements])
+                         : reinterpret_cast<const uint4*>(from)[v];
+        }
+        for (int k = 0; k < args.topk; ++k) {
+          const int to = __shfl_sync(0xffffffffu, index, k);
+          if (to >= 0 && v < num_vectors) {
+            static_cast<uint4*>(args.expert_inputs)[to * num_vectors + v] = value;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+absl::Status LaunchExpertLayout(const ExpertLayoutArgs& args, cudaStream_t stream) {
+  if (args.num_local_experts < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("expert layout: num_local_experts ", args.num_local_experts, " is negative"));
+  }
+  ExpertLayoutKernel<<<args.num_local_experts + 1, kLayoutThreads, 0, stream>>>(args);
+  EPS_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+  return absl::OkStatus();
+}
+
+absl::Status LaunchGather(const GatherArgs& args, cudaStream_t stream) {
+  if (args.num_blocks < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gather: num_blocks ", args.num_blocks, " must be at least 1"));
+  }
+  GatherKernel<<<args.num_blocks, 512, 0, stream>>>(args);
+  EPS_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+  return absl::OkStatus();
+}
+
+}  // namespace epserve::runtime

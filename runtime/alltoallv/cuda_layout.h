@@ -1,0 +1,99 @@
+// Where everything stands in a rank's GPU heap, in one place. The heap holds a barrier line and
+// then equally built areas: one a slot, and two for the decode path (double-buffered). All ranks
+// have the same layout, so an offset here is an offset in every peer's heap.
+#ifndef EPSERVE_RUNTIME_ALLTOALLV_CUDA_LAYOUT_H_
+#define EPSERVE_RUNTIME_ALLTOALLV_CUDA_LAYOUT_H_
+
+#include <cstdint>
+
+namespace epserve::runtime {
+
+inline constexpr int kMaxCudaRanks = 8;  // GPUs of one host
+inline constexpr int kMaxCudaTopk = 16;
+inline constexpr int kFp8GroupElements = 128;  // elements that share one fp32 scale
+inline constexpr int kFlagStrideBytes =
+    128;  // a flag a cache line: sources do not disturb each other
+
+// Byte offsets from an area's start.
+struct AreaLayout {
+  std::int64_t arrivals;   // u64 [kMaxCudaRanks], kFlagStrideBytes apart; blocks that have arrived
+  std::int64_t counts;     // i32 [kMaxCudaRanks]; rows from each source (decode path)
+  std::int64_t row_flags;  // u64 [partial_capacity]; use of the area that wrote the partial row
+  std::int64_t source_token;  // i32 [row_capacity]; token index at the source
+  std::int64_t topk_ids;      // i32 [row_capacity, K]; expert local to the receiver, -1: elsewhere
+  std::int64_t topk_weights;  // f32 [row_capacity, K]
+  std::int64_t scales;        // f32 [row_capacity, H / 128]; fp8 only
+  std::int64_t rows;          // [row_capacity, row bytes]
+  std::int64_t partials;      // [partial_capacity, H] the batch's type
+  std::int64_t bytes;         // of the whole area, a multiple of 256
+  std::int64_t row_capacity;
+  std::int64_t partial_capacity;
+};
+
+struct CudaHeapShape {
+  int num_ranks;
+  int num_slots;
+  int max_topk;
+  std::int64_t hidden;
+  std::int64_t max_batch_tokens;   // over all ranks, prefill path
+  std::int64_t max_decode_tokens;  // a rank, decode path
+  int max_element_bytes;           // 4 where FP32 batches are served, else 2
+};
+
+constexpr std::int64_t AlignUp(std::int64_t value, std::int64_t to) {
+  return (value + to - 1) / to * to;
+}
+
+constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row_capacity,
+                                    std::int64_t partial_capacity) {
+  AreaLayout a{};
+  std::int64_t at = 0;
+  const auto take = [&at](std::int64_t bytes) {
+    const std::int64_t start = at;
+    at = AlignUp(at + bytes, 256);
+    return start;
+  };
+  a.row_capacity = row_capacity;
+  a.partial_capacity = partial_capacity;
+  a.arrivals = take(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes);
+  a.counts = take(std::int64_t{kMaxCudaRanks} * 4);
+  a.row_flags = take(partial_capacity * 8);
+  a.source_token = take(row_capacity * 4);
+  a.topk_ids = take(row_capacity * shape.max_topk * 4);
+  a.topk_weights = take(row_capacity * shape.max_topk * 4);
+  a.scales = take(row_capacity * (shape.hidden / kFp8GroupElements + 1) * 4);
+  a.rows = take(row_capacity * shape.hidden * shape.max_element_bytes);
+  a.partials = take(partial_capacity * shape.hidden * shape.max_element_bytes);
+  a.bytes = at;
+  return a;
+}
+
+struct CudaHeapLayout {
+  AreaLayout slot;       // compact: rows of all sources one after another
+  AreaLayout decode;     // fixed: max_decode_tokens rows for each source
+  std::int64_t barrier;  // u64 [kMaxCudaRanks], kFlagStrideBytes apart
+  std::int64_t slots;    // first slot area
+  std::int64_t decodes;  // first of the two decode areas
+  std::int64_t bytes;
+};
+
+constexpr CudaHeapLayout MakeCudaHeapLayout(const CudaHeapShape& shape) {
+  CudaHeapLayout layout{};
+  const std::int64_t shard = (shape.max_batch_tokens + shape.num_ranks - 1) / shape.num_ranks;
+  const std::int64_t fan_out = shape.num_ranks < shape.max_topk ? shape.num_ranks : shape.max_topk;
+  layout.slot = MakeAreaLayout(shape, shape.max_batch_tokens, shard * fan_out);
+  layout.decode = MakeAreaLayout(shape, shape.num_ranks * shape.max_decode_tokens,
+                                 shape.num_ranks * shape.max_decode_tokens);
+  layout.barrier = 0;
+  layout.slots = AlignUp(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes, 256);
+  layout.decodes = layout.slots + shape.num_slots * layout.slot.bytes;
+  layout.bytes = layout.decodes + 2 * layout.decode.bytes;
+  return layout;
+}
+
+static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2}).slot.rows % 256 == 0);
+static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2}).slot.partial_capacity == 4096 * 4);
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_ALLTOALLV_CUDA_LAYOUT_H_

@@ -1,0 +1,387 @@
+// The one-sided kernels against a plain CPU reference: several ranks as threads of one process, on
+// as many GPUs as there are (one is enough). Outputs are poisoned first, inputs are fresh each
+// time.
+#include "runtime/alltoallv/cuda_exchange.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/dtype.h"
+
+namespace epserve::runtime {
+namespace {
+
+using Path = CudaExchange::Path;
+
+struct Case {
+  int num_ranks = 4;
+  std::vector<std::int64_t> tokens = {37, 64, 0, 129};  // a rank
+  std::int64_t hidden = 512;
+  int topk = 8;
+  std::int64_t experts = 30;  // not divisible by the ranks
+  DataType dtype = DataType::kBf16;
+  RowPayload payload = RowPayload::kCopy;
+  Path path = Path::kPrefill;
+  int comm_blocks = 6;
+  double limit = 1e-2;
+  bool one_expert = false;  // all tokens on one expert
+};
+
+// What expert e makes of a row: a factor that tells experts apart.
+float FactorOf(std::int64_t expert) { return 1.0f + 0.25f * static_cast<float>(expert % 7); }
+
+struct HostTokens {
+  std::vector<float> x;  // rounded to the dtype
+  std::vector<std::int32_t> ids;
+  std::vector<float> weights;
+  std::vector<std::byte> packed;
+};
+
+HostTokens MakeTokens(const Case& c, std::int64_t num_tokens, std::mt19937* rng) {
+  HostTokens h;
+  std::normal_distribution<float> normal;
+  std::uniform_int_distribution<int> expert(-1, static_cast<int>(c.experts) - 1);
+  std::vector<float> raw(num_tokens * c.hidden);
+  for (float& v : raw) v = normal(*rng);
+  h.packed.resize(raw.size() * DataTypeBytes(c.dtype));
+  h.x.resize(raw.size());
+  ConvertFromFloat(c.dtype, raw.data(), h.packed.data(), raw.size());
+  ConvertToFloat(c.dtype, h.packed.data(), h.x.data(), raw.size());
+  for (std::int64_t i = 0; i < num_tokens * c.topk; ++i) {
+    h.ids.push_back(c.one_expert ? static_cast<int>(c.experts) - 1 : expert(*rng));
+    h.weights.push_back(std::abs(normal(*rng)));
+  }
+  return h;
+}
+
+template <typename T>
+T* Upload(const std::vector<T>& host, DeviceBuffer* buffer) {
+  auto created = DeviceBuffer::Create(host.size() * sizeof(T));
+  EXPECT_TRUE(created.ok()) << created.status();
+  *buffer = std::move(created).value();
+  if (!host.empty()) {
+    EXPECT_EQ(
+        cudaMemcpy(buffer->as<T>(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice),
+        cudaSuccess);
+  }
+  return buffer->as<T>();
+}
+
+// One batch's inputs, and its output poisoned.
+struct RoundBuffers {
+  DeviceBuffer x, ids, weights, out;
+  CudaTokens tokens;
+
+  void Fill(const Case& c, const HostTokens& host, std::int64_t num_tokens) {
+    tokens.x = Upload(host.packed, &x);
+    tokens.topk_ids = Upload(host.ids, &ids);
+    tokens.topk_weights = Upload(host.weights, &weights);
+    tokens.num_tokens = num_tokens;
+    tokens.topk = c.topk;
+    tokens.dtype = c.dtype;
+    tokens.payload = c.payload;
+    Upload(std::vector<std::byte>(host.packed.size(), std::byte{0xff}), &out);
+  }
+};
+
+// Multiplies each expert's rows by its factor, on the host: the test's experts.
+void RunTestExperts(const Case& c, std::int64_t first_expert, std::int64_t num_local,
+                    const std::int32_t* device_offsets, void* device_rows) {
+  std::vector<std::int32_t> offsets(num_local + 1);
+  ASSERT_EQ(cudaMemcpy(offsets.data(), device_offsets, offsets.size() * 4, cudaMemcpyDeviceToHost),
+            cudaSuccess);
+  for (std::int64_t e = 0; e < num_local; ++e) {
+    const std::size_t count = static_cast<std::size_t>(offsets[e + 1] - offsets[e]) * c.hidden;
+    if (count == 0) continue;
+    std::vector<std::byte> packed(count * DataTypeBytes(c.dtype));
+    std::vector<float> values(count);
+    auto* at = static_cast<std::byte*>(device_rows) +
+               offsets[e] * c.hidden * static_cast<std::int64_t>(DataTypeBytes(c.dtype));
+    ASSERT_EQ(cudaMemcpy(packed.data(), at, packed.size(), cudaMemcpyDeviceToHost), cudaSuccess);
+    ConvertToFloat(c.dtype, packed.data(), values.data(), count);
+    for (float& v : values) v *= FactorOf(first_expert + e);
+    ConvertFromFloat(c.dtype, values.data(), packed.data(), count);
+    ASSERT_EQ(cudaMemcpy(at, packed.data(), packed.size(), cudaMemcpyHostToDevice), cudaSuccess);
+  }
+}
+
+double RelativeError(const std::vector<float>& got, const std::vector<double>& want) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    if (std::isnan(got[i])) return INFINITY;
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    norm += want[i] * want[i];
+  }
+  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+}
+
+class CudaExchangeTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    // Loading a kernel at its first launch waits for the device, where another rank's may be
+    // waiting.
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+    if (cudaGetDeviceCount(&num_devices_) != cudaSuccess || num_devices_ == 0) {
+      GTEST_SKIP() << "the cuda backend needs a GPU, and this machine has none";
+    }
+  }
+
+  CudaExchangeConfig Config(const Case& c, int rank, std::uint64_t epoch) const {
+    CudaExchangeConfig config;
+    config.base.cluster_id = absl::StrCat("gputest-", getpid());
+    config.base.epoch = epoch;
+    config.base.rank = rank;
+    config.base.num_ranks = c.num_ranks;
+    config.base.max_batch_tokens = 0;
+    for (const std::int64_t t : c.tokens) {
+      config.base.max_batch_tokens = std::max(config.base.max_batch_tokens, t * c.num_ranks);
+    }
+    config.base.hidden = c.hidden;
+    config.base.max_topk = c.topk;
+    config.base.placement = EvenPlacement(c.experts, c.num_ranks);
+    config.base.peer_timeout = absl::Seconds(10);
+    config.secret = "a secret";
+    config.max_decode_tokens = 256;
+    config.max_element_bytes = 4;
+    config.comm_blocks = c.comm_blocks;
+    config.decode_blocks = 16;
+    return config;
+  }
+
+  // The matrix of shards that need not be ShardOf's.
+  static CountMatrix Counts(const Case& c, const std::vector<HostTokens>& tokens) {
+    const Placement placement = EvenPlacement(c.experts, c.num_ranks);
+    CountMatrix counts;
+    counts.num_ranks = c.num_ranks;
+    counts.rows.assign(c.num_ranks * c.num_ranks, 0);
+    counts.rows_per_expert.assign(c.experts, 0);
+    for (int r = 0; r < c.num_ranks; ++r) {
+      CountShard(tokens[r].ids, c.topk, placement,
+                 std::span(counts.rows).subspan(r * c.num_ranks, c.num_ranks),
+                 counts.rows_per_expert);
+    }
+    return counts;
+  }
+
+  // Runs `rounds` batches on every rank, checks each against the reference, returns all output
+  // bytes.
+  std::vector<std::vector<std::byte>> Run(const Case& c, int rounds, unsigned seed) {
+    static std::atomic<std::uint64_t> epoch{1};
+    const std::uint64_t this_epoch = epoch++;
+    std::vector<std::vector<HostTokens>> tokens(rounds);
+    std::mt19937 rng(seed);
+    for (auto& round : tokens) {
+      for (int r = 0; r < c.num_ranks; ++r) round.push_back(MakeTokens(c, c.tokens[r], &rng));
+    }
+    std::vector<std::vector<std::byte>> outputs(c.num_ranks * rounds);
+    std::vector<std::thread> threads;
+    std::barrier meet(c.num_ranks);
+    for (int rank = 0; rank < c.num_ranks; ++rank) {
+      threads.emplace_back([&, rank] {
+        ASSERT_EQ(cudaSetDevice(rank % num_devices_), cudaSuccess);
+        RunRank(c, Config(c, rank, this_epoch), tokens, &meet, &outputs);
+      });
+    }
+    for (std::thread& t : threads) t.join();
+    return outputs;
+  }
+
+  void RunRank(const Case& c, const CudaExchangeConfig& config,
+               const std::vector<std::vector<HostTokens>>& rounds, std::barrier<>* meet,
+               std::vector<std::vector<std::byte>>* outputs) {
+    const int rank = config.base.rank;
+    auto created = CudaExchange::Create(config);
+    ASSERT_TRUE(created.ok()) << created.status();
+    CudaExchange& exchange = **created;
+    ASSERT_TRUE(exchange.OpenPeers(absl::Seconds(20)).ok());
+    cudaStream_t stream;
+    ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    const std::int64_t element = DataTypeBytes(c.dtype);
+    auto rows = DeviceBuffer::Create(exchange.row_capacity(c.path) * c.topk * c.hidden * element);
+    ASSERT_TRUE(rows.ok()) << rows.status();
+    // Allocating waits for the whole device, and ranks that share one wait for each other: so all
+    // memory first, then the meeting, then the batches.
+    std::vector<RoundBuffers> buffers(rounds.size());
+    for (std::size_t round = 0; round < rounds.size(); ++round) {
+      buffers[round].Fill(c, rounds[round][rank], c.tokens[rank]);
+    }
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    meet->arrive_and_wait();
+    for (std::size_t round = 0; round < rounds.size(); ++round) {
+      const HostTokens& mine = rounds[round][rank];
+      const CudaTokens& t = buffers[round].tokens;
+      const DeviceBuffer& out = buffers[round].out;
+      const int slot = static_cast<int>(round) % 2;
+      const CountMatrix counts = Counts(c, rounds[round]);
+      ASSERT_TRUE(exchange.Dispatch(c.path, slot, t, &counts, stream).ok());
+      ASSERT_TRUE(exchange.LayOutExperts(c.path, slot, stream).ok());
+      ASSERT_TRUE(exchange.Gather(c.path, slot, t, rows->as<void>(), stream).ok());
+      ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+      RunTestExperts(c, config.base.placement.first_expert[rank],
+                     config.base.placement.num_local_experts(rank),
+                     exchange.expert_offset(c.path, slot), rows->as<void>());
+      ASSERT_TRUE(exchange.Combine(c.path, slot, t, rows->as<void>(), out.as<void>(), stream).ok());
+      ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+      ASSERT_TRUE(exchange.CheckWaits().ok()) << exchange.CheckWaits();
+      std::vector<std::byte>& result = (*outputs)[round * c.num_ranks + rank];
+      result.resize(mine.packed.size());
+      if (result.empty()) continue;
+      ASSERT_EQ(cudaMemcpy(result.data(), out.as<void>(), result.size(), cudaMemcpyDeviceToHost),
+                cudaSuccess);
+      CheckAgainstReference(c, mine, c.tokens[rank], result);
+    }
+    ASSERT_TRUE(exchange.Barrier(stream).ok());  // Nobody unmaps while a peer may still write.
+    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    cudaStreamDestroy(stream);
+  }
+
+  static void CheckAgainstReference(const Case& c, const HostTokens& tokens,
+                                    std::int64_t num_tokens, const std::vector<std::byte>& result) {
+    std::vector<float> got(num_tokens * c.hidden);
+    ConvertToFloat(c.dtype, result.data(), got.data(), got.size());
+    std::vector<double> want(got.size(), 0.0);
+    for (std::int64_t t = 0; t < num_tokens; ++t) {
+      double factor = 0;
+      for (int k = 0; k < c.topk; ++k) {
+        const std::int32_t id = tokens.ids[t * c.topk + k];
+        if (id >= 0) factor += static_cast<double>(tokens.weights[t * c.topk + k]) * FactorOf(id);
+      }
+      for (std::int64_t h = 0; h < c.hidden; ++h)
+        want[t * c.hidden + h] = factor * tokens.x[t * c.hidden + h];
+    }
+    EXPECT_LE(RelativeError(got, want), c.limit);
+  }
+
+  int num_devices_ = 0;
+};
+
+TEST_F(CudaExchangeTest, PrefillBf16MatchesReference) { Run({}, 5, 1); }
+
+TEST_F(CudaExchangeTest, PrefillFp32MatchesReference) {
+  Case c;
+  c.dtype = DataType::kFp32;
+  c.limit = 1e-5;
+  c.hidden = 68;  // Rows shorter than a warp's reach.
+  Run(c, 3, 2);
+}
+
+TEST_F(CudaExchangeTest, PrefillFp16OddTopkMatchesReference) {
+  Case c;
+  c.dtype = DataType::kFp16;
+  c.topk = 3;
+  Run(c, 3, 3);
+}
+
+TEST_F(CudaExchangeTest, PrefillManyTokensAWarpEachMatchesReference) {
+  Case c;
+  c.tokens = {1500, 700, 1, 1100};
+  c.comm_blocks = 3;
+  Run(c, 3, 4);
+}
+
+TEST_F(CudaExchangeTest, PrefillFp8MatchesReferenceWithinItsPrecision) {
+  Case c;
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  Run(c, 3, 5);
+  c.tokens = {900, 300, 2, 1000};
+  Run(c, 2, 6);
+}
+
+TEST_F(CudaExchangeTest, DecodeMatchesReferenceOverManyReplays) {
+  Case c;
+  c.path = Path::kDecode;
+  c.tokens = {128, 1, 0, 77};
+  Run(c, 7, 7);
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  Run(c, 4, 8);
+}
+
+TEST_F(CudaExchangeTest, AllTokensOnOneExpertMatchReference) {
+  Case c;
+  c.one_expert = true;
+  Run(c, 2, 9);
+}
+
+TEST_F(CudaExchangeTest, OneRankMatchesReference) {
+  Case c;
+  c.num_ranks = 1;
+  c.tokens = {50};
+  Run(c, 2, 10);
+}
+
+TEST_F(CudaExchangeTest, EightRanksTopkSixteenMatchReference) {
+  Case c;
+  c.num_ranks = 8;
+  c.tokens = {40, 3, 0, 9, 100, 1, 64, 31};
+  c.topk = 16;
+  c.experts = 100;
+  Run(c, 3, 11);
+}
+
+TEST_F(CudaExchangeTest, SameInputsGiveSameBits) {
+  Case c;
+  c.tokens = {500, 300, 0, 129};
+  EXPECT_EQ(Run(c, 2, 12), Run(c, 2, 12));
+}
+
+TEST_F(CudaExchangeTest, SilentPeerTimesOutNamingIt) {
+  Case c;
+  c.num_ranks = 2;
+  c.tokens = {4, 4};
+  std::mt19937 rng(13);
+  std::vector<HostTokens> tokens = {MakeTokens(c, 4, &rng), MakeTokens(c, 4, &rng)};
+  std::vector<std::unique_ptr<CudaExchange>> ranks;
+  for (int r = 0; r < 2; ++r) {
+    CudaExchangeConfig config = Config(c, r, 1000);
+    config.base.peer_timeout = absl::Milliseconds(50);
+    auto created = CudaExchange::Create(config);
+    ASSERT_TRUE(created.ok()) << created.status();
+    ranks.push_back(std::move(created).value());
+  }
+  for (auto& rank : ranks) ASSERT_TRUE(rank->OpenPeers(absl::Seconds(5)).ok());
+  DeviceBuffer x, ids, weights;
+  CudaTokens t;
+  t.x = Upload(tokens[0].packed, &x);
+  t.topk_ids = Upload(tokens[0].ids, &ids);
+  t.topk_weights = Upload(tokens[0].weights, &weights);
+  t.num_tokens = 4;
+  t.topk = c.topk;
+  const CountMatrix counts = Counts(c, tokens);
+  ASSERT_TRUE(ranks[0]->Dispatch(Path::kPrefill, 0, t, &counts, nullptr).ok());
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const absl::Status status = ranks[0]->CheckWaits();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_NE(status.message().find("for rank 1"), std::string::npos) << status;
+  EXPECT_NE(status.message().find("dispatch: rank 0"), std::string::npos) << status;
+}
+
+TEST_F(CudaExchangeTest, AbortEndsADeviceWait) {
+  Case c;
+  c.num_ranks = 2;
+  c.tokens = {0, 0};
+  std::vector<std::unique_ptr<CudaExchange>> ranks;
+  for (int r = 0; r < 2; ++r) {
+    auto created = CudaExchange::Create(Config(c, r, 2000));
+    ASSERT_TRUE(created.ok()) << created.status();
+    ranks.push_back(std::move(created).value());
+  }
+  for (auto& rank : ranks) ASSERT_TRUE(rank->OpenPeers(absl::Seconds(5)).ok());
+  ASSERT_TRUE(ranks[0]->Barrier(nullptr).ok());
+  ranks[0]->Abort();
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(ranks[0]->CheckWaits().code(), absl::StatusCode::kAborted);
+}
+
+}  // namespace
+}  // namespace epserve::runtime

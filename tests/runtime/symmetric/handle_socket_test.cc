@@ -1,0 +1,96 @@
+#include "runtime/symmetric/handle_socket.h"
+
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+
+namespace epserve::runtime {
+namespace {
+
+std::string Address(int rank) {
+  return HandleSocketAddress("", absl::StrCat("test", getpid()), 7, rank);
+}
+
+UniqueFd MemoryWith(const char* text) {
+  UniqueFd fd(memfd_create("handle", MFD_CLOEXEC));
+  EXPECT_EQ(write(fd.get(), text, std::strlen(text)), static_cast<ssize_t>(std::strlen(text)));
+  return fd;
+}
+
+TEST(HandleSocketTest, FetchedDescriptorReachesTheServersMemory) {
+  auto server = HandleServer::Start(Address(0), "secret", MemoryWith("heap of rank 0"), 4096);
+  ASSERT_TRUE(server.ok()) << server.status();
+  for (int i = 0; i < 3; ++i) {
+    auto fetched = FetchHandle(Address(0), "secret", absl::Seconds(5));
+    ASSERT_TRUE(fetched.ok()) << fetched.status();
+    EXPECT_EQ(fetched->bytes, 4096u);
+    char text[32] = {};
+    ASSERT_GT(pread(fetched->descriptor.get(), text, sizeof(text) - 1, 0), 0);
+    EXPECT_STREQ(text, "heap of rank 0");
+  }
+}
+
+TEST(HandleSocketTest, WrongSecretIsRefusedAndTheServerLivesOn) {
+  auto server = HandleServer::Start(Address(1), "right", MemoryWith("x"), 1);
+  ASSERT_TRUE(server.ok()) << server.status();
+  const auto refused = FetchHandle(Address(1), "wrong", absl::Seconds(5));
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kPermissionDenied) << refused.status();
+  EXPECT_TRUE(FetchHandle(Address(1), "right", absl::Seconds(5)).ok());
+}
+
+TEST(HandleSocketTest, NobodyServingIsUnavailable) {
+  const auto fetched = FetchHandle(Address(2), "secret", absl::Seconds(5));
+  EXPECT_EQ(fetched.status().code(), absl::StatusCode::kUnavailable) << fetched.status();
+}
+
+TEST(HandleSocketTest, AddressInUseIsRefused) {
+  auto first = HandleServer::Start(Address(3), "s", MemoryWith("x"), 1);
+  ASSERT_TRUE(first.ok());
+  const auto second = HandleServer::Start(Address(3), "s", MemoryWith("x"), 1);
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kAlreadyExists) << second.status();
+}
+
+TEST(HandleSocketTest, PathFormIsRemovedWithItsServer) {
+  const std::string address = HandleSocketAddress("/tmp", absl::StrCat("test", getpid()), 7, 4);
+  {
+    auto server = HandleServer::Start(address, "s", MemoryWith("x"), 1);
+    ASSERT_TRUE(server.ok()) << server.status();
+    EXPECT_TRUE(FetchHandle(address, "s", absl::Seconds(5)).ok());
+  }
+  struct stat info;
+  EXPECT_NE(stat(address.c_str(), &info), 0);
+}
+
+TEST(HandleSocketTest, OverlongNamesAndSecretsAreRefused) {
+  EXPECT_EQ(
+      HandleServer::Start("@" + std::string(200, 'a'), "s", MemoryWith("x"), 1).status().code(),
+      absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(
+      HandleServer::Start(Address(5), std::string(65, 's'), MemoryWith("x"), 1).status().code(),
+      absl::StatusCode::kInvalidArgument);
+}
+
+TEST(HandleSocketTest, CallerThatSaysNothingHoldsNobodyForLong) {
+  auto server = HandleServer::Start(Address(6), "s", MemoryWith("x"), 1);
+  ASSERT_TRUE(server.ok());
+  const UniqueFd silent(socket(AF_UNIX, SOCK_STREAM, 0));
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  const std::string address = Address(6);
+  std::memcpy(name.sun_path, address.data(), address.size());
+  name.sun_path[0] = '\0';
+  ASSERT_EQ(connect(silent.get(), reinterpret_cast<sockaddr*>(&name),
+                    static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + address.size())),
+            0);
+  EXPECT_TRUE(FetchHandle(Address(6), "s", absl::Seconds(10)).ok());
+}
+
+}  // namespace
+}  // namespace epserve::runtime
