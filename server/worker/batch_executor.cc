@@ -1,0 +1,341 @@
+#include "server/worker/batch_executor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/log.h"
+#include "runtime/base/status.h"
+#include "server/worker/clock.h"
+
+namespace epserve::worker {
+namespace {
+
+// The widest routing that any supported layout has; bounds the sizes computed from a shard.
+constexpr int kMaxTopk = 16;
+
+absl::Status CheckBytes(std::string_view name, std::size_t got, std::int64_t expected) {
+  if (got == static_cast<std::size_t>(expected)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("shard: ", std::string(name), " has ", got, " bytes, expected ", expected));
+}
+
+}  // namespace
+
+BatchExecutor::BatchExecutor(const Config& config, runtime::Engine* engine, const Lease* lease,
+                             BatchReporter* reporter)
+    : config_(config), engine_(engine), lease_(lease), reporter_(reporter) {
+  for (int i = 0; i < config_.num_slots; ++i) slots_.push_back(std::make_unique<Slot>());
+  for (int i = 0; i < config_.num_slots; ++i) {
+    slots_[i]->thread = std::thread([this, i] { RunSlot(i); });
+  }
+}
+
+BatchExecutor::~BatchExecutor() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    AbortLocked();
+    for (auto& slot : slots_) slot->changed.notify_all();
+  }
+  for (auto& slot : slots_) slot->thread.join();
+}
+
+void BatchExecutor::OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  epoch_ = epoch;
+  placement_ = placement;
+  rank_ = rank;
+  state_ = EpochState::kOpen;
+}
+
+void BatchExecutor::StartEpoch(std::uint64_t epoch) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (state_ != EpochState::kOpen || epoch != epoch_) return;
+  state_ = EpochState::kRunning;
+  for (auto& slot : slots_) slot->changed.notify_all();
+}
+
+bool BatchExecutor::AbortLocked() {
+  if (state_ != EpochState::kOpen && state_ != EpochState::kRunning) return false;
+  state_ = EpochState::kAborted;
+  engine_->Abort();
+  for (auto& slot : slots_) {
+    slot->queued.reset();
+    slot->changed.notify_all();
+  }
+  idle_changed_.notify_all();
+  return true;
+}
+
+bool BatchExecutor::AbortEpoch(std::uint64_t epoch) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return epoch == epoch_ && AbortLocked();
+}
+
+void BatchExecutor::AbortAnyEpoch() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  AbortLocked();
+}
+
+void BatchExecutor::Drain() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  idle_changed_.wait(lock, [this] { return Idle(); });
+  state_ = EpochState::kClosed;
+  epoch_ = 0;
+}
+
+bool BatchExecutor::Idle() const {
+  return std::all_of(slots_.begin(), slots_.end(),
+                     [](const auto& slot) { return !slot->queued && !slot->running; });
+}
+
+bool BatchExecutor::RefuseWhenIdle(absl::Duration timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const bool idle =
+      idle_changed_.wait_for(lock, absl::ToChronoMilliseconds(timeout), [this] { return Idle(); });
+  refusing_ = true;
+  return idle;
+}
+
+std::uint64_t BatchExecutor::batches_done() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return batches_done_;
+}
+
+void BatchExecutor::Submit(Shard shard) {
+  absl::Status refusal;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const bool open = state_ == EpochState::kOpen || state_ == EpochState::kRunning;
+    if (!open || shard.epoch != epoch_) {
+      runtime::LogDebug("shard_dropped", {{"epoch", shard.epoch}, {"current", epoch_}});
+      return;
+    }
+    if (refusing_) {
+      refusal = absl::UnavailableError("batch: the worker is leaving; retry");
+    } else if (shard.slot < 0 || shard.slot >= config_.num_slots) {
+      refusal = absl::InvalidArgumentError(
+          absl::StrCat("shard: slot ", shard.slot, " is not in [0, ", config_.num_slots,
+                       "); give coordinator and workers the same --slots"));
+    } else if (slots_[shard.slot]->queued) {
+      refusal = absl::InternalError(absl::StrCat("shard: slot ", shard.slot, " still holds batch ",
+                                                 slots_[shard.slot]->queued->shard.batch,
+                                                 ", cannot take ", shard.batch));
+    } else {
+      // The slot may still be handing in its last batch; this one is then next.
+      Slot& slot = *slots_[shard.slot];
+      slot.queued = std::make_unique<Batch>();
+      slot.queued->counts_known = shard.counts.has_value();
+      slot.queued->shard = std::move(shard);
+      slot.changed.notify_one();
+      return;
+    }
+  }
+  BatchDone done{.epoch = shard.epoch, .batch = shard.batch, .status = std::move(refusal)};
+  done.times.start_monotonic_ns = shard.received_ns;
+  reporter_->Report(std::move(done));
+}
+
+BatchExecutor::Batch* BatchExecutor::Find(std::uint64_t epoch, std::uint64_t batch, Slot** slot) {
+  if (epoch != epoch_ || (state_ != EpochState::kOpen && state_ != EpochState::kRunning)) {
+    return nullptr;
+  }
+  for (auto& candidate : slots_) {
+    *slot = candidate.get();
+    for (Batch* held : {candidate->queued.get(), candidate->running.get()}) {
+      if (held != nullptr && held->shard.batch == batch) return held;
+    }
+  }
+  return nullptr;
+}
+
+void BatchExecutor::SetCounts(CountsKnown known) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot* slot = nullptr;
+  Batch* batch = Find(known.epoch, known.batch, &slot);
+  // Once given, the counts are in use without the lock.
+  if (batch == nullptr || batch->counts_known) return;
+  batch->shard.counts = std::move(known.counts);
+  batch->counts_known = true;
+  slot->changed.notify_one();
+}
+
+void BatchExecutor::Trigger(const DispatchTrigger& trigger) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot* slot = nullptr;
+  Batch* batch = Find(trigger.epoch, trigger.batch, &slot);
+  if (batch == nullptr) return;
+  batch->dispatch_triggered = true;
+  slot->changed.notify_one();
+}
+
+void BatchExecutor::Trigger(const CombineTrigger& trigger) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot* slot = nullptr;
+  Batch* batch = Find(trigger.epoch, trigger.batch, &slot);
+  if (batch == nullptr) return;
+  batch->combine_triggered = true;
+  slot->changed.notify_one();
+}
+
+void BatchExecutor::RunSlot(int index) {
+  Slot& slot = *slots_[index];
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    slot.changed.wait(lock,
+                      [&] { return stopping_ || (slot.queued && state_ == EpochState::kRunning); });
+    if (stopping_) return;
+    slot.running = std::move(slot.queued);
+    lock.unlock();
+    Execute(index, *slot.running);
+    lock.lock();
+    slot.running.reset();
+    ++batches_done_;
+    idle_changed_.notify_all();
+  }
+}
+
+void BatchExecutor::Execute(int index, Batch& batch) {
+  const Shard& shard = batch.shard;
+  BatchDone done{.epoch = shard.epoch, .batch = shard.batch};
+  done.times.start_monotonic_ns = shard.received_ns;
+  done.status = RunBatch(index, batch, done);
+  bool lease_expired = false;
+  if (!done.status.ok()) {
+    engine_->Discard(index);
+    done.output.clear();
+    // Whatever failed: without a lease this worker is of no use to the epoch any more.
+    lease_expired = !CheckLease("batch").ok();
+  }
+  const std::uint64_t epoch = shard.epoch;
+  if (ReportUnlessAborted(epoch, std::move(done)) && lease_expired && AbortEpoch(epoch)) {
+    reporter_->OnLeaseExpired(epoch);
+  }
+}
+
+absl::Status BatchExecutor::CheckShard(const Shard& shard) const {
+  const std::int64_t max_tokens =
+      runtime::MaxShardTokens(config_.max_batch_tokens, placement_.num_ranks());
+  if (shard.num_tokens < 0 || shard.num_tokens > max_tokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: num_tokens ", shard.num_tokens, " is not in [0, ", max_tokens,
+                     "]; give coordinator and workers the same --max-batch-tokens"));
+  }
+  if (shard.topk < 1 || shard.topk > kMaxTopk) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
+  }
+  const auto row_bytes =
+      static_cast<std::int64_t>(runtime::DataTypeBytes(shard.dtype)) * engine_->model().hidden;
+  EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), shard.num_tokens * row_bytes));
+  const std::int64_t index_bytes = shard.routed ? shard.num_tokens * shard.topk * 4 : 0;
+  EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
+  return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
+}
+
+absl::Status BatchExecutor::CheckLease(std::string_view phase) const {
+  const std::int64_t now_us = config_.now_us();
+  if (lease_->IsFreshAt(now_us)) return absl::OkStatus();
+  const std::optional<std::int64_t> expires_us = lease_->expires_us();
+  const std::string when =
+      expires_us ? absl::StrCat("it ran out ", (now_us - *expires_us) / 1000, " ms ago")
+                 : "none was given in this epoch";
+  return absl::AbortedError(absl::StrCat(std::string(phase),
+                                         ": the worker has no lease to touch its peers (", when,
+                                         "); the coordinator forms a new epoch, retry"));
+}
+
+absl::Status BatchExecutor::WaitFor(Slot& slot, const bool& flag, std::string_view what) {
+  const auto deadline =
+      std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(config_.trigger_timeout);
+  std::unique_lock<std::mutex> lock(mutex_);
+  const bool woken = slot.changed.wait_until(
+      lock, deadline, [&] { return flag || stopping_ || state_ == EpochState::kAborted; });
+  if (stopping_ || state_ == EpochState::kAborted) {
+    return absl::AbortedError(
+        absl::StrCat("batch: its epoch ended while waiting for the ", std::string(what)));
+  }
+  if (!woken) {
+    return absl::DeadlineExceededError(
+        absl::StrCat("batch: the coordinator's ", std::string(what), " did not come within ",
+                     absl::ToInt64Milliseconds(config_.trigger_timeout), " ms"));
+  }
+  return absl::OkStatus();
+}
+
+// What the coordinator says of this rank's rows must be what was counted here: offsets in the
+// peers' memory follow from it.
+absl::Status BatchExecutor::CheckCounts(const Shard& shard,
+                                        const runtime::ShardCounts& staged) const {
+  EPS_RETURN_IF_ERROR(
+      runtime::ValidateCountMatrix(*shard.counts, placement_, config_.max_batch_tokens));
+  for (int dst = 0; dst < placement_.num_ranks(); ++dst) {
+    if (shard.counts->at(rank_, dst) != staged.rows_to_rank[dst]) {
+      return absl::InternalError(absl::StrCat(
+          "count matrix: ", shard.counts->at(rank_, dst), " rows from rank ", rank_, " to rank ",
+          dst, ", but the shard of batch ", shard.batch, " has ", staged.rows_to_rank[dst]));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
+  const Shard& shard = batch.shard;
+  Slot& slot = *slots_[index];
+  EPS_RETURN_IF_ERROR(CheckShard(shard));
+  runtime::ShardInput input{.slot = index,
+                            .sequence = shard.batch,
+                            .layer = shard.layer,
+                            .dtype = shard.dtype,
+                            .num_tokens = shard.num_tokens,
+                            .topk = shard.topk,
+                            .hidden = shard.hidden.data()};
+  if (shard.routed) {
+    input.topk_ids = reinterpret_cast<const std::int32_t*>(shard.topk_ids.data());
+    input.topk_weights = reinterpret_cast<const float*>(shard.topk_weights.data());
+  }
+  // Asked once: the coordinator may send the matrix unasked, while this thread is staging.
+  const bool counts_came_along = CountsKnownNow(batch);
+  EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(input));
+  const std::int64_t staged_ns = SteadyNowNs();
+  done.times.assign_ns = staged_ns - shard.received_ns;
+  if (!counts_came_along) {
+    ReportUnlessAborted(shard.epoch,
+                        CountsReport{.epoch = shard.epoch, .batch = shard.batch, .counts = staged});
+    EPS_RETURN_IF_ERROR(WaitFor(slot, batch.counts_known, "count matrix"));
+    done.times.counts_ns = SteadyNowNs() - staged_ns;
+  }
+  EPS_RETURN_IF_ERROR(CheckCounts(shard, staged));
+  if (shard.separate_triggers) {
+    EPS_RETURN_IF_ERROR(WaitFor(slot, batch.dispatch_triggered, "dispatch trigger"));
+  }
+  EPS_RETURN_IF_ERROR(CheckLease("dispatch"));
+  EPS_RETURN_IF_ERROR(engine_->Dispatch(index, *shard.counts));
+  EPS_RETURN_IF_ERROR(engine_->RunExperts(index));
+  if (shard.separate_triggers) {
+    ReportUnlessAborted(shard.epoch, DispatchDone{.epoch = shard.epoch, .batch = shard.batch});
+    EPS_RETURN_IF_ERROR(WaitFor(slot, batch.combine_triggered, "combine trigger"));
+  }
+  EPS_RETURN_IF_ERROR(CheckLease("combine"));
+  EPS_RETURN_IF_ERROR(engine_->Combine(index));
+  done.output.resize(shard.hidden.size());
+  done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
+  return engine_->Finish(index, done.output.data(), &done.times.engine, &done.local_expert_rows);
+}
+
+bool BatchExecutor::CountsKnownNow(const Batch& batch) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return batch.counts_known;
+}
+
+bool BatchExecutor::ReportUnlessAborted(std::uint64_t epoch, WorkerMessage message) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (state_ != EpochState::kRunning || epoch != epoch_) return false;
+  }
+  reporter_->Report(std::move(message));
+  return true;
+}
+
+}  // namespace epserve::worker

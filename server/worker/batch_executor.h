@@ -1,0 +1,131 @@
+// Runs batches: one thread a slot, each taking its slot's shards through Stage, Dispatch,
+// RunExperts, Combine and Finish, and waiting between them for what the coordinator still owes
+// (count matrix, dispatch trigger, combine trigger).
+//
+//   closed ─OpenEpoch─► open (shards are held) ─StartEpoch─► running ─AbortEpoch─► aborted ─Drain─►
+//   closed
+//
+// Thread-safe; no call blocks but Drain and WaitUntilIdle. Whatever carries another epoch than the
+// present one is dropped. After AbortEpoch no new report of the epoch is begun, and after Drain
+// none is under way and the engine is not in use.
+#ifndef EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
+#define EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "runtime/engine/engine.h"
+#include "server/worker/control_messages.h"
+#include "server/worker/lease.h"
+
+namespace epserve::worker {
+
+// Called from slot threads, of several slots at once; must not block for long.
+class BatchReporter {
+ public:
+  virtual ~BatchReporter() = default;
+  virtual void Report(WorkerMessage message) = 0;
+  // A batch was stopped because the lease had run out; its epoch is aborted already.
+  virtual void OnLeaseExpired(std::uint64_t epoch) = 0;
+};
+
+class BatchExecutor {
+ public:
+  struct Config {
+    int num_slots = 2;
+    std::int64_t max_batch_tokens = 0;
+    // Longest wait for the coordinator's next word on a batch.
+    absl::Duration trigger_timeout = absl::Seconds(30);
+    // Steady clock that the lease is held against, microseconds.
+    std::function<std::int64_t()> now_us;
+  };
+
+  // All must outlive the executor.
+  BatchExecutor(const Config& config, runtime::Engine* engine, const Lease* lease,
+                BatchReporter* reporter);
+  // Aborts what runs and waits for it.
+  ~BatchExecutor();
+  BatchExecutor(const BatchExecutor&) = delete;
+  BatchExecutor& operator=(const BatchExecutor&) = delete;
+
+  // REQUIRES: closed.
+  void OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank);
+  void StartEpoch(std::uint64_t epoch);
+  // Ends every wait here and in the engine. False, and nothing done, where `epoch` is not the
+  // present one.
+  bool AbortEpoch(std::uint64_t epoch);
+  void AbortAnyEpoch();
+  // Waits for the slots to leave the engine. REQUIRES: aborted or closed.
+  void Drain();
+
+  void Submit(Shard shard);
+  void SetCounts(CountsKnown known);
+  void Trigger(const DispatchTrigger& trigger);
+  void Trigger(const CombineTrigger& trigger);
+
+  // Waits until no batch is held or runs; from then on shards are refused with UNAVAILABLE. False,
+  // with shards refused all the same, if that took longer than `timeout`.
+  bool RefuseWhenIdle(absl::Duration timeout);
+
+  std::uint64_t batches_done() const;
+
+ private:
+  enum class EpochState { kClosed, kOpen, kRunning, kAborted };
+
+  struct Batch {
+    Shard shard;
+    bool counts_known = false;
+    bool dispatch_triggered = false;
+    bool combine_triggered = false;
+  };
+
+  struct Slot {
+    std::condition_variable changed;
+    std::unique_ptr<Batch> queued;   // Guarded by mutex_, as all here.
+    std::unique_ptr<Batch> running;  // Only its flags and counts are guarded.
+    std::thread thread;
+  };
+
+  void RunSlot(int index);
+  void Execute(int index, Batch& batch);
+  absl::Status RunBatch(int index, Batch& batch, BatchDone& done);
+  absl::Status CheckShard(const Shard& shard) const;
+  absl::Status CheckLease(std::string_view phase) const;
+  absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;
+  bool CountsKnownNow(const Batch& batch) const;
+  absl::Status WaitFor(Slot& slot, const bool& flag, std::string_view what);
+  bool AbortLocked();
+  bool Idle() const;
+  Batch* Find(std::uint64_t epoch, std::uint64_t batch, Slot** slot);
+  bool ReportUnlessAborted(std::uint64_t epoch, WorkerMessage message);
+
+  const Config config_;
+  runtime::Engine* const engine_;
+  const Lease* const lease_;
+  BatchReporter* const reporter_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable idle_changed_;
+  EpochState state_ = EpochState::kClosed;  // Guarded by mutex_, as all below.
+  std::uint64_t epoch_ = 0;
+  // Written while closed only, so slot threads read them without the lock.
+  runtime::Placement placement_;
+  int rank_ = 0;
+  bool refusing_ = false;
+  bool stopping_ = false;
+  std::uint64_t batches_done_ = 0;
+  std::vector<std::unique_ptr<Slot>> slots_;
+};
+
+}  // namespace epserve::worker
+
+#endif  // EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_

@@ -1,0 +1,241 @@
+#include "server/worker/control_proto_convert.h"
+
+#include <bit>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+
+namespace epserve::worker {
+namespace {
+
+// Ids and weights travel as little-endian bytes and are used as they lie.
+static_assert(std::endian::native == std::endian::little);
+
+absl::StatusOr<runtime::CountMatrix> ToCounts(const v1::CountMatrix& proto) {
+  runtime::CountMatrix counts;
+  while ((counts.num_ranks + 1) * (counts.num_ranks + 1) <= proto.rows_size()) ++counts.num_ranks;
+  if (counts.num_ranks * counts.num_ranks != proto.rows_size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("count matrix: ", proto.rows_size(), " entries are no square of ranks"));
+  }
+  counts.rows.assign(proto.rows().begin(), proto.rows().end());
+  counts.rows_per_expert.assign(proto.rows_per_expert().begin(), proto.rows_per_expert().end());
+  return counts;
+}
+
+absl::StatusOr<CoordinatorMessage> ToAssignment(const v1::Assignment& proto) {
+  Assignment assignment;
+  assignment.rank = proto.rank();
+  auto& first = assignment.placement.first_expert;
+  first.assign(proto.first_expert().begin(), proto.first_expert().end());
+  if (proto.num_ranks() < 1 || proto.first_expert_size() != proto.num_ranks() + 1) {
+    return absl::InvalidArgumentError(absl::StrCat("assignment: first_expert has ",
+                                                   proto.first_expert_size(), " entries for ",
+                                                   proto.num_ranks(), " ranks"));
+  }
+  if (proto.rank() < 0 || proto.rank() >= proto.num_ranks()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("assignment: rank ", proto.rank(), " is not in [0, ", proto.num_ranks(), ")"));
+  }
+  for (std::size_t i = 0; i + 1 < first.size(); ++i) {
+    if (first[0] != 0 || first[i] > first[i + 1]) {
+      return absl::InvalidArgumentError("assignment: first_expert does not ascend from 0");
+    }
+  }
+  return assignment;
+}
+
+absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
+  Shard shard;
+  shard.epoch = proto.epoch();
+  shard.batch = proto.batch();
+  shard.slot = proto.slot();
+  shard.layer = proto.layer();
+  switch (proto.row_type()) {
+    case v1::ROW_TYPE_FP32:
+      shard.dtype = runtime::DataType::kFp32;
+      break;
+    case v1::ROW_TYPE_FP16:
+      shard.dtype = runtime::DataType::kFp16;
+      break;
+    case v1::ROW_TYPE_BF16:
+      shard.dtype = runtime::DataType::kBf16;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("shard: row_type ", static_cast<int>(proto.row_type()), " is unknown"));
+  }
+  shard.num_tokens = proto.num_tokens();
+  shard.topk = proto.topk();
+  shard.hidden = std::move(*proto.mutable_hidden());
+  shard.routed = proto.routed();
+  shard.topk_ids = std::move(*proto.mutable_topk_ids());
+  shard.topk_weights = std::move(*proto.mutable_topk_weights());
+  shard.separate_triggers = proto.trigger() == v1::TRIGGER_SEPARATE;
+  if (proto.has_counts()) {
+    EPS_ASSIGN_OR_RETURN(shard.counts, ToCounts(proto.counts()));
+  }
+  return shard;
+}
+
+absl::StatusOr<CoordinatorMessage> ToOpenPeers(v1::OpenPeers& proto) {
+  OpenPeers open{.epoch = proto.epoch()};
+  open.handles.reserve(proto.handles_size());
+  for (std::string& handle : *proto.mutable_handles()) open.handles.push_back(std::move(handle));
+  return open;
+}
+
+absl::StatusOr<CoordinatorMessage> ToRejected(const v1::Rejected& proto) {
+  const auto code = proto.code() > 0 && proto.code() <= 16
+                        ? static_cast<absl::StatusCode>(proto.code())
+                        : absl::StatusCode::kUnknown;
+  return Rejected{absl::Status(code, proto.message())};
+}
+
+struct ProtoWriter {
+  v1::WorkerMessage proto;
+
+  void operator()(Hello&& m) {
+    v1::Hello& out = *proto.mutable_hello();
+    out.set_worker_id(std::move(m.worker_id));
+    out.set_incarnation(std::move(m.incarnation));
+    out.set_version(std::move(m.version));
+    out.set_backend(std::move(m.backend));
+    v1::ModelShape& shape = *out.mutable_model();
+    shape.set_fingerprint(std::move(m.model.fingerprint));
+    shape.set_architecture(std::move(m.model.architecture));
+    shape.set_hidden(m.model.hidden);
+    shape.set_intermediate(m.model.intermediate);
+    shape.set_num_experts(m.model.num_experts);
+    shape.set_topk(m.model.topk);
+    shape.mutable_layers()->Assign(m.model.layers.begin(), m.model.layers.end());
+    shape.set_has_router(m.model.has_router);
+    out.set_last_epoch(m.last_epoch);
+    out.set_held_rank(m.held_rank);
+    out.set_held_num_ranks(m.held_num_ranks);
+    out.set_node(std::move(m.node));
+    out.set_pid(m.pid);
+    out.set_max_batch_tokens(m.max_batch_tokens);
+    out.set_cluster_id(std::move(m.cluster_id));
+  }
+  void operator()(Heartbeat&& m) {
+    v1::Heartbeat& out = *proto.mutable_heartbeat();
+    out.set_epoch(m.epoch);
+    out.set_sent_monotonic_us(m.sent_monotonic_us);
+    out.set_resident_bytes(m.resident_bytes);
+  }
+  void operator()(LoadProgress&& m) {
+    proto.mutable_load_progress()->set_loaded_bytes(m.loaded_bytes);
+    proto.mutable_load_progress()->set_total_bytes(m.total_bytes);
+  }
+  void operator()(Loaded&& m) {
+    v1::Loaded& out = *proto.mutable_loaded();
+    out.set_rank(m.rank);
+    out.set_num_ranks(m.num_ranks);
+    out.set_weight_bytes(m.weight_bytes);
+    out.set_heap_bytes(m.heap_bytes);
+  }
+  void operator()(HeapCreated&& m) {
+    proto.mutable_heap_created()->set_epoch(m.epoch);
+    proto.mutable_heap_created()->set_handle(std::move(m.handle));
+  }
+  void operator()(PeersOpened&& m) {
+    proto.mutable_peers_opened()->set_epoch(m.epoch);
+    proto.mutable_peers_opened()->mutable_probe_output()->Assign(m.probe_output.begin(),
+                                                                 m.probe_output.end());
+  }
+  void operator()(CountsReport&& m) {
+    v1::Counts& out = *proto.mutable_counts();
+    out.set_epoch(m.epoch);
+    out.set_batch(m.batch);
+    out.mutable_rows_to_rank()->Assign(m.counts.rows_to_rank.begin(), m.counts.rows_to_rank.end());
+    out.mutable_rows_per_expert()->Assign(m.counts.rows_per_expert.begin(),
+                                          m.counts.rows_per_expert.end());
+  }
+  void operator()(DispatchDone&& m) {
+    v1::PhaseDone& out = *proto.mutable_phase_done();
+    out.set_epoch(m.epoch);
+    out.set_batch(m.batch);
+    out.set_phase(v1::PHASE_DISPATCH);
+  }
+  void operator()(BatchDone&& m) {
+    v1::BatchDone& out = *proto.mutable_batch_done();
+    out.set_epoch(m.epoch);
+    out.set_batch(m.batch);
+    out.set_code(static_cast<int>(m.status.code()));
+    if (!m.status.ok()) SetMessage(m.status, *out.mutable_message());
+    out.set_output(std::move(m.output));
+    v1::PhaseTimes& times = *out.mutable_times();
+    times.set_assign_ns(m.times.assign_ns);
+    times.set_counts_ns(m.times.counts_ns);
+    times.set_dispatch_ns(m.times.engine.dispatch_ns);
+    times.set_ffn_ns(m.times.engine.ffn_ns);
+    times.set_combine_ns(m.times.engine.combine_ns);
+    times.set_start_monotonic_ns(m.times.start_monotonic_ns);
+    out.mutable_local_expert_rows()->Assign(m.local_expert_rows.begin(), m.local_expert_rows.end());
+  }
+  void operator()(EpochQuiesced&& m) { proto.mutable_epoch_quiesced()->set_epoch(m.epoch); }
+  void operator()(Leaving&& m) { proto.mutable_leaving()->set_reason(std::move(m.reason)); }
+  void operator()(WorkerFailure&& m) {
+    proto.mutable_failure()->set_code(static_cast<int>(m.status.code()));
+    SetMessage(m.status, *proto.mutable_failure()->mutable_message());
+  }
+
+  // Never empty, whatever the engine said: an empty message reads as success in some clients.
+  static void SetMessage(const absl::Status& status, std::string& message) {
+    message = std::string(status.message());
+    if (message.empty()) message = absl::StatusCodeToString(status.code());
+  }
+};
+
+}  // namespace
+
+absl::StatusOr<CoordinatorMessage> FromProto(v1::CoordinatorMessage& message) {
+  switch (message.message_case()) {
+    case v1::CoordinatorMessage::kAssignment:
+      return ToAssignment(message.assignment());
+    case v1::CoordinatorMessage::kStandby:
+      return Standby{message.standby().reason()};
+    case v1::CoordinatorMessage::kCreateHeap:
+      return CreateHeap{message.create_heap().epoch()};
+    case v1::CoordinatorMessage::kOpenPeers:
+      return ToOpenPeers(*message.mutable_open_peers());
+    case v1::CoordinatorMessage::kEpochStarted:
+      return EpochStarted{message.epoch_started().epoch()};
+    case v1::CoordinatorMessage::kEpochEnded:
+      return EpochEnded{message.epoch_ended().epoch(), message.epoch_ended().reason()};
+    case v1::CoordinatorMessage::kLease:
+      return LeaseGrant{message.lease().epoch(), message.lease().echo_monotonic_us(),
+                        message.lease().duration_us()};
+    case v1::CoordinatorMessage::kShard:
+      return ToShard(*message.mutable_shard());
+    case v1::CoordinatorMessage::kCountMatrix: {
+      EPS_ASSIGN_OR_RETURN(runtime::CountMatrix counts, ToCounts(message.count_matrix()));
+      return CountsKnown{message.count_matrix().epoch(), message.count_matrix().batch(),
+                         std::move(counts)};
+    }
+    case v1::CoordinatorMessage::kDispatchTrigger:
+      return DispatchTrigger{message.dispatch_trigger().epoch(),
+                             message.dispatch_trigger().batch()};
+    case v1::CoordinatorMessage::kCombineTrigger:
+      return CombineTrigger{message.combine_trigger().epoch(), message.combine_trigger().batch()};
+    case v1::CoordinatorMessage::kRejected:
+      return ToRejected(message.rejected());
+    case v1::CoordinatorMessage::kShutdown:
+      return Shutdown{message.shutdown().reason()};
+    case v1::CoordinatorMessage::MESSAGE_NOT_SET:
+      break;
+  }
+  return absl::UnimplementedError(
+      "control stream: the coordinator sent a kind of message that this build does not know; "
+      "run coordinator and workers of one version");
+}
+
+v1::WorkerMessage ToProto(WorkerMessage message) {
+  ProtoWriter writer;
+  std::visit([&writer](auto&& m) { writer(std::move(m)); }, std::move(message));
+  return std::move(writer.proto);
+}
+
+}  // namespace epserve::worker

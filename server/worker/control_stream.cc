@@ -1,0 +1,213 @@
+#include "server/worker/control_stream.h"
+
+#include <chrono>
+#include <utility>
+
+#include "runtime/base/log.h"
+#include "server/common/grpc_status.h"
+#include "server/worker/control_proto_convert.h"
+
+namespace epserve::worker {
+namespace {
+
+// Bounds one attempt to connect, also where the coordinator's machine takes the connection and says
+// nothing (a stopped process).
+constexpr int kConnectTimeoutMs = 2000;
+
+enum Tag : std::intptr_t { kStarted = 1, kRead, kWritten, kHalfClosed, kAlarm, kFinished };
+
+void* ToTag(Tag tag) { return reinterpret_cast<void*>(static_cast<std::intptr_t>(tag)); }
+
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target) {
+  grpc::ChannelArguments args;
+  args.SetMaxReceiveMessageSize(-1);
+  args.SetMaxSendMessageSize(-1);
+  // Without a pool of its own a new channel would share the old one's connection and its back-off.
+  args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  // The name notwithstanding, this one is the least time that an attempt to connect may take.
+  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kConnectTimeoutMs);
+  args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
+  args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
+  // The control stream never leaves the cluster.
+  args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), args);
+}
+
+}  // namespace
+
+ControlStream::ControlStream(const std::string& target, Hello hello, Handler* handler)
+    : handler_(handler), stub_(v1::Control::NewStub(MakeChannel(target))) {
+  outgoing_.push_back(ToProto(std::move(hello)));
+  stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
+  stream_->StartCall(ToTag(kStarted));
+  thread_ = std::thread([this] { Poll(); });
+}
+
+ControlStream::~ControlStream() {
+  Cancel();
+  thread_.join();
+}
+
+void ControlStream::Cancel() { context_.TryCancel(); }
+
+void ControlStream::Send(WorkerMessage message) { SendProto(ToProto(std::move(message))); }
+
+void ControlStream::SendProto(v1::WorkerMessage proto) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closing_) return;
+  if (writing_) {
+    outgoing_.push_back(std::move(proto));
+    return;
+  }
+  writing_ = true;
+  // Serialises here, so `proto` may go. Under the lock, because no operation may be started once
+  // the polling thread has shut the queue down.
+  stream_->Write(proto, ToTag(kWritten));
+}
+
+void ControlStream::HurryHeartbeat() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ended_ || closing_ || hurry_) return;
+  hurry_ = true;
+  // A cancelled alarm fires at once, and so comes round on the polling thread.
+  alarm_.Cancel();
+}
+
+void ControlStream::CloseAfterFlush(absl::Duration timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!closing_) {
+    closing_ = true;
+    if (!writing_) {
+      writing_ = true;
+      half_closed_ = true;
+      stream_->WritesDone(ToTag(kHalfClosed));
+    }
+  }
+  if (!ended_changed_.wait_for(lock, absl::ToChronoMilliseconds(timeout),
+                               [this] { return ended_; })) {
+    lock.unlock();
+    Cancel();
+    lock.lock();
+    ended_changed_.wait(lock, [this] { return ended_; });
+  }
+}
+
+void ControlStream::Poll() {
+  void* tag = nullptr;
+  bool ok = false;
+  while (queue_.Next(&tag, &ok)) {
+    switch (static_cast<Tag>(reinterpret_cast<std::intptr_t>(tag))) {
+      case kStarted:
+        OnStarted(ok);
+        break;
+      case kRead:
+        OnRead(ok);
+        break;
+      case kWritten:
+        OnWritten(ok);
+        break;
+      case kHalfClosed:
+        break;
+      case kAlarm:
+        OnAlarm(ok);
+        break;
+      case kFinished: {
+        std::lock_guard<std::mutex> lock(mutex_);
+        closing_ = true;
+        alarm_.Cancel();
+        queue_.Shutdown();  // Next returns false once every operation has come back.
+        break;
+      }
+    }
+  }
+  absl::Status status = gave_up_.ok() ? server::FromGrpcStatus(final_status_) : gave_up_;
+  if (status.ok()) {
+    status = absl::UnavailableError("control stream: the coordinator ended it");
+  }
+  handler_->OnClosed(status);
+  std::lock_guard<std::mutex> lock(mutex_);
+  ended_ = true;
+  ended_changed_.notify_all();
+}
+
+void ControlStream::RequestFinish() {
+  if (std::exchange(finish_requested_, true)) return;
+  stream_->Finish(&final_status_, ToTag(kFinished));
+}
+
+void ControlStream::OnStarted(bool ok) {
+  if (!ok) {
+    RequestFinish();
+    return;
+  }
+  stream_->Read(&incoming_, ToTag(kRead));
+  OnWritten(true);  // The hello is queued; nothing was written before it.
+  OnAlarm(true);
+}
+
+void ControlStream::OnRead(bool ok) {
+  if (!ok) {
+    RequestFinish();
+    return;
+  }
+  absl::StatusOr<CoordinatorMessage> message = FromProto(incoming_);
+  if (message.ok()) {
+    handler_->OnMessage(*std::move(message));
+  } else if (absl::IsUnimplemented(message.status())) {
+    runtime::LogWarning("control_message_unknown", {{"error", message.status()}});
+  } else {
+    GiveUp(message.status());
+  }
+  stream_->Read(&incoming_, ToTag(kRead));
+}
+
+void ControlStream::OnWritten(bool ok) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!ok) {
+    // The call is over; the pending read fails too and asks for the status.
+    closing_ = true;
+    outgoing_.clear();
+    return;
+  }
+  if (!outgoing_.empty()) {
+    stream_->Write(outgoing_.front(), ToTag(kWritten));
+    outgoing_.pop_front();
+    return;
+  }
+  if (closing_ && !half_closed_) {
+    half_closed_ = true;
+    stream_->WritesDone(ToTag(kHalfClosed));
+    return;
+  }
+  writing_ = false;
+}
+
+void ControlStream::OnAlarm(bool ok) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const bool hurried = std::exchange(hurry_, false);
+    if (closing_ || (!ok && !hurried)) return;
+  }
+  Tick tick = handler_->OnHeartbeatDue();
+  if (!tick.status.ok()) {
+    GiveUp(std::move(tick.status));
+    return;
+  }
+  SendProto(ToProto(std::move(tick.heartbeat)));
+  SetAlarm(tick.next);
+}
+
+void ControlStream::SetAlarm(absl::Duration delay) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closing_) return;
+  const absl::Duration wait = hurry_ ? absl::ZeroDuration() : delay;
+  alarm_.Set(&queue_, std::chrono::system_clock::now() + absl::ToChronoMicroseconds(wait),
+             ToTag(kAlarm));
+}
+
+void ControlStream::GiveUp(absl::Status reason) {
+  if (gave_up_.ok()) gave_up_ = std::move(reason);
+  Cancel();
+}
+
+}  // namespace epserve::worker

@@ -1,0 +1,107 @@
+// One connection to the coordinator's Control.Connect stream: from dialling to its end. A new one
+// is made for every attempt, with a channel of its own, so that no state of a failed attempt delays
+// the next one.
+//
+// One thread polls gRPC, reads, converts and hands messages to the handler; whoever sends writes
+// from its own thread where nothing else is being written, which saves a wake-up per batch.
+//
+// Thread-safe. Handler calls come from the stream's thread, one at a time, and must not block; they
+// may call Send and Cancel, but must not destroy the stream.
+#ifndef EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
+#define EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
+
+#include <grpcpp/alarm.h>
+#include <grpcpp/grpcpp.h>
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "epserve/v1/control.grpc.pb.h"
+#include "epserve/v1/control.pb.h"
+#include "server/worker/control_messages.h"
+
+namespace epserve::worker {
+
+class ControlStream {
+ public:
+  struct Tick {
+    absl::Duration next;  // until the next heartbeat
+    absl::Status status;  // not OK: gives the stream up with this reason
+    Heartbeat heartbeat;
+  };
+
+  class Handler {
+   public:
+    virtual ~Handler() = default;
+    virtual void OnMessage(CoordinatorMessage message) = 0;
+    // Asked for the first time as soon as the stream is open.
+    virtual Tick OnHeartbeatDue() = 0;
+    // The last call, exactly once; nothing is sent or read afterwards. Never OK: an orderly end by
+    // the coordinator is UNAVAILABLE too.
+    virtual void OnClosed(const absl::Status& status) = 0;
+  };
+
+  // Starts to connect to `target` ("host:port" or "unix:path"); `hello` is the first message.
+  // `handler` must outlive the stream.
+  ControlStream(const std::string& target, Hello hello, Handler* handler);
+  // Cancels and waits for the last handler call.
+  ~ControlStream();
+  ControlStream(const ControlStream&) = delete;
+  ControlStream& operator=(const ControlStream&) = delete;
+
+  // Sends in order of calls. Dropped where the stream has ended or is closing.
+  void Send(WorkerMessage message);
+  // Asks for a heartbeat now, ahead of its time.
+  void HurryHeartbeat();
+  // Writes what is queued, ends this side, and waits up to `timeout` for the coordinator to end its
+  // own; then cancels. Not to be called from the handler.
+  void CloseAfterFlush(absl::Duration timeout);
+  void Cancel();
+
+ private:
+  using Stream = grpc::ClientAsyncReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>;
+
+  void Poll();
+  void OnStarted(bool ok);
+  void OnRead(bool ok);
+  void OnWritten(bool ok);
+  void OnAlarm(bool ok);
+  void RequestFinish();
+  void SendProto(v1::WorkerMessage proto);
+  void SetAlarm(absl::Duration delay);
+  void GiveUp(absl::Status reason);
+
+  Handler* const handler_;
+  grpc::ClientContext context_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<v1::Control::Stub> stub_;
+  std::unique_ptr<Stream> stream_;
+
+  // Used by the polling thread alone.
+  v1::CoordinatorMessage incoming_;
+  grpc::Alarm alarm_;
+  grpc::Status final_status_;
+  absl::Status gave_up_;
+  bool finish_requested_ = false;
+
+  std::mutex mutex_;
+  std::condition_variable ended_changed_;
+  std::deque<v1::WorkerMessage> outgoing_;  // Guarded by mutex_, as all below.
+  bool writing_ = true;                     // A write is on its way; true until the stream is open.
+  bool closing_ = false;                    // No more messages are taken.
+  bool half_closed_ = false;                // The end of this side was sent or can no longer be.
+  bool ended_ = false;                      // OnClosed has returned.
+  bool hurry_ = false;
+
+  std::thread thread_;
+};
+
+}  // namespace epserve::worker
+
+#endif  // EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_

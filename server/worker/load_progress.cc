@@ -1,0 +1,66 @@
+#include "server/worker/load_progress.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "server/worker/memory_report.h"
+
+namespace epserve::worker {
+namespace {
+
+constexpr std::int64_t kRedrawUs = 100'000;
+constexpr int kBarCells = 30;
+
+int Percent(std::uint64_t loaded, std::uint64_t total) {
+  if (total == 0) return 100;
+  return static_cast<int>(100.0 * static_cast<double>(std::min(loaded, total)) /
+                          static_cast<double>(total));
+}
+
+}  // namespace
+
+LoadProgressDisplay::LoadProgressDisplay(std::FILE* out, bool is_terminal,
+                                         std::function<std::int64_t()> now_us, LogTenth log)
+    : out_(out),
+      is_terminal_(is_terminal),
+      now_us_(std::move(now_us)),
+      log_(std::move(log)),
+      start_us_(now_us_()) {}
+
+LoadProgressDisplay::~LoadProgressDisplay() {
+  if (drawn_) std::fputc('\n', out_);
+}
+
+void LoadProgressDisplay::Update(std::uint64_t loaded, std::uint64_t total) {
+  const int percent = Percent(loaded, total);
+  if (is_terminal_) {
+    const std::int64_t now_us = now_us_();
+    if (!drawn_ || percent == 100 || now_us - drawn_us_ >= kRedrawUs) {
+      DrawLine(loaded, total, now_us);
+    }
+    return;
+  }
+  if (percent / 10 > logged_tenths_) {
+    logged_tenths_ = percent / 10;
+    log_(logged_tenths_ * 10, loaded, total);
+  }
+}
+
+void LoadProgressDisplay::DrawLine(std::uint64_t loaded, std::uint64_t total, std::int64_t now_us) {
+  const int percent = Percent(loaded, total);
+  const int filled = percent * kBarCells / 100;
+  const double seconds = static_cast<double>(std::max<std::int64_t>(now_us - start_us_, 1)) * 1e-6;
+  const auto per_second = static_cast<std::uint64_t>(static_cast<double>(loaded) / seconds);
+  const std::string line =
+      absl::StrFormat("\rloading weights [%s%s] %3d%%  %s of %s  %s/s\x1b[K",
+                      std::string(filled, '#'), std::string(kBarCells - filled, '.'), percent,
+                      FormatBytes(loaded), FormatBytes(total), FormatBytes(per_second));
+  std::fputs(line.c_str(), out_);
+  std::fflush(out_);
+  drawn_ = true;
+  drawn_us_ = now_us;
+}
+
+}  // namespace epserve::worker

@@ -1,0 +1,40 @@
+// Shows how far loading is: one line that rewrites itself on a terminal, a log line every tenth
+// elsewhere. Used by one thread, the one that loads.
+#ifndef EPSERVE_SERVER_WORKER_LOAD_PROGRESS_H_
+#define EPSERVE_SERVER_WORKER_LOAD_PROGRESS_H_
+
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+
+namespace epserve::worker {
+
+class LoadProgressDisplay {
+ public:
+  // `out` takes the terminal's line; `log` is called with percent, loaded and total bytes.
+  using LogTenth = std::function<void(int percent, std::uint64_t loaded, std::uint64_t total)>;
+  LoadProgressDisplay(std::FILE* out, bool is_terminal, std::function<std::int64_t()> now_us,
+                      LogTenth log);
+  // Ends the terminal's line where one was begun.
+  ~LoadProgressDisplay();
+  LoadProgressDisplay(const LoadProgressDisplay&) = delete;
+  LoadProgressDisplay& operator=(const LoadProgressDisplay&) = delete;
+
+  void Update(std::uint64_t loaded, std::uint64_t total);
+
+ private:
+  void DrawLine(std::uint64_t loaded, std::uint64_t total, std::int64_t now_us);
+
+  std::FILE* const out_;
+  const bool is_terminal_;
+  const std::function<std::int64_t()> now_us_;
+  const LogTenth log_;
+  const std::int64_t start_us_;
+  std::int64_t drawn_us_ = 0;
+  bool drawn_ = false;
+  int logged_tenths_ = 0;
+};
+
+}  // namespace epserve::worker
+
+#endif  // EPSERVE_SERVER_WORKER_LOAD_PROGRESS_H_

@@ -1,0 +1,149 @@
+#include "server/worker/options.h"
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+
+namespace epserve::worker {
+namespace {
+
+// Names of segments and sockets are made from the cluster's id.
+constexpr std::size_t kMaxClusterIdBytes = 64;
+constexpr std::size_t kMaxWorkerIdBytes = 256;
+
+void AddClusterFlags(CLI::App& app, Options& options) {
+  app.add_option("--coordinator", options.coordinator,
+                 "Address of the coordinator's gRPC server, HOST:PORT or unix:PATH")
+      ->envname("EPSERVE_COORDINATOR")
+      ->capture_default_str();
+  app.add_option("--checkpoint", options.checkpoint_dir,
+                 "Checkpoint directory (config.json and safetensors), the coordinator's model")
+      ->envname("EPSERVE_CHECKPOINT")
+      ->required();
+  app.add_option("--worker-id", options.worker_id,
+                 "Name of this worker, unique in the cluster; keep it over restarts "
+                 "(default: <host name>-<process id>)")
+      ->envname("EPSERVE_WORKER_ID");
+  app.add_option("--cluster-id", options.cluster_id,
+                 "Name that coordinator and workers of one cluster share, [A-Za-z0-9_.-]{1,64}")
+      ->envname("EPSERVE_CLUSTER_ID")
+      ->capture_default_str();
+}
+
+void AddEngineFlags(CLI::App& app, Options& options) {
+  app.add_option("--max-batch-tokens", options.max_batch_tokens,
+                 "Most tokens of one batch, over all workers; the same everywhere")
+      ->envname("EPSERVE_MAX_BATCH_TOKENS")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
+      ->capture_default_str();
+  app.add_option("--slots", options.num_slots, "Batches in flight; the same everywhere")
+      ->envname("EPSERVE_SLOTS")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app.add_option("--compute-threads", options.compute_threads, "Threads of the experts, per batch")
+      ->envname("EPSERVE_COMPUTE_THREADS")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  app.add_option("--peer-timeout-ms", options.peer_timeout_ms,
+                 "Longest wait for a peer's rows or the coordinator's trigger, milliseconds")
+      ->envname("EPSERVE_PEER_TIMEOUT_MS")
+      ->check(CLI::Range(std::int64_t{10}, std::int64_t{86'400'000}))
+      ->capture_default_str();
+  app.add_option("--backend", options.backend, "How tokens move between workers; built here: host")
+      ->envname("EPSERVE_BACKEND")
+      ->capture_default_str();
+}
+
+void AddLogFlags(CLI::App& app, Options& options) {
+  app.add_option("--log-format", options.log_format, "Form of the log on stderr: text, json")
+      ->envname("EPSERVE_LOG_FORMAT")
+      ->check(CLI::IsMember({"text", "json"}))
+      ->capture_default_str();
+  app.add_option("--log-level", options.log_level,
+                 "Least level logged: debug, info, warning, error")
+      ->envname("EPSERVE_LOG_LEVEL")
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->capture_default_str();
+}
+
+bool IsAddress(std::string_view address) {
+  if (address.starts_with("unix:")) return address.size() > 5;
+  const std::size_t colon = address.rfind(':');
+  if (colon == address.npos || colon == 0) return false;
+  const std::string_view port = address.substr(colon + 1);
+  if (port.empty() || port.size() > 5) return false;
+  int value = 0;
+  for (const char c : port) {
+    if (c < '0' || c > '9') return false;
+    value = value * 10 + (c - '0');
+  }
+  return value >= 1 && value <= 65535;
+}
+
+absl::Status ValidateOptions(const Options& options) {
+  if (!IsAddress(options.coordinator)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("options: --coordinator \"", options.coordinator,
+                     "\" is no address; give HOST:PORT or unix:PATH"));
+  }
+  const auto allowed = [](char c) {
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
+           c == '.' || c == '-';
+  };
+  if (options.cluster_id.empty() || options.cluster_id.size() > kMaxClusterIdBytes ||
+      !std::all_of(options.cluster_id.begin(), options.cluster_id.end(), allowed)) {
+    return absl::InvalidArgumentError(absl::StrCat("options: --cluster-id \"", options.cluster_id,
+                                                   "\" is not of [A-Za-z0-9_.-]{1,64}"));
+  }
+  if (options.worker_id.size() > kMaxWorkerIdBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("options: --worker-id has ",
+                                                   options.worker_id.size(), " bytes, above ",
+                                                   kMaxWorkerIdBytes, "; give a shorter name"));
+  }
+  if (options.backend != "host") {
+    return absl::InvalidArgumentError(absl::StrCat("options: --backend ", options.backend,
+                                                   " is not in this build, which has: host"));
+  }
+  return absl::OkStatus();
+}
+
+std::string HostName() {
+  char name[256] = {};
+  if (gethostname(name, sizeof(name) - 1) != 0 || name[0] == '\0') return "worker";
+  return name;
+}
+
+}  // namespace
+
+absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
+  Options options;
+  CLI::App app(
+      "epserve-worker: holds the weights of some of a model's experts and takes part in every "
+      "batch. Every flag can also be given as the environment variable named.");
+  app.set_version_flag("--version", std::string("epserve-worker ") + EPSERVE_VERSION);
+  AddClusterFlags(app, options);
+  AddEngineFlags(app, options);
+  AddLogFlags(app, options);
+  // CLI11 reports by exception; they end here.
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    return ParsedOptions{std::nullopt, app.help()};
+  } catch (const CLI::CallForVersion&) {
+    return ParsedOptions{std::nullopt, absl::StrCat("epserve-worker ", EPSERVE_VERSION, "\n")};
+  } catch (const CLI::ParseError& error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("options: ", error.what(), "; see epserve-worker --help"));
+  }
+  options.node = HostName();
+  if (options.worker_id.empty()) options.worker_id = absl::StrCat(options.node, "-", getpid());
+  EPS_RETURN_IF_ERROR(ValidateOptions(options));
+  return ParsedOptions{std::move(options), ""};
+}
+
+}  // namespace epserve::worker

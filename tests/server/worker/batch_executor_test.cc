@@ -1,0 +1,276 @@
+// The executor alone, with a fake engine and a recording reporter.
+#include "server/worker/batch_executor.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "tests/server/worker/fake_engine.h"
+
+namespace epserve::worker {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr std::uint64_t kEpoch = 7;
+constexpr int kTokens = 2;
+
+class RecordingReporter : public BatchReporter {
+ public:
+  void Report(WorkerMessage message) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    messages_.push_back(std::move(message));
+    changed_.notify_all();
+  }
+  void OnLeaseExpired(std::uint64_t epoch) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    expired_epoch_ = epoch;
+    changed_.notify_all();
+  }
+
+  template <typename Message>
+  Message Next() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!changed_.wait_for(lock, std::chrono::seconds(10), [&] { return !messages_.empty(); })) {
+      ADD_FAILURE() << "nothing was reported";
+      return {};
+    }
+    WorkerMessage message = std::move(messages_.front());
+    messages_.pop_front();
+    if (auto* expected = std::get_if<Message>(&message)) return std::move(*expected);
+    ADD_FAILURE() << "another kind of message: " << message.index();
+    return {};
+  }
+  bool empty() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return messages_.empty();
+  }
+  bool AwaitExpired(std::uint64_t epoch) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::seconds(10),
+                             [&] { return expired_epoch_ == epoch; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<WorkerMessage> messages_;
+  std::uint64_t expired_epoch_ = 0;
+};
+
+Shard MakeShard(std::uint64_t batch, int slot = 0) {
+  Shard shard{.epoch = kEpoch, .batch = batch, .slot = slot, .layer = FakeEngine::kFirstLayer};
+  shard.num_tokens = kTokens;
+  shard.topk = FakeEngine::kTopk;
+  shard.hidden.assign(kTokens * FakeEngine::kHidden * sizeof(float), 'x');
+  shard.routed = true;
+  const std::vector<std::int32_t> ids = {0, 5, 0, 5};
+  shard.topk_ids.assign(reinterpret_cast<const char*>(ids.data()), ids.size() * 4);
+  shard.topk_weights.assign(ids.size() * 4, '\0');
+  shard.counts = runtime::CountMatrix{.num_ranks = 2,
+                                      .rows = {0, 0, kTokens, kTokens},
+                                      .rows_per_expert = {2, 0, 0, 0, 0, 2, 0, 0}};
+  return shard;
+}
+
+class BatchExecutorTest : public testing::Test {
+ protected:
+  void Start(absl::Duration trigger_timeout = absl::Seconds(30)) {
+    placement_ = runtime::EvenPlacement(FakeEngine::kExperts, 2);
+    ASSERT_TRUE(engine_.LoadExperts(placement_, 1, [](auto, auto) {}).ok());
+    ASSERT_TRUE(engine_.CreateHeap(kEpoch).ok());
+    lease_.Enter(kEpoch);
+    lease_.Renew(kEpoch, 0, 1000);
+    executor_ = std::make_unique<BatchExecutor>(
+        BatchExecutor::Config{.num_slots = 2,
+                              .max_batch_tokens = 16,
+                              .trigger_timeout = trigger_timeout,
+                              .now_us = [this] { return now_us_.load(); }},
+        &engine_, &lease_, &reporter_);
+    executor_->OpenEpoch(kEpoch, placement_, 1);
+  }
+  void Serve(absl::Duration trigger_timeout = absl::Seconds(30)) {
+    Start(trigger_timeout);
+    executor_->StartEpoch(kEpoch);
+  }
+  // Submits and expects to be refused with `code` and a message that has `text`.
+  void ExpectRefused(Shard shard, absl::StatusCode code, const std::string& text) {
+    executor_->Submit(std::move(shard));
+    const auto done = reporter_.Next<BatchDone>();
+    EXPECT_EQ(done.status.code(), code) << done.status;
+    EXPECT_THAT(std::string(done.status.message()), HasSubstr(text));
+    EXPECT_TRUE(done.output.empty());
+  }
+
+  FakeEngine engine_;
+  Lease lease_;
+  RecordingReporter reporter_;
+  runtime::Placement placement_;
+  std::atomic<std::int64_t> now_us_ = 1;
+  std::unique_ptr<BatchExecutor> executor_;
+};
+
+TEST_F(BatchExecutorTest, ShardsAreHeldUntilTheEpochStarts) {
+  Start();
+  executor_->Submit(MakeShard(1));
+  EXPECT_EQ(engine_.Count("stage 0"), 0);
+  executor_->StartEpoch(kEpoch + 1);  // Another epoch's start is none.
+  EXPECT_EQ(engine_.Count("stage 0"), 0);
+  executor_->StartEpoch(kEpoch);
+  EXPECT_TRUE(reporter_.Next<BatchDone>().status.ok());
+}
+
+TEST_F(BatchExecutorTest, NextShardOfASlotIsTakenWhileItsLastIsBeingHandedIn) {
+  Serve();
+  engine_.Hold("finish 0");
+  executor_->Submit(MakeShard(1));
+  ASSERT_TRUE(engine_.AwaitStep("finish 0"));
+  executor_->Submit(MakeShard(2));
+  ExpectRefused(MakeShard(3), absl::StatusCode::kInternal, "slot 0 still holds batch 2");
+  engine_.Release("finish 0");
+  EXPECT_EQ(reporter_.Next<BatchDone>().batch, 1u);
+  EXPECT_EQ(reporter_.Next<BatchDone>().batch, 2u);
+}
+
+TEST_F(BatchExecutorTest, ShardOfAnotherEpochIsDropped) {
+  Serve();
+  Shard old = MakeShard(1);
+  old.epoch = kEpoch - 1;
+  executor_->Submit(old);
+  executor_->Submit(MakeShard(2));
+  EXPECT_EQ(reporter_.Next<BatchDone>().batch, 2u);
+  EXPECT_EQ(engine_.Count("stage 0"), 1);
+}
+
+TEST_F(BatchExecutorTest, ShardWithAWrongSizeIsRefusedBeforeTheEngineSeesIt) {
+  Serve();
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  Shard shard = MakeShard(1);
+  shard.hidden.pop_back();
+  ExpectRefused(shard, kInvalid, "hidden has 31 bytes, expected 32");
+  shard = MakeShard(2);
+  shard.topk_ids.push_back('x');
+  ExpectRefused(shard, kInvalid, "topk_ids has 17 bytes, expected 16");
+  shard = MakeShard(3);
+  shard.topk_weights.clear();
+  ExpectRefused(shard, kInvalid, "topk_weights has 0 bytes, expected 16");
+  shard = MakeShard(4);
+  shard.num_tokens = 9;  // A rank's share of 16 is 8.
+  ExpectRefused(shard, kInvalid, "num_tokens 9");
+  shard = MakeShard(5);
+  shard.num_tokens = -1;
+  ExpectRefused(shard, kInvalid, "num_tokens -1");
+  shard = MakeShard(6);
+  shard.topk = 17;
+  ExpectRefused(shard, kInvalid, "topk 17");
+  shard = MakeShard(7);
+  shard.slot = 2;
+  ExpectRefused(shard, kInvalid, "slot 2");
+  EXPECT_EQ(engine_.Count("stage 0"), 0);
+}
+
+TEST_F(BatchExecutorTest, MatrixThatContradictsTheShardIsRefusedBeforeDispatch) {
+  Serve();
+  Shard shard = MakeShard(1);
+  shard.counts->rows[2] = 1;
+  ExpectRefused(shard, absl::StatusCode::kInternal, "1 rows from rank 1 to rank 0");
+  shard = MakeShard(2);
+  shard.counts->rows[2] = -1;
+  ExpectRefused(shard, absl::StatusCode::kInvalidArgument, "rows[1][0] -1");
+  EXPECT_EQ(engine_.Count("dispatch 0"), 0);
+  EXPECT_EQ(engine_.Count("discard 0"), 2);
+}
+
+TEST_F(BatchExecutorTest, MatrixThatComesDuringStagingIsUsed) {
+  Serve();
+  Shard shard = MakeShard(1);
+  const runtime::CountMatrix counts = *shard.counts;
+  shard.counts.reset();
+  engine_.Hold("stage 0");
+  executor_->Submit(shard);
+  ASSERT_TRUE(engine_.AwaitStep("stage 0"));
+  executor_->SetCounts({.epoch = kEpoch, .batch = 1, .counts = counts});
+  engine_.Release("stage 0");
+  reporter_.Next<CountsReport>();
+  EXPECT_TRUE(reporter_.Next<BatchDone>().status.ok());
+}
+
+TEST_F(BatchExecutorTest, TriggerThatNeverComesEndsTheBatchWithDeadlineExceeded) {
+  Serve(absl::Milliseconds(20));
+  Shard shard = MakeShard(1);
+  shard.separate_triggers = true;
+  ExpectRefused(shard, absl::StatusCode::kDeadlineExceeded, "dispatch trigger did not come");
+}
+
+TEST_F(BatchExecutorTest, AbortEndsWaitsOfEverySlotAndNothingIsReported) {
+  Serve();
+  engine_.Hold("dispatch 0");
+  executor_->Submit(MakeShard(1));
+  Shard waiting = MakeShard(2, 1);
+  waiting.separate_triggers = true;
+  executor_->Submit(waiting);
+  ASSERT_TRUE(engine_.AwaitStep("dispatch 0"));
+  ASSERT_TRUE(engine_.AwaitStep("stage 1"));
+  EXPECT_FALSE(executor_->AbortEpoch(kEpoch - 1));
+  EXPECT_EQ(engine_.Count("abort"), 0);
+  EXPECT_TRUE(executor_->AbortEpoch(kEpoch));
+  executor_->Drain();
+  EXPECT_TRUE(reporter_.empty());
+  EXPECT_EQ(engine_.Count("discard 0"), 1);
+  EXPECT_EQ(engine_.Count("discard 1"), 1);
+}
+
+TEST_F(BatchExecutorTest, PeerTimeoutIsReportedWithItsMessage) {
+  Serve();
+  engine_.FailAt("dispatch 0", absl::DeadlineExceededError("dispatch: rank 1 waited for rank 0"));
+  ExpectRefused(MakeShard(1), absl::StatusCode::kDeadlineExceeded, "rank 1 waited for rank 0");
+}
+
+TEST_F(BatchExecutorTest, ExpiredLeaseFailsTheBatchAndAbortsTheEpoch) {
+  Serve();
+  now_us_ = 1000;
+  ExpectRefused(MakeShard(1), absl::StatusCode::kAborted, "it ran out 0 ms ago");
+  EXPECT_TRUE(reporter_.AwaitExpired(kEpoch));
+  EXPECT_EQ(engine_.Count("dispatch 0"), 0);
+  EXPECT_EQ(engine_.Count("abort"), 1);
+  executor_->Submit(MakeShard(2));
+  executor_->Drain();
+  EXPECT_TRUE(reporter_.empty());
+}
+
+TEST_F(BatchExecutorTest, RefusingWaitsForWhatRunsAndRefusesWhatComes) {
+  Serve();
+  engine_.Hold("experts 0");
+  executor_->Submit(MakeShard(1));
+  ASSERT_TRUE(engine_.AwaitStep("experts 0"));
+  EXPECT_FALSE(executor_->RefuseWhenIdle(absl::Milliseconds(1)));
+  ExpectRefused(MakeShard(2, 1), absl::StatusCode::kUnavailable, "leaving");
+  engine_.Release("experts 0");
+  EXPECT_TRUE(reporter_.Next<BatchDone>().status.ok());
+  EXPECT_TRUE(executor_->RefuseWhenIdle(absl::Seconds(10)));
+}
+
+TEST_F(BatchExecutorTest, EmptyShardIsOrdinary) {
+  Serve();
+  Shard shard = MakeShard(1);
+  shard.num_tokens = 0;
+  shard.hidden.clear();
+  shard.topk_ids.clear();
+  shard.topk_weights.clear();
+  shard.counts->rows = {0, 0, 0, 0};
+  executor_->Submit(shard);
+  const auto done = reporter_.Next<BatchDone>();
+  EXPECT_TRUE(done.status.ok()) << done.status;
+  EXPECT_TRUE(done.output.empty());
+}
+
+}  // namespace
+}  // namespace epserve::worker

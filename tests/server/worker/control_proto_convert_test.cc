@@ -1,0 +1,131 @@
+#include "server/worker/control_proto_convert.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+namespace epserve::worker {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+void ExpectInvalid(v1::CoordinatorMessage message, const std::string& text) {
+  const auto converted = FromProto(message);
+  EXPECT_EQ(converted.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(converted.status().message()), HasSubstr(text));
+}
+
+TEST(FromProtoTest, ShardIsTakenWholeAndItsBytesAreMoved) {
+  v1::CoordinatorMessage message;
+  v1::Shard& proto = *message.mutable_shard();
+  proto.set_epoch(7);
+  proto.set_batch(8);
+  proto.set_slot(1);
+  proto.set_layer(3);
+  proto.set_row_type(v1::ROW_TYPE_BF16);
+  proto.set_num_tokens(2);
+  proto.set_topk(4);
+  proto.set_hidden(std::string(1000, 'h'));
+  proto.set_routed(true);
+  proto.set_topk_ids(std::string(100, 'i'));
+  proto.set_topk_weights(std::string(100, 'w'));
+  proto.set_trigger(v1::TRIGGER_SEPARATE);
+  for (const int rows : {1, 2, 3, 4}) proto.mutable_counts()->add_rows(rows);
+  proto.mutable_counts()->add_rows_per_expert(9);
+  const char* const bytes = proto.hidden().data();
+
+  auto converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  const Shard& shard = std::get<Shard>(*converted);
+  EXPECT_EQ(shard.epoch, 7u);
+  EXPECT_EQ(shard.batch, 8u);
+  EXPECT_EQ(shard.slot, 1);
+  EXPECT_EQ(shard.layer, 3);
+  EXPECT_EQ(shard.dtype, runtime::DataType::kBf16);
+  EXPECT_EQ(shard.num_tokens, 2);
+  EXPECT_EQ(shard.topk, 4);
+  EXPECT_TRUE(shard.routed);
+  EXPECT_TRUE(shard.separate_triggers);
+  EXPECT_EQ(shard.hidden.data(), bytes);
+  EXPECT_EQ(shard.topk_ids, std::string(100, 'i'));
+  EXPECT_EQ(shard.topk_weights, std::string(100, 'w'));
+  ASSERT_TRUE(shard.counts.has_value());
+  EXPECT_EQ(shard.counts->num_ranks, 2);
+  EXPECT_EQ(shard.counts->at(1, 0), 3);
+  EXPECT_THAT(shard.counts->rows_per_expert, ElementsAre(9));
+}
+
+TEST(FromProtoTest, ShardWithoutATypeIsRefused) {
+  v1::CoordinatorMessage message;
+  message.mutable_shard()->set_epoch(7);
+  ExpectInvalid(message, "row_type 0");
+}
+
+TEST(FromProtoTest, CountMatrixThatIsNoSquareIsRefused) {
+  v1::CoordinatorMessage message;
+  for (int i = 0; i < 3; ++i) message.mutable_count_matrix()->add_rows(i);
+  ExpectInvalid(message, "3 entries");
+}
+
+TEST(FromProtoTest, AssignmentThatIsNoPlacementIsRefused) {
+  v1::CoordinatorMessage message;
+  v1::Assignment& assignment = *message.mutable_assignment();
+  assignment.set_num_ranks(2);
+  ExpectInvalid(message, "first_expert has 0 entries");
+  for (const int first : {0, 5, 4}) assignment.add_first_expert(first);
+  ExpectInvalid(message, "does not ascend");
+  assignment.set_first_expert(2, 8);
+  assignment.set_rank(2);
+  ExpectInvalid(message, "rank 2");
+  assignment.set_rank(1);
+  EXPECT_TRUE(FromProto(message).ok());
+}
+
+TEST(FromProtoTest, UnknownKindIsUnimplemented) {
+  v1::CoordinatorMessage message;
+  EXPECT_EQ(FromProto(message).status().code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST(FromProtoTest, RejectionIsNeverOk) {
+  v1::CoordinatorMessage message;
+  message.mutable_rejected()->set_message("no");
+  auto converted = FromProto(message);
+  ASSERT_TRUE(converted.ok());
+  EXPECT_FALSE(std::get<Rejected>(*converted).status.ok());
+}
+
+TEST(ToProtoTest, FailedBatchNeverHasAnEmptyMessage) {
+  const v1::WorkerMessage message =
+      ToProto(BatchDone{.epoch = 7, .batch = 8, .status = absl::AbortedError("")});
+  EXPECT_EQ(message.batch_done().code(), static_cast<int>(absl::StatusCode::kAborted));
+  EXPECT_EQ(message.batch_done().message(), "ABORTED");
+}
+
+TEST(ToProtoTest, HelloCarriesTheModel) {
+  Hello hello{.worker_id = "w", .incarnation = "i", .held_rank = 2, .held_num_ranks = 4};
+  hello.model.layers = {1, 2};
+  hello.model.num_experts = 64;
+  hello.last_epoch = 9;
+  const v1::WorkerMessage message = ToProto(hello);
+  EXPECT_EQ(message.hello().held_rank(), 2);
+  EXPECT_EQ(message.hello().held_num_ranks(), 4);
+  EXPECT_EQ(message.hello().last_epoch(), 9u);
+  EXPECT_EQ(message.hello().model().num_experts(), 64);
+  EXPECT_THAT(message.hello().model().layers(), ElementsAre(1, 2));
+}
+
+TEST(ToProtoTest, CountsAndOutputAreTakenWhole) {
+  const v1::WorkerMessage counts = ToProto(CountsReport{
+      .epoch = 7, .batch = 8, .counts = {.rows_to_rank = {1, 2}, .rows_per_expert = {3}}});
+  EXPECT_THAT(counts.counts().rows_to_rank(), ElementsAre(1, 2));
+  EXPECT_THAT(counts.counts().rows_per_expert(), ElementsAre(3));
+  const v1::WorkerMessage done =
+      ToProto(BatchDone{.epoch = 7, .batch = 8, .output = "rows", .local_expert_rows = {4, 5}});
+  EXPECT_EQ(done.batch_done().output(), "rows");
+  EXPECT_THAT(done.batch_done().local_expert_rows(), ElementsAre(4, 5));
+}
+
+}  // namespace
+}  // namespace epserve::worker

@@ -1,0 +1,190 @@
+#include "tests/server/worker/fake_engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "runtime/base/status.h"
+
+namespace epserve::worker {
+
+FakeEngine::FakeEngine()
+    : model_{.fingerprint = "f00d",
+             .architecture = "mixtral",
+             .hidden = kHidden,
+             .intermediate = 8,
+             .num_experts = kExperts,
+             .topk = kTopk,
+             .layers = {kFirstLayer, kFirstLayer + 1},
+             .has_router = true},
+      plan_{.weight_bytes = 1000, .heap_bytes = 200, .workspace_bytes = 30, .held_type = "fp32"} {}
+
+void FakeEngine::Hold(const std::string& step) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  held_.insert(step);
+}
+
+void FakeEngine::Release(const std::string& step) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  held_.erase(step);
+  changed_.notify_all();
+}
+
+void FakeEngine::FailAt(const std::string& step, absl::Status status) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  failures_[step] = std::move(status);
+}
+
+bool FakeEngine::AwaitStep(const std::string& step, int times) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return changed_.wait_for(lock, std::chrono::seconds(10),
+                           [&] { return std::count(calls_.begin(), calls_.end(), step) >= times; });
+}
+
+std::vector<std::string> FakeEngine::calls() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return calls_;
+}
+
+int FakeEngine::Count(const std::string& step) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<int>(std::count(calls_.begin(), calls_.end(), step));
+}
+
+std::vector<std::string> FakeEngine::violations() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return violations_;
+}
+
+absl::Status FakeEngine::Step(const std::string& step) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  calls_.push_back(step);
+  changed_.notify_all();
+  const bool abortable = step != "load";
+  changed_.wait(lock, [&] { return !held_.contains(step) || (abortable && aborted_); });
+  if (abortable && aborted_ && held_.contains(step)) {
+    return absl::AbortedError(absl::StrCat(step, ": aborted"));
+  }
+  const auto failure = failures_.find(step);
+  return failure == failures_.end() ? absl::OkStatus() : failure->second;
+}
+
+absl::StatusOr<runtime::MemoryPlan> FakeEngine::PlanMemory(const runtime::Placement&, int) const {
+  return plan_;
+}
+
+absl::Status FakeEngine::LoadExperts(
+    const runtime::Placement& placement, int rank,
+    const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+  progress(0, 1000);
+  EPS_RETURN_IF_ERROR(Step("load"));
+  progress(1000, 1000);
+  std::lock_guard<std::mutex> lock(mutex_);
+  placement_ = placement;
+  rank_ = rank;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> FakeEngine::CreateHeap(std::uint64_t epoch) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (heap_) violations_.push_back("CreateHeap with a heap there");
+    if (!staged_.empty()) violations_.push_back("CreateHeap with a batch staged");
+    aborted_ = false;
+    heap_ = true;
+  }
+  EPS_RETURN_IF_ERROR(Step("create"));
+  return absl::StrCat("heap-", epoch);
+}
+
+absl::Status FakeEngine::OpenPeers(std::span<const std::string> handles) {
+  return Step(absl::StrCat("open ", absl::StrJoin(handles, ",")));
+}
+
+void FakeEngine::SealHeap() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!staged_.empty()) violations_.push_back("SealHeap with a batch staged");
+  calls_.push_back("seal");
+  changed_.notify_all();
+}
+
+void FakeEngine::Abort() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  aborted_ = true;
+  calls_.push_back("abort");
+  changed_.notify_all();
+}
+
+void FakeEngine::CloseEpoch() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!staged_.empty()) violations_.push_back("CloseEpoch with a batch staged");
+  heap_ = false;
+  calls_.push_back("close");
+  changed_.notify_all();
+}
+
+absl::StatusOr<std::vector<float>> FakeEngine::ReferenceExpert(std::int64_t layer,
+                                                               std::int64_t expert,
+                                                               std::span<const float> x) const {
+  std::vector<float> output(x.begin(), x.end());
+  output[0] = static_cast<float>(100 * layer + expert);
+  return output;
+}
+
+absl::StatusOr<runtime::ShardCounts> FakeEngine::Stage(const runtime::ShardInput& input) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!heap_) violations_.push_back("Stage without a heap");
+    if (staged_.contains(input.slot)) violations_.push_back("Stage on a slot that is taken");
+    staged_[input.slot] = input;
+  }
+  EPS_RETURN_IF_ERROR(Step(absl::StrCat("stage ", input.slot)));
+  // Where the ids are absent the router sends every token to expert 0.
+  std::vector<std::int32_t> ids(input.num_tokens * input.topk, -1);
+  for (std::int64_t t = 0; t < input.num_tokens; ++t) ids[t * input.topk] = 0;
+  if (input.topk_ids != nullptr) std::copy_n(input.topk_ids, ids.size(), ids.begin());
+  std::lock_guard<std::mutex> lock(mutex_);
+  runtime::ShardCounts counts;
+  counts.rows_to_rank.resize(placement_.num_ranks());
+  counts.rows_per_expert.resize(kExperts);
+  runtime::CountShard(ids, input.topk, placement_, counts.rows_to_rank, counts.rows_per_expert);
+  return counts;
+}
+
+absl::Status FakeEngine::Dispatch(int slot, const runtime::CountMatrix& counts) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!staged_.contains(slot)) violations_.push_back("Dispatch of nothing staged");
+    if (counts.num_ranks != placement_.num_ranks()) violations_.push_back("Dispatch: wrong counts");
+  }
+  return Step(absl::StrCat("dispatch ", slot));
+}
+
+absl::Status FakeEngine::RunExperts(int slot) { return Step(absl::StrCat("experts ", slot)); }
+
+absl::Status FakeEngine::Combine(int slot) { return Step(absl::StrCat("combine ", slot)); }
+
+absl::Status FakeEngine::Finish(int slot, void* output, runtime::BatchTimes* times,
+                                std::vector<std::int64_t>* local_expert_rows) {
+  EPS_RETURN_IF_ERROR(Step(absl::StrCat("finish ", slot)));
+  std::lock_guard<std::mutex> lock(mutex_);
+  const runtime::ShardInput& input = staged_.at(slot);
+  std::memcpy(output, input.hidden,
+              input.num_tokens * kHidden * runtime::DataTypeBytes(input.dtype));
+  *times = {.dispatch_ns = 11, .ffn_ns = 22, .combine_ns = 33};
+  local_expert_rows->assign(placement_.num_local_experts(rank_), input.num_tokens);
+  staged_.erase(slot);
+  return absl::OkStatus();
+}
+
+void FakeEngine::Discard(int slot) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  staged_.erase(slot);
+  calls_.push_back(absl::StrCat("discard ", slot));
+  changed_.notify_all();
+}
+
+}  // namespace epserve::worker

@@ -1,0 +1,85 @@
+// An engine that computes nothing: it records what it is told, lets a test hold any step, and
+// complains (violations) where the daemon breaks the engine's contract. A batch's output is its
+// input. Thread-safe.
+#ifndef EPSERVE_TESTS_SERVER_WORKER_FAKE_ENGINE_H_
+#define EPSERVE_TESTS_SERVER_WORKER_FAKE_ENGINE_H_
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "runtime/engine/engine.h"
+
+namespace epserve::worker {
+
+class FakeEngine : public runtime::Engine {
+ public:
+  static constexpr std::int64_t kHidden = 4;
+  static constexpr std::int64_t kExperts = 8;
+  static constexpr int kTopk = 2;
+  static constexpr std::int64_t kFirstLayer = 3;
+
+  FakeEngine();
+
+  // The named step ("load", "stage 0", "dispatch 1", ...) waits until Release, or, but for "load",
+  // until Abort, which makes it fail with ABORTED.
+  void Hold(const std::string& step);
+  void Release(const std::string& step);
+  // The named step fails with `status` from now on; OK: no longer.
+  void FailAt(const std::string& step, absl::Status status);
+  // Returns once the step has begun `times` times; false after ten seconds.
+  bool AwaitStep(const std::string& step, int times = 1);
+
+  std::vector<std::string> calls() const;
+  int Count(const std::string& step) const;
+  std::vector<std::string> violations() const;
+  void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
+
+  std::string_view backend() const override { return "host"; }
+  const runtime::ModelInfo& model() const override { return model_; }
+  absl::StatusOr<runtime::MemoryPlan> PlanMemory(const runtime::Placement& placement,
+                                                 int rank) const override;
+  absl::Status LoadExperts(
+      const runtime::Placement& placement, int rank,
+      const std::function<void(std::uint64_t, std::uint64_t)>& progress) override;
+  absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
+  absl::Status OpenPeers(std::span<const std::string> handles) override;
+  void SealHeap() override;
+  void Abort() override;
+  void CloseEpoch() override;
+  absl::StatusOr<std::vector<float>> ReferenceExpert(std::int64_t layer, std::int64_t expert,
+                                                     std::span<const float> x) const override;
+  absl::StatusOr<runtime::ShardCounts> Stage(const runtime::ShardInput& input) override;
+  absl::Status Dispatch(int slot, const runtime::CountMatrix& counts) override;
+  absl::Status RunExperts(int slot) override;
+  absl::Status Combine(int slot) override;
+  absl::Status Finish(int slot, void* output, runtime::BatchTimes* times,
+                      std::vector<std::int64_t>* local_expert_rows) override;
+  void Discard(int slot) override;
+
+ private:
+  absl::Status Step(const std::string& step);
+
+  const runtime::ModelInfo model_;
+  runtime::MemoryPlan plan_;
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  std::vector<std::string> calls_;  // Guarded by mutex_, as all below.
+  std::vector<std::string> violations_;
+  std::set<std::string> held_;
+  std::map<std::string, absl::Status> failures_;
+  bool aborted_ = false;
+  bool heap_ = false;
+  runtime::Placement placement_;
+  int rank_ = -1;
+  std::map<int, runtime::ShardInput> staged_;
+};
+
+}  // namespace epserve::worker
+
+#endif  // EPSERVE_TESTS_SERVER_WORKER_FAKE_ENGINE_H_

@@ -1,0 +1,63 @@
+#include "server/worker/load_progress.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+namespace epserve::worker {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::IsEmpty;
+
+// What was written to a temporary file.
+std::string Contents(std::FILE* file) {
+  std::rewind(file);
+  std::string text(4096, '\0');
+  text.resize(std::fread(text.data(), 1, text.size(), file));
+  return text;
+}
+
+TEST(LoadProgressDisplayTest, ElsewhereThanOnATerminalEveryTenthIsLoggedOnce) {
+  std::FILE* const out = std::tmpfile();
+  std::vector<int> logged;
+  {
+    LoadProgressDisplay display(
+        out, false, [] { return 0; },
+        [&](int percent, std::uint64_t, std::uint64_t) { logged.push_back(percent); });
+    for (std::uint64_t loaded = 0; loaded <= 1000; loaded += 5) display.Update(loaded, 1000);
+    display.Update(1000, 1000);
+  }
+  EXPECT_THAT(logged, ElementsAre(10, 20, 30, 40, 50, 60, 70, 80, 90, 100));
+  EXPECT_THAT(Contents(out), IsEmpty());
+  std::fclose(out);
+}
+
+TEST(LoadProgressDisplayTest, OnATerminalOneLineIsRewrittenTenTimesASecondAtMost) {
+  std::FILE* const out = std::tmpfile();
+  std::int64_t now_us = 0;
+  {
+    LoadProgressDisplay display(
+        out, true, [&] { return now_us; },
+        [](int, std::uint64_t, std::uint64_t) { ADD_FAILURE() << "logged on a terminal"; });
+    display.Update(0, 2000);
+    now_us = 50'000;
+    display.Update(500, 2000);  // Too soon.
+    now_us = 1'000'000;
+    display.Update(1000, 2000);
+    display.Update(2000, 2000);  // The end is always shown.
+  }
+  const std::string text = Contents(out);
+  EXPECT_THAT(text, HasSubstr("\rloading weights"));
+  EXPECT_THAT(text, HasSubstr(" 50%  1000 B of 1.95 KiB  1000 B/s"));
+  EXPECT_THAT(text, testing::Not(HasSubstr(" 25%")));
+  EXPECT_THAT(text, HasSubstr("100%"));
+  EXPECT_EQ(text.back(), '\n');
+  std::fclose(out);
+}
+
+}  // namespace
+}  // namespace epserve::worker
