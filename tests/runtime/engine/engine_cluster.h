@@ -1,0 +1,179 @@
+// R host engines in threads of one process, driven as workers drive theirs: shards staged, counts
+// gathered, batches run to the end.
+#ifndef EPSERVE_TESTS_RUNTIME_ENGINE_ENGINE_CLUSTER_H_
+#define EPSERVE_TESTS_RUNTIME_ENGINE_ENGINE_CLUSTER_H_
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <barrier>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runtime/engine/engine.h"
+
+namespace epserve::testing {
+
+struct Batch {
+  int slot = 0;
+  std::uint64_t sequence = 1;
+  std::int64_t layer = 0;
+  runtime::DataType dtype = runtime::DataType::kFp32;
+  std::int64_t num_tokens = 0;
+  int topk = 0;
+  std::vector<std::byte> hidden;  // [T, H]
+  std::vector<std::int32_t> ids;  // [T, K], empty: the router decides
+  std::vector<float> weights;     // [T, K]
+};
+
+struct BatchResult {
+  std::vector<std::byte> output;                      // [T, H]
+  std::vector<absl::Status> statuses;                 // [R] the first error of each rank
+  std::vector<std::int64_t> rows_per_expert;          // [E] as the ranks counted while computing
+  std::vector<std::int64_t> counted_rows_per_expert;  // [E] as Stage counted
+  std::vector<runtime::BatchTimes> times;             // [R]
+
+  bool ok() const {
+    for (const absl::Status& status : statuses) {
+      if (!status.ok()) return false;
+    }
+    return true;
+  }
+};
+
+class EngineCluster {
+ public:
+  EngineCluster(const std::string& checkpoint_dir, int num_ranks,
+                std::int64_t max_batch_tokens = 64, int compute_threads = 1,
+                absl::Duration peer_timeout = absl::Seconds(60)) {
+    static int number = 0;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      runtime::EngineOptions options;
+      options.checkpoint_dir = checkpoint_dir;
+      options.cluster_id =
+          "engine-test-" + std::to_string(::getpid()) + "-" + std::to_string(number);
+      options.max_batch_tokens = max_batch_tokens;
+      options.compute_threads = compute_threads;
+      options.peer_timeout = peer_timeout;
+      auto engine = runtime::CreateHostEngine(options);
+      EXPECT_TRUE(engine.ok()) << engine.status();
+      engines_.push_back(*std::move(engine));
+    }
+    ++number;
+    placement_ = runtime::EvenPlacement(engines_[0]->model().num_experts, num_ranks);
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      const absl::Status status = engines_[rank]->LoadExperts(placement_, rank, nullptr);
+      EXPECT_TRUE(status.ok()) << status;
+    }
+  }
+
+  ~EngineCluster() {
+    for (const auto& engine : engines_) engine->CloseEpoch();
+  }
+
+  int num_ranks() const { return static_cast<int>(engines_.size()); }
+  runtime::Engine& engine(int rank) { return *engines_[static_cast<std::size_t>(rank)]; }
+  const runtime::Placement& placement() const { return placement_; }
+
+  void StartEpoch(std::uint64_t epoch) {
+    std::vector<std::string> handles;
+    for (const auto& engine : engines_) {
+      engine->CloseEpoch();
+      auto handle = engine->CreateHeap(epoch);
+      ASSERT_TRUE(handle.ok()) << handle.status();
+      handles.push_back(*handle);
+    }
+    for (const auto& engine : engines_) {
+      const absl::Status status = engine->OpenPeers(handles);
+      ASSERT_TRUE(status.ok()) << status;
+    }
+    for (const auto& engine : engines_) engine->SealHeap();
+  }
+
+  // Runs one batch on all ranks; may be called from several threads, for different slots.
+  BatchResult Run(const Batch& batch) {
+    const auto num_ranks = static_cast<std::size_t>(this->num_ranks());
+    const auto row_bytes =
+        static_cast<std::size_t>(engines_[0]->model().hidden) * runtime::DataTypeBytes(batch.dtype);
+    BatchResult result;
+    result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
+    result.statuses.resize(num_ranks);
+    result.times.resize(num_ranks);
+    result.rows_per_expert.resize(static_cast<std::size_t>(engines_[0]->model().num_experts));
+    result.counted_rows_per_expert.resize(result.rows_per_expert.size());
+    runtime::CountMatrix counts;
+    counts.num_ranks = this->num_ranks();
+    counts.rows.resize(num_ranks * num_ranks);
+    counts.rows_per_expert.resize(result.rows_per_expert.size());
+    std::mutex mutex;
+    std::barrier gathered(this->num_ranks());
+    std::vector<std::thread> threads;
+    for (std::size_t rank = 0; rank < num_ranks; ++rank) {
+      threads.emplace_back([&, rank] {
+        const auto shard =
+            runtime::ShardOf(batch.num_tokens, this->num_ranks(), static_cast<int>(rank));
+        auto staged = engines_[rank]->Stage(MakeInput(batch, shard, row_bytes));
+        if (staged.ok()) {
+          const std::lock_guard lock(mutex);
+          std::copy(staged->rows_to_rank.begin(), staged->rows_to_rank.end(),
+                    counts.rows.begin() + static_cast<std::ptrdiff_t>(rank * num_ranks));
+          for (std::size_t e = 0; e < counts.rows_per_expert.size(); ++e) {
+            counts.rows_per_expert[e] += staged->rows_per_expert[e];
+          }
+        }
+        gathered.arrive_and_wait();
+        std::vector<std::int64_t> local_rows;
+        result.statuses[rank] =
+            staged.ok()
+                ? RunRank(batch, rank, counts,
+                          result.output.data() + static_cast<std::size_t>(shard.begin) * row_bytes,
+                          &result.times[rank], &local_rows)
+                : staged.status();
+        if (!result.statuses[rank].ok()) engines_[rank]->Discard(batch.slot);
+        const std::lock_guard lock(mutex);
+        std::copy(local_rows.begin(), local_rows.end(),
+                  result.rows_per_expert.begin() + placement_.first_expert[rank]);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    result.counted_rows_per_expert = counts.rows_per_expert;
+    return result;
+  }
+
+ private:
+  static runtime::ShardInput MakeInput(const Batch& batch, const runtime::RowRange& shard,
+                                       std::size_t row_bytes) {
+    runtime::ShardInput input;
+    input.slot = batch.slot;
+    input.sequence = batch.sequence;
+    input.layer = batch.layer;
+    input.dtype = batch.dtype;
+    input.num_tokens = shard.size();
+    input.topk = batch.topk;
+    input.hidden = batch.hidden.data() + static_cast<std::size_t>(shard.begin) * row_bytes;
+    if (!batch.ids.empty()) {
+      input.topk_ids = batch.ids.data() + shard.begin * batch.topk;
+      input.topk_weights = batch.weights.data() + shard.begin * batch.topk;
+    }
+    return input;
+  }
+
+  absl::Status RunRank(const Batch& batch, std::size_t rank, const runtime::CountMatrix& counts,
+                       std::byte* output, runtime::BatchTimes* times,
+                       std::vector<std::int64_t>* local_rows) {
+    runtime::Engine& engine = *engines_[rank];
+    if (auto status = engine.Dispatch(batch.slot, counts); !status.ok()) return status;
+    if (auto status = engine.RunExperts(batch.slot); !status.ok()) return status;
+    if (auto status = engine.Combine(batch.slot); !status.ok()) return status;
+    return engine.Finish(batch.slot, output, times, local_rows);
+  }
+
+  std::vector<std::unique_ptr<runtime::Engine>> engines_;
+  runtime::Placement placement_;
+};
+
+}  // namespace epserve::testing
+
+#endif  // EPSERVE_TESTS_RUNTIME_ENGINE_ENGINE_CLUSTER_H_
