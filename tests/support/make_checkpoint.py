@@ -2,11 +2,11 @@
 
     make_checkpoint.py LAYOUT DTYPE SHARDS DIRECTORY
 
-LAYOUT is mixtral, qwen3_moe or deepseek_v3; DTYPE is fp32, fp16, bf16 or fp8 (deepseek_v3). Beside
-the checkpoint goes expected.bin: fp32 values in the order layer, expert, (gate, up, down), and after
-each layer's experts its router's gate and, for deepseek_v3, its correction bias. The values are
-decoded from the stored bits by the formats' definitions written out below, so that nothing is shared
-with the code under test.
+LAYOUT is mixtral, qwen3_moe or deepseek_v3; DTYPE is fp32, fp16, bf16 or fp8 (deepseek_v3).
+Beside the checkpoint goes expected.bin: fp32 values in the order layer, expert, (gate, up, down),
+and after each layer's experts its router's gate and, for deepseek_v3, its correction bias. The
+values are decoded from the stored bits by the formats' definitions written out below, so that
+nothing is shared with the code under test.
 """
 
 import json
