@@ -13,6 +13,8 @@ namespace epserve::runtime {
 namespace {
 
 constexpr int kWarpSize = 32;
+constexpr int kWarpTeamThreads = 512;
+constexpr int kBlockTeamThreads = 256;
 
 struct CombineShared {
   const uint4* source[kWarpSize][kMaxCudaTopk];  // [teams] rows to add
@@ -20,34 +22,40 @@ struct CombineShared {
   int num_sources[kWarpSize];
 };
 
-// Adds the team's listed rows into `out`, in the order of the list.
+// Adds the team's listed rows into `out`, in the order of the list. Two rows' pieces are on their
+// way at a time, so that the latency of memory is paid once for both.
 template <typename Element, RowTeam kTeam>
 __device__ void AddRows(const CombineShared& shared, std::int64_t num_vectors, uint4* out) {
   using T = Team<kTeam>;
   using V = Vector16<Element>;
-  constexpr int kUnroll = kTeam == RowTeam::kWarp ? 4 : 1;
+  constexpr int kUnroll = 4;
   const int num_sources = shared.num_sources[T::index()];
-  for (std::int64_t start = 0; start < num_vectors; start += kUnroll * T::size()) {
+  for (std::int64_t start = T::rank(); start < num_vectors; start += kUnroll * T::size()) {
     float sum[kUnroll][V::kElements] = {};
-    for (int s = 0; s < num_sources; ++s) {
-      const uint4* row = shared.source[T::index()][s];
-      const float weight = shared.weight[T::index()][s];
-      uint4 piece[kUnroll];
+    for (int s = 0; s < num_sources; s += 2) {
+      const uint4* first = shared.source[T::index()][s];
+      const bool paired = s + 1 < num_sources;
+      const uint4* second = shared.source[T::index()][paired ? s + 1 : s];
+      uint4 a[kUnroll], b[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t v = start + u * T::size() + T::rank();
+        const std::int64_t v = start + u * T::size();
         // From L2: a peer may have written the row since this SM last saw the line.
-        if (v < num_vectors) piece[u] = __ldcg(row + v);
+        if (v < num_vectors) a[u] = __ldcg(first + v);
+        if (v < num_vectors && paired) b[u] = __ldcg(second + v);
       }
+      const float first_weight = shared.weight[T::index()][s];
+      const float second_weight = shared.weight[T::index()][paired ? s + 1 : s];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t v = start + u * T::size() + T::rank();
-        if (v < num_vectors) V::MultiplyAdd(piece[u], weight, sum[u]);
+        const std::int64_t v = start + u * T::size();
+        if (v < num_vectors) V::MultiplyAdd(a[u], first_weight, sum[u]);
+        if (v < num_vectors && paired) V::MultiplyAdd(b[u], second_weight, sum[u]);
       }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t v = start + u * T::size() + T::rank();
+      const std::int64_t v = start + u * T::size();
       if (v < num_vectors) out[v] = V::Pack(sum[u]);
     }
   }
@@ -122,12 +130,11 @@ __device__ void Push(const CudaCombineArgs& args, const AreaUse& use, std::int64
 
 template <typename Element, RowTeam kTeam>
 __device__ void Reduce(const CudaCombineArgs& args, const AreaUse& use, std::int64_t num_vectors,
-                       CombineShared* shared) {
+                       int block, CombineShared* shared) {
   using T = Team<kTeam>;
   const AreaLayout& layout = args.area.layout;
   const int num_ranks = args.area.num_ranks;
   std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-  const int block = static_cast<int>(blockIdx.x) - args.push_blocks;
   const std::int64_t teams = static_cast<std::int64_t>(args.reduce_blocks) * T::count();
   for (std::int64_t token = static_cast<std::int64_t>(T::index()) * args.reduce_blocks + block;
        token < args.num_tokens; token += teams) {
@@ -158,27 +165,31 @@ __device__ void Reduce(const CudaCombineArgs& args, const AreaUse& use, std::int
 }
 
 template <typename Element, RowTeam kTeam>
-__global__ void __launch_bounds__(kTeam == RowTeam::kWarp ? 768 : 256)
+__global__ void __launch_bounds__(kTeam == RowTeam::kWarp ? kWarpTeamThreads : kBlockTeamThreads)
     CombineKernel(const __grid_constant__ CudaCombineArgs args) {
   __shared__ CombineShared shared;
   const AreaUse use = CurrentUse(args.area, 1);
   const std::int64_t num_vectors = args.hidden / Vector16<Element>::kElements;
-  if (static_cast<int>(blockIdx.x) < args.push_blocks) {
-    Push<Element, kTeam>(args, use, num_vectors, &shared);
-  } else {
-    Reduce<Element, kTeam>(args, use, num_vectors, &shared);
+  // Where every block has both roles, all of its pushing comes first: it waits for nobody before.
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < args.push_blocks) Push<Element, kTeam>(args, use, num_vectors, &shared);
+  if (args.merged_roles) {
+    __syncthreads();
+    Reduce<Element, kTeam>(args, use, num_vectors, block, &shared);
+  } else if (block >= args.push_blocks) {
+    Reduce<Element, kTeam>(args, use, num_vectors, block - args.push_blocks, &shared);
   }
   AdvanceUse(args.area, 1);
 }
 
 template <typename Element>
 cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
-  const int blocks = args.push_blocks + args.reduce_blocks;
+  const int blocks = args.merged_roles ? args.push_blocks : args.push_blocks + args.reduce_blocks;
   const bool few = args.num_tokens <= std::int64_t{8} * args.reduce_blocks;
   if (few) {
-    CombineKernel<Element, RowTeam::kBlock><<<blocks, 256, 0, stream>>>(args);
+    CombineKernel<Element, RowTeam::kBlock><<<blocks, kBlockTeamThreads, 0, stream>>>(args);
   } else {
-    CombineKernel<Element, RowTeam::kWarp><<<blocks, 768, 0, stream>>>(args);
+    CombineKernel<Element, RowTeam::kWarp><<<blocks, kWarpTeamThreads, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }
@@ -190,6 +201,11 @@ absl::Status LaunchCombine(const CudaCombineArgs& args, cudaStream_t stream) {
     return absl::InvalidArgumentError(absl::StrCat("combine: push_blocks ", args.push_blocks,
                                                    " and reduce_blocks ", args.reduce_blocks,
                                                    " must be at least 1"));
+  }
+  if (args.merged_roles && args.push_blocks != args.reduce_blocks) {
+    return absl::InvalidArgumentError(absl::StrCat("combine: with merged roles push_blocks ",
+                                                   args.push_blocks, " must equal reduce_blocks ",
+                                                   args.reduce_blocks));
   }
   if (args.topk < 1 || args.topk > kMaxCudaTopk) {
     return absl::InvalidArgumentError(

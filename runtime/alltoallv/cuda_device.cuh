@@ -22,6 +22,9 @@ __device__ inline std::uint64_t* FlagOf(std::byte* flags, int index) {
                                           static_cast<std::int64_t>(index) * kFlagStrideBytes);
 }
 
+inline constexpr unsigned kEagerPolls = 32;  // about 20 us
+inline constexpr unsigned kPauseNs = 200;
+
 // Waits until *flag >= target. False where the wait gave up, with the reason in the report; the
 // caller carries on without touching what it waited for, and the host turns the report into a
 // Status.
@@ -34,6 +37,9 @@ __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, in
   const std::uint64_t start = GlobalTimerNs();
   for (unsigned spin = 1;; ++spin) {
     if (word.load(cuda::memory_order_acquire) >= target) return true;
+    // Thousands of waiting threads would crowd out the very stores they wait for: after the first
+    // polls, which keep the short waits of the decode path short, they pause between looks.
+    if (spin > kEagerPolls) __nanosleep(kPauseNs);
     // The abort word lies in host memory, a PCIe read away: look at it, and at the clock, rarely.
     if (spin % 1024 != 0) continue;
     const std::uint64_t waited = GlobalTimerNs() - start;

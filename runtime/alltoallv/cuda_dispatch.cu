@@ -15,6 +15,7 @@ namespace epserve::runtime {
 namespace {
 
 constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 1024;
 
 struct DispatchShared {
   int base[kMaxCudaRanks];                       // rows to each rank before the present step
@@ -22,6 +23,7 @@ struct DispatchShared {
   uint4* destination[kWarpSize][kMaxCudaRanks];  // [teams] rows that the team writes
   float* scale_destination[kWarpSize][kMaxCudaRanks];
   int num_destinations[kWarpSize];
+  int position[kMaxThreads][kMaxCudaRanks];  // of the present step's tokens; -1 = none
 };
 
 __device__ int OwnerOf(int expert, const CudaDispatchArgs& args) {
@@ -96,8 +98,9 @@ __device__ void PlaceTokens(const CudaDispatchArgs& args, std::int64_t begin, st
   for (int r = 0; r < kMaxCudaRanks; ++r) {
     const int start = __shfl_sync(0xffffffffu, of_earlier_warps, r);
     if (token < end && r < args.area.num_ranks) {
-      args.send_position[token * args.area.num_ranks + r] =
-          ((mask >> r) & 1u) != 0 ? start + before[r] : -1;
+      const int position = ((mask >> r) & 1u) != 0 ? start + before[r] : -1;
+      shared->position[threadIdx.x][r] = position;
+      args.send_position[token * args.area.num_ranks + r] = position;
     }
   }
   __syncthreads();
@@ -114,7 +117,8 @@ __device__ void PlaceTokens(const CudaDispatchArgs& args, std::int64_t begin, st
 // Writes the row's metadata to each of its ranks and lists the places the row itself goes to.
 template <RowTeam kTeam, RowPayload kPayload>
 __device__ void PrepareRow(const CudaDispatchArgs& args, std::int64_t area_offset,
-                           std::int64_t token, std::int64_t row_bytes, DispatchShared* shared) {
+                           std::int64_t token, int index_in_step, std::int64_t row_bytes,
+                           DispatchShared* shared) {
   using T = Team<kTeam>;
   const AreaLayout& layout = args.area.layout;
   const int num_ranks = args.area.num_ranks;
@@ -123,7 +127,7 @@ __device__ void PrepareRow(const CudaDispatchArgs& args, std::int64_t area_offse
     int position = -1;
     // Lane i looks at rank (own + 1 + i) mod R, so that the ranks' first stores go different ways.
     const int peer = (args.area.rank + 1 + lane) % num_ranks;
-    if (lane < num_ranks) position = args.send_position[token * num_ranks + peer];
+    if (lane < num_ranks) position = shared->position[index_in_step][peer];
     const bool sends = position >= 0 && position < args.row_limit[peer];
     std::byte* area = sends ? args.area.heap[peer] + area_offset : nullptr;
     const std::int64_t row = sends ? args.row_base[peer] + position : 0;
@@ -284,7 +288,7 @@ __device__ void PublishAndWait(const CudaDispatchArgs& args, const AreaUse& use,
 }
 
 template <RowTeam kTeam, RowPayload kPayload>
-__global__ void __launch_bounds__(1024, 1)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     DispatchKernel(const __grid_constant__ CudaDispatchArgs args) {
   __shared__ DispatchShared shared;
   using T = Team<kTeam>;
@@ -294,12 +298,21 @@ __global__ void __launch_bounds__(1024, 1)
   const std::int64_t element_bytes = args.dtype == DataType::kFp32 ? 4 : 2;
   const std::int64_t input_bytes = args.hidden * element_bytes;
   const std::int64_t row_bytes = kPayload == RowPayload::kFp8 ? args.hidden : input_bytes;
+  if constexpr (kTeam == RowTeam::kBlock) {
+    // The block's first row comes to L2 while its place is being worked out.
+    const auto* first_row = static_cast<const std::byte*>(args.x) + begin * input_bytes;
+    for (std::int64_t at = std::int64_t{threadIdx.x} * 128; begin < end && at < input_bytes;
+         at += std::int64_t{blockDim.x} * 128) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(first_row + at));
+    }
+  }
   CountBefore(args, begin, &shared);
   for (std::int64_t step = begin; step < end; step += blockDim.x) {
     PlaceTokens(args, step, end, &shared);
     const std::int64_t step_end = step + blockDim.x < end ? step + blockDim.x : end;
     for (std::int64_t token = step + T::index(); token < step_end; token += T::count()) {
-      PrepareRow<kTeam, kPayload>(args, use.byte_offset, token, row_bytes, &shared);
+      PrepareRow<kTeam, kPayload>(args, use.byte_offset, token, static_cast<int>(token - step),
+                                  row_bytes, &shared);
       const auto* row = reinterpret_cast<const uint4*>(static_cast<const std::byte*>(args.x) +
                                                        token * input_bytes);
       if constexpr (kPayload == RowPayload::kFp8) {
@@ -353,7 +366,7 @@ absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
   if (few) {
     EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kBlock>(args, 512, stream));
   } else {
-    EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kWarp>(args, 1024, stream));
+    EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kWarp>(args, kMaxThreads, stream));
   }
   return absl::OkStatus();
 }

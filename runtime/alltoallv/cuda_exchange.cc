@@ -32,9 +32,9 @@ absl::Status Validate(const CudaExchangeConfig& config) {
     return absl::InvalidArgumentError(absl::StrCat("cuda exchange: max_topk ", base.max_topk,
                                                    " outside [1, ", kMaxCudaTopk, "]"));
   }
-  if (base.hidden < 8 || base.hidden % 8 != 0) {
+  if (base.hidden < 4 || base.hidden % 4 != 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("cuda exchange: hidden ", base.hidden, " is not a positive multiple of 8"));
+        absl::StrCat("cuda exchange: hidden ", base.hidden, " is not a positive multiple of 4"));
   }
   if (base.placement.num_ranks() != base.num_ranks) {
     return absl::InvalidArgumentError(absl::StrCat("cuda exchange: the placement is for ",
@@ -42,10 +42,12 @@ absl::Status Validate(const CudaExchangeConfig& config) {
                                                    base.num_ranks));
   }
   if (base.max_batch_tokens < 1 || config.max_decode_tokens < 1 || base.num_slots < 1 ||
-      config.comm_blocks < 1 || config.decode_blocks < 1) {
+      config.comm_blocks < 1 || config.reduce_blocks < 1 || config.decode_blocks < 1 ||
+      config.decode_combine_blocks < 1) {
     return absl::InvalidArgumentError(
-        "cuda exchange: max_batch_tokens, max_decode_tokens, num_slots, comm_blocks and "
-        "decode_blocks must be at least 1");
+        "cuda exchange: max_batch_tokens, max_decode_tokens, num_slots and the numbers of blocks "
+        "must "
+        "be at least 1");
   }
   return absl::OkStatus();
 }
@@ -305,8 +307,9 @@ absl::Status CudaExchange::Combine(Path path, int slot, const CudaTokens& tokens
   std::copy_n(local.return_base, kMaxCudaRanks, args.return_base);
   std::copy_n(local.partial_base, kMaxCudaRanks, args.partial_base);
   const bool decode = path == Path::kDecode;
-  args.push_blocks = decode ? config_.decode_blocks : config_.comm_blocks;
-  args.reduce_blocks = decode ? config_.decode_blocks : config_.comm_blocks;
+  args.push_blocks = decode ? config_.decode_combine_blocks : config_.comm_blocks;
+  args.reduce_blocks = decode ? config_.decode_combine_blocks : config_.reduce_blocks;
+  args.merged_roles = decode;
   args.wait = Wait();
   return LaunchCombine(args, stream);
 }

@@ -30,8 +30,10 @@ struct CudaExchangeConfig {
   std::string socket_directory;          // empty: abstract socket names
   std::int64_t max_decode_tokens = 512;  // a rank
   int max_element_bytes = 2;             // 4 where FP32 batches are served
-  int comm_blocks = 24;                  // of dispatch, and of each role of combine (prefill path)
+  int comm_blocks = 24;                  // of dispatch and of combine's push role (prefill path)
+  int reduce_blocks = 24;                // of combine's reduce role (prefill path)
   int decode_blocks = 128;               // of dispatch on the decode path
+  int decode_combine_blocks = 264;       // of combine on the decode path; each has both roles
 };
 
 // One rank's tokens, in device memory.

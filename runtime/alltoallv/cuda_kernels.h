@@ -86,6 +86,7 @@ struct CudaCombineArgs {
   std::int32_t partial_base[kMaxCudaRanks];  // each rank's first partial row in this rank's area
   int push_blocks;
   int reduce_blocks;
+  bool merged_roles;  // the same blocks push, then reduce: shortest for few rows
   WaitControl wait;
 };
 

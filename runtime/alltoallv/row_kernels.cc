@@ -15,54 +15,67 @@ namespace {
 
 // Elements summed at a time: the running sum (2 KiB) stays in the first-level cache.
 constexpr std::size_t kSumBlock = 512;
+constexpr std::size_t kCacheLineBytes = 64;
 
-EPS_MULTIVERSION void SumBf16(const std::byte* const* rows, std::size_t num_rows,
+// Each of these sums elements [begin, begin + count) of `rows`; count <= kSumBlock.
+
+EPS_MULTIVERSION void SumBf16(const std::byte* const* rows, std::size_t num_rows, std::size_t begin,
                               std::uint16_t* out, std::size_t count) {
   float sum[kSumBlock];
-  for (std::size_t begin = 0; begin < count; begin += kSumBlock) {
-    const std::size_t length = std::min(kSumBlock, count - begin);
-    const auto* first = reinterpret_cast<const std::uint16_t*>(rows[0]) + begin;
-    for (std::size_t i = 0; i < length; ++i) sum[i] = Bf16ToFloat(first[i]);
-    for (std::size_t r = 1; r < num_rows; ++r) {
-      const auto* row = reinterpret_cast<const std::uint16_t*>(rows[r]) + begin;
-      for (std::size_t i = 0; i < length; ++i) sum[i] += Bf16ToFloat(row[i]);
-    }
-    for (std::size_t i = 0; i < length; ++i) out[begin + i] = FloatToBf16(sum[i]);
+  const auto* first = reinterpret_cast<const std::uint16_t*>(rows[0]) + begin;
+  for (std::size_t i = 0; i < count; ++i) sum[i] = Bf16ToFloat(first[i]);
+  for (std::size_t r = 1; r < num_rows; ++r) {
+    const auto* row = reinterpret_cast<const std::uint16_t*>(rows[r]) + begin;
+    for (std::size_t i = 0; i < count; ++i) sum[i] += Bf16ToFloat(row[i]);
   }
+  for (std::size_t i = 0; i < count; ++i) out[begin + i] = FloatToBf16(sum[i]);
 }
 
-EPS_MULTIVERSION void SumFp32(const std::byte* const* rows, std::size_t num_rows, float* out,
-                              std::size_t count) {
+EPS_MULTIVERSION void SumFp32(const std::byte* const* rows, std::size_t num_rows, std::size_t begin,
+                              float* out, std::size_t count) {
   float sum[kSumBlock];
-  for (std::size_t begin = 0; begin < count; begin += kSumBlock) {
-    const std::size_t length = std::min(kSumBlock, count - begin);
-    const auto* first = reinterpret_cast<const float*>(rows[0]) + begin;
-    for (std::size_t i = 0; i < length; ++i) sum[i] = first[i];
-    for (std::size_t r = 1; r < num_rows; ++r) {
-      const auto* row = reinterpret_cast<const float*>(rows[r]) + begin;
-      for (std::size_t i = 0; i < length; ++i) sum[i] += row[i];
-    }
-    for (std::size_t i = 0; i < length; ++i) out[begin + i] = sum[i];
+  const auto* first = reinterpret_cast<const float*>(rows[0]) + begin;
+  for (std::size_t i = 0; i < count; ++i) sum[i] = first[i];
+  for (std::size_t r = 1; r < num_rows; ++r) {
+    const auto* row = reinterpret_cast<const float*>(rows[r]) + begin;
+    for (std::size_t i = 0; i < count; ++i) sum[i] += row[i];
   }
+  for (std::size_t i = 0; i < count; ++i) out[begin + i] = sum[i];
 }
 
 EPS_MULTIVERSION void AddTo(const float* values, float* sum, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) sum[i] += values[i];
 }
 
-void SumFp16(const std::byte* const* rows, std::size_t num_rows, std::uint16_t* out,
-             std::size_t count) {
+void SumFp16(const std::byte* const* rows, std::size_t num_rows, std::size_t begin,
+             std::uint16_t* out, std::size_t count) {
   float sum[kSumBlock];
   float values[kSumBlock];
-  for (std::size_t begin = 0; begin < count; begin += kSumBlock) {
-    const std::size_t length = std::min(kSumBlock, count - begin);
-    const std::size_t begin_byte = begin * sizeof(std::uint16_t);
-    ConvertToFloat(DataType::kFp16, rows[0] + begin_byte, sum, length);
-    for (std::size_t r = 1; r < num_rows; ++r) {
-      ConvertToFloat(DataType::kFp16, rows[r] + begin_byte, values, length);
-      AddTo(values, sum, length);
-    }
-    ConvertFromFloat(DataType::kFp16, sum, out + begin, length);
+  const std::size_t begin_byte = begin * sizeof(std::uint16_t);
+  ConvertToFloat(DataType::kFp16, rows[0] + begin_byte, sum, count);
+  for (std::size_t r = 1; r < num_rows; ++r) {
+    ConvertToFloat(DataType::kFp16, rows[r] + begin_byte, values, count);
+    AddTo(values, sum, count);
+  }
+  ConvertFromFloat(DataType::kFp16, sum, out + begin, count);
+}
+
+void SumBlock(DataType type, std::span<const std::byte* const> rows, std::size_t begin,
+              std::byte* out, std::size_t count) {
+  switch (type) {
+    case DataType::kFp32:
+      SumFp32(rows.data(), rows.size(), begin, reinterpret_cast<float*>(out), count);
+      return;
+    case DataType::kBf16:
+      SumBf16(rows.data(), rows.size(), begin, reinterpret_cast<std::uint16_t*>(out), count);
+      return;
+    case DataType::kFp16:
+      SumFp16(rows.data(), rows.size(), begin, reinterpret_cast<std::uint16_t*>(out), count);
+      return;
+    case DataType::kFp8E4m3:
+    case DataType::kInt32:
+    case DataType::kInt64:
+      return;  // REQUIRES excludes them.
   }
 }
 
@@ -100,31 +113,25 @@ void FenceStreamedCopies() {
 #endif
 }
 
-void SumRows(DataType type, std::span<const std::byte* const> rows, std::byte* out,
-             std::size_t count) {
-  if (rows.size() <= 1) {
-    const std::size_t bytes = count * DataTypeBytes(type);
-    if (rows.empty()) {
-      std::memset(out, 0, bytes);
-    } else {
-      std::memcpy(out, rows[0], bytes);
+void SumRows(DataType type, std::span<const std::byte* const> rows,
+             std::span<const std::byte* const> next_rows, std::byte* out, std::size_t count) {
+  const std::size_t element_bytes = DataTypeBytes(type);
+  for (std::size_t begin = 0; begin < count; begin += kSumBlock) {
+    const std::size_t length = std::min(kSumBlock, count - begin);
+    const std::size_t begin_byte = begin * element_bytes;
+    const std::size_t length_bytes = length * element_bytes;
+    for (const std::byte* row : next_rows) {
+      for (std::size_t byte = 0; byte < length_bytes; byte += kCacheLineBytes) {
+        __builtin_prefetch(row + begin_byte + byte, /*rw=*/0, /*locality=*/2);
+      }
     }
-    return;
-  }
-  switch (type) {
-    case DataType::kFp32:
-      SumFp32(rows.data(), rows.size(), reinterpret_cast<float*>(out), count);
-      return;
-    case DataType::kBf16:
-      SumBf16(rows.data(), rows.size(), reinterpret_cast<std::uint16_t*>(out), count);
-      return;
-    case DataType::kFp16:
-      SumFp16(rows.data(), rows.size(), reinterpret_cast<std::uint16_t*>(out), count);
-      return;
-    case DataType::kFp8E4m3:
-    case DataType::kInt32:
-    case DataType::kInt64:
-      return;  // REQUIRES excludes them.
+    if (rows.empty()) {
+      std::memset(out + begin_byte, 0, length_bytes);
+    } else if (rows.size() == 1) {
+      std::memcpy(out + begin_byte, rows[0] + begin_byte, length_bytes);
+    } else {
+      SumBlock(type, rows, begin, out, length);
+    }
   }
 }
 
