@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
 namespace epserve::worker {
@@ -136,6 +137,15 @@ std::string MemoryTable(const runtime::MemoryPlan& plan, const AvailableMemory& 
       absl::StrCat("of ", FormatBytes(available.memory_bytes), " available (",
                    available.memory_limit, ")"));
   return table;
+}
+
+void LogMemoryPlan(const runtime::MemoryPlan& plan, const AvailableMemory& available) {
+  runtime::LogInfo("memory_plan", {{"weight_bytes", plan.weight_bytes},
+                                   {"held_as", plan.held_type},
+                                   {"heap_bytes", plan.heap_bytes},
+                                   {"workspace_bytes", plan.workspace_bytes},
+                                   {"available_bytes", available.memory_bytes},
+                                   {"shm_free_bytes", available.shm_bytes}});
 }
 
 std::string FormatBytes(std::uint64_t bytes) {

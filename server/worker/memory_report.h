@@ -29,8 +29,11 @@ std::uint64_t ResidentBytes();
 // RESOURCE_EXHAUSTED says by how much, and what would help.
 absl::Status CheckMemoryFits(const runtime::MemoryPlan& plan, const AvailableMemory& available);
 
-// Several lines, for people.
+// Several lines, for people at a terminal.
 std::string MemoryTable(const runtime::MemoryPlan& plan, const AvailableMemory& available);
+
+// The same as one event of the log.
+void LogMemoryPlan(const runtime::MemoryPlan& plan, const AvailableMemory& available);
 
 // "1.50 GiB", "12.0 MiB", "512 B".
 std::string FormatBytes(std::uint64_t bytes);

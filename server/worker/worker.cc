@@ -351,7 +351,8 @@ void Worker::StartLoad() {
     Fail(available.status());
     return;
   }
-  std::fputs(MemoryTable(plan_, *available).c_str(), stderr);
+  LogMemoryPlan(plan_, *available);
+  if (config_.progress_on_terminal) std::fputs(MemoryTable(plan_, *available).c_str(), stderr);
   const absl::Status fits = CheckMemoryFits(plan_, *available);
   if (!fits.ok()) {
     Fail(fits);
