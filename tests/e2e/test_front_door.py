@@ -327,7 +327,9 @@ def test_key_that_may_not_be_opened_is_refused_without_repeating_it(shm_client, 
         assert key.lstrip("/") not in caught.value.message()
 
 
-@pytest.mark.parametrize("byte_size, offset", [(0, 0), (65, 0), (64, 1), (64, 2**64 - 32), (1, 2**63)])
+@pytest.mark.parametrize(
+    "byte_size, offset", [(0, 0), (65, 0), (64, 1), (64, 2**64 - 32), (1, 2**63)]
+)
 def test_registration_past_the_object_is_refused(shm_client, byte_size, offset):
     with Region("bounds", 64) as region:
         refused(

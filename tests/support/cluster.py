@@ -82,18 +82,18 @@ def run_program(name, *args, timeout_s=60, **options):
 
 
 class Program:
-    """A child process whose stdout and stderr go to a file."""
+    """A child process whose stderr, and beside it stdout, go to files."""
 
-    def __init__(self, log_path, name, *args, env=None):
+    def __init__(self, log_path, name, *args):
         self.name = name
         self.log_path = pathlib.Path(log_path)
-        with open(self.log_path, "ab") as log:
+        self.output_path = self.log_path.with_suffix(".out")
+        with open(self.log_path, "ab") as log, open(self.output_path, "ab") as output:
             self.process = subprocess.Popen(
                 [program(name), *map(str, args)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
+                stdout=output,
+                stderr=log,
             )
 
     @property
@@ -105,6 +105,9 @@ class Program:
 
     def log(self):
         return self.log_path.read_text(errors="replace")
+
+    def output(self):
+        return self.output_path.read_text(errors="replace")
 
     def send(self, number):
         self.process.send_signal(number)
