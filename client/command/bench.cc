@@ -1,0 +1,132 @@
+#include "client/command/bench.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "client/command/bench_report.h"
+#include "client/command/format.h"
+#include "client/command/load_generator.h"
+#include "client/command/progress.h"
+#include "client/command/random_batch.h"
+#include "client/cpp/admin_client.h"
+#include "client/cpp/client.h"
+#include "client/cpp/status.h"
+#include "nlohmann/json.hpp"
+
+namespace epserve::client {
+
+namespace {
+
+// Enough that the service does not see one batch over and over, few enough to make at once.
+constexpr int kInputs = 16;
+
+absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options,
+                                                     InferenceClient& client) {
+  const absl::Duration timeout = absl::Seconds(options.timeout_s);
+  std::string model = options.model;
+  if (model.empty()) {
+    EPC_ASSIGN_OR_RETURN(model, client.OnlyModel(timeout));
+  }
+  EPC_ASSIGN_OR_RETURN(const ModelDescription served, client.DescribeModel(model, timeout));
+  EPC_ASSIGN_OR_RETURN(const ClusterState cluster,
+                       AdminClient(options.server).GetClusterStatus(timeout));
+  if (cluster.num_experts < served.topk) {
+    return absl::InternalError(absl::StrCat("the service says it has ", cluster.num_experts,
+                                            " experts, fewer than K ", served.topk));
+  }
+  RandomBatch random(options.seed, served.hidden, cluster.num_experts, served.topk);
+  std::vector<InferRequest> inputs;
+  for (int i = 0; i < kInputs; ++i) {
+    InferRequest request;
+    request.model = model;
+    request.layer = options.layer;
+    request.timeout = timeout;
+    request.hidden_states = random.HiddenStates(RowType(options.dtype), options.tokens);
+    if (!options.server_routes) {
+      request.topk_ids = IdTensor(ElementType::kI32, random.Ids(options.tokens), served.topk);
+      request.topk_weights = WeightTensor(random.Weights(options.tokens), served.topk);
+    }
+    inputs.push_back(std::move(request));
+  }
+  return inputs;
+}
+
+LoadResult Warm(InferenceClient& client, const std::vector<InferRequest>& inputs,
+                const BenchOptions& options) {
+  LoadPlan plan;
+  plan.concurrency = options.concurrency;
+  plan.requests = options.warmup;
+  Progress progress("warming up");
+  return RunLoad(client, inputs, plan, [&](std::int64_t ended, double) {
+    progress.Update(static_cast<double>(ended) / static_cast<double>(options.warmup),
+                    absl::StrCat(ended, " of ", options.warmup, " requests"));
+  });
+}
+
+LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inputs,
+                   const BenchOptions& options) {
+  LoadPlan plan;
+  plan.concurrency = options.concurrency;
+  plan.rate = options.rate;
+  if (options.duration_s > 0) {
+    plan.duration = absl::Seconds(options.duration_s);
+  } else {
+    plan.requests = options.requests;
+  }
+  Progress progress("measuring");
+  return RunLoad(client, inputs, plan, [&](std::int64_t ended, double seconds) {
+    const double fraction =
+        options.duration_s > 0 ? seconds / options.duration_s
+                               : static_cast<double>(ended) / static_cast<double>(options.requests);
+    const double per_second = static_cast<double>(ended) / std::max(seconds, 1e-3);
+    progress.Update(
+        fraction,
+        absl::StrFormat("%s requests, %.0f/s, %s tokens/s", FormatCount(ended), per_second,
+                        FormatCount(static_cast<std::uint64_t>(
+                            per_second * static_cast<double>(options.tokens)))));
+  });
+}
+
+}  // namespace
+
+absl::Status RunBench(const BenchOptions& options) {
+  InferenceClient client(ClientOptions{.target = options.server});
+  EPC_ASSIGN_OR_RETURN(const std::vector<InferRequest> inputs, MakeInputs(options, client));
+  // One request first: what is wrong with all of them is said once, and at once.
+  const auto first = client.Infer(inputs.front());
+  if (!first.ok() && !options.allow_errors) return first.status();
+  if (options.warmup > 0) {
+    const LoadResult warm = Warm(client, inputs, options);
+    if (!warm.first_message.empty() && !options.allow_errors) {
+      const auto& [code, message] = *warm.first_message.begin();
+      return absl::UnavailableError(
+          absl::StrCat("a warm-up request failed: ", code, ": ", message));
+    }
+  }
+  const BenchReport report = MakeBenchReport(Measure(client, inputs, options), options.tokens);
+  if (options.json) {
+    std::printf("%s\n", BenchJson(options, report).dump().c_str());
+  } else {
+    const Terminal terminal = Terminal::Of(stdout);
+    std::printf("%s\n",
+                terminal
+                    .Paint(Color::kBold,
+                           absl::StrCat(options.tokens, " tokens a request, ", options.dtype,
+                                        options.rate > 0
+                                            ? absl::StrCat(", ", options.rate, " requests/s")
+                                            : absl::StrCat(", concurrency ", options.concurrency)))
+                    .c_str());
+    std::printf("\n%s", RenderBenchReport(report, terminal).c_str());
+  }
+  if (report.requests > report.succeeded && !options.allow_errors) {
+    return absl::UnavailableError(absl::StrCat(report.requests - report.succeeded, " of ",
+                                               report.requests, " requests failed"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace epserve::client

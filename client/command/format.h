@@ -1,0 +1,23 @@
+// Numbers for people: "1.23 ms", "96.0 MiB", "12 345". Pure functions.
+#ifndef EPSERVE_CLIENT_COMMAND_FORMAT_H_
+#define EPSERVE_CLIENT_COMMAND_FORMAT_H_
+
+#include <cstdint>
+#include <string>
+
+namespace epserve::client {
+
+// Three significant digits with the unit that suits: us, ms, s.
+std::string FormatMicroseconds(double us);
+// "1.5 s", "2 min 03 s", "4 h 05 min".
+std::string FormatSeconds(double seconds);
+// Binary units: "512 B", "96.0 MiB".
+std::string FormatBytes(std::uint64_t bytes);
+// Thousands apart: "1,234,567".
+std::string FormatCount(std::uint64_t count);
+// "1.2e-07".
+std::string FormatError(double error);
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_CLIENT_COMMAND_FORMAT_H_

@@ -1,0 +1,134 @@
+#include "client/command/load_generator.h"
+
+#include <atomic>
+#include <thread>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+
+namespace epserve::client {
+
+namespace {
+
+constexpr absl::Duration kProgressInterval = absl::Milliseconds(50);
+// An open loop against a stalled service must not fill memory: past this many requests under way
+// the next ones start late, and their time still counts from when they were due.
+constexpr std::int64_t kMaxUnderWay = 4096;
+
+class Recorder {
+ public:
+  void Record(absl::Time began, const absl::StatusOr<InferResult>& result) {
+    Sample sample;
+    sample.request_us = absl::ToDoubleMicroseconds(absl::Now() - began);
+    sample.code = result.status().code();
+    if (result.ok()) sample.parameters = result->parameters;
+    absl::MutexLock lock(&mutex_);
+    if (!result.ok()) {
+      result_.first_message.emplace(absl::StatusCodeToString(sample.code),
+                                    std::string(result.status().message()));
+    }
+    result_.samples.push_back(std::move(sample));
+    --under_way_;
+  }
+
+  void WaitForRoom() {
+    absl::MutexLock lock(&mutex_);
+    mutex_.Await(absl::Condition(
+        +[](Recorder* self) { return self->under_way_ < kMaxUnderWay; }, this));
+    ++under_way_;
+  }
+  void Begin() {
+    absl::MutexLock lock(&mutex_);
+    ++under_way_;
+  }
+  // Waits until nothing is under way, at most `timeout`.
+  bool WaitForEnd(absl::Duration timeout) {
+    absl::MutexLock lock(&mutex_);
+    return mutex_.AwaitWithTimeout(absl::Condition(
+                                       +[](Recorder* self) { return self->under_way_ == 0; }, this),
+                                   timeout);
+  }
+  std::int64_t ended() {
+    absl::MutexLock lock(&mutex_);
+    return static_cast<std::int64_t>(result_.samples.size());
+  }
+  LoadResult Take() {
+    absl::MutexLock lock(&mutex_);
+    return std::move(result_);
+  }
+
+ private:
+  absl::Mutex mutex_;
+  std::int64_t under_way_ ABSL_GUARDED_BY(mutex_) = 0;
+  LoadResult result_ ABSL_GUARDED_BY(mutex_);
+};
+
+void RunClosedLoop(InferenceClient& client, const std::vector<InferRequest>& inputs,
+                   const LoadPlan& plan, absl::Time until, Recorder& recorder,
+                   const std::function<void()>& report) {
+  std::atomic<std::int64_t> next{0};
+  std::atomic<int> running{plan.concurrency};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < plan.concurrency; ++i) {
+    threads.emplace_back([&] {
+      while (absl::Now() < until) {
+        const std::int64_t index = next.fetch_add(1);
+        if (plan.requests > 0 && index >= plan.requests) break;
+        recorder.Begin();
+        const absl::Time began = absl::Now();
+        recorder.Record(began, client.Infer(inputs[index % inputs.size()]));
+      }
+      running.fetch_sub(1);
+    });
+  }
+  while (running.load() > 0) {
+    report();
+    absl::SleepFor(kProgressInterval);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+void RunOpenLoop(InferenceClient& client, const std::vector<InferRequest>& inputs,
+                 const LoadPlan& plan, absl::Time until, const std::shared_ptr<Recorder>& recorder,
+                 const std::function<void()>& report) {
+  const absl::Time started = absl::Now();
+  for (std::int64_t index = 0; plan.requests == 0 || index < plan.requests; ++index) {
+    const absl::Time due = started + absl::Seconds(static_cast<double>(index) / plan.rate);
+    if (due >= until) break;
+    for (absl::Time now = absl::Now(); now < due; now = absl::Now()) {
+      report();
+      absl::SleepFor(std::min(due - now, kProgressInterval));
+    }
+    recorder->WaitForRoom();
+    client.InferAsync(inputs[index % inputs.size()],
+                      [recorder, due](const absl::StatusOr<InferResult>& result) {
+                        recorder->Record(due, result);
+                      });
+  }
+  while (!recorder->WaitForEnd(kProgressInterval)) report();
+}
+
+}  // namespace
+
+LoadResult RunLoad(InferenceClient& client, const std::vector<InferRequest>& inputs,
+                   const LoadPlan& plan,
+                   const std::function<void(std::int64_t, double)>& progress) {
+  const auto recorder = std::make_shared<Recorder>();
+  const absl::Time started = absl::Now();
+  const absl::Time until = started + plan.duration;
+  const auto seconds = [&] { return absl::ToDoubleSeconds(absl::Now() - started); };
+  const auto report = [&] { progress(recorder->ended(), seconds()); };
+  if (plan.rate > 0) {
+    RunOpenLoop(client, inputs, plan, until, recorder, report);
+  } else {
+    RunClosedLoop(client, inputs, plan, until, *recorder, report);
+  }
+  const double took = seconds();
+  LoadResult result = recorder->Take();
+  result.seconds = took;
+  return result;
+}
+
+}  // namespace epserve::client

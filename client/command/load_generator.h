@@ -1,0 +1,50 @@
+// Drives load at a service and records how each request went.
+//
+// Closed loop: `concurrency` requests are under way at once; the next starts when one ends. Open
+// loop: requests start at a fixed rate whatever the service does, and their time counts from when
+// they were due, so that a stall shows in every request that it delayed.
+//
+// Thread safety: RunLoad is called by one thread and returns when every request has ended; it
+// draws on `inputs` from several threads.
+#ifndef EPSERVE_CLIENT_COMMAND_LOAD_GENERATOR_H_
+#define EPSERVE_CLIENT_COMMAND_LOAD_GENERATOR_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "client/cpp/client.h"
+
+namespace epserve::client {
+
+struct LoadPlan {
+  int concurrency = 1;
+  double rate = 0;                                     // Requests a second; 0: closed loop.
+  std::int64_t requests = 0;                           // Started at most; 0: no limit.
+  absl::Duration duration = absl::InfiniteDuration();  // No request starts after it.
+};
+
+struct Sample {
+  absl::StatusCode code = absl::StatusCode::kOk;
+  double request_us = 0;
+  std::map<std::string, std::int64_t> parameters;  // Of an answer; empty where it failed.
+};
+
+struct LoadResult {
+  std::vector<Sample> samples;
+  double seconds = 0;
+  std::map<std::string, std::string> first_message;  // of each error, by its code's name
+};
+
+// Request i is inputs[i % inputs.size()]. `progress(ended, seconds)` is called now and then from
+// the calling thread.
+LoadResult RunLoad(InferenceClient& client, const std::vector<InferRequest>& inputs,
+                   const LoadPlan& plan, const std::function<void(std::int64_t, double)>& progress);
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_CLIENT_COMMAND_LOAD_GENERATOR_H_

@@ -1,0 +1,64 @@
+// The `epserve` command.
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <variant>
+
+#include "client/command/bench.h"
+#include "client/command/child_process.h"
+#include "client/command/drain.h"
+#include "client/command/infer.h"
+#include "client/command/make_checkpoint.h"
+#include "client/command/options.h"
+#include "client/command/status.h"
+#include "client/command/terminal.h"
+#include "client/command/up.h"
+#include "client/command/verify.h"
+
+namespace epserve::client {
+namespace {
+
+struct Runner {
+  absl::Status operator()(const UpOptions& options) { return RunUp(options); }
+  absl::Status operator()(const InferOptions& options) { return RunInfer(options); }
+  absl::Status operator()(const VerifyOptions& options) { return RunVerify(options); }
+  absl::Status operator()(const BenchOptions& options) { return RunBench(options); }
+  absl::Status operator()(const StatusOptions& options) { return RunStatus(options); }
+  absl::Status operator()(const DrainOptions& options) { return RunDrain(options); }
+  absl::Status operator()(const MakeCheckpointOptions& options) {
+    return RunMakeCheckpoint(options);
+  }
+};
+
+int Fail(const std::string& name, const absl::Status& status, int code) {
+  const std::string text = name.empty() ? "epserve: " : "epserve " + name + ": ";
+  std::string message(status.message());
+  if (message.find("failed to connect") != std::string::npos) {
+    message += "; start the service with epserve up, or say where it is with --server";
+  }
+  std::fprintf(
+      stderr, "%s\n",
+      Terminal::Of(stderr)
+          .Paint(Color::kRed, text + absl::StatusCodeToString(status.code()) + ": " + message)
+          .c_str());
+  return code;
+}
+
+int Main(int argc, char** argv) {
+  if (argc > 1 && std::string_view(argv[1]) == kRunChildName) return RunChild(argc, argv);
+  const auto parsed = ParseCommand(argc, argv);
+  if (!parsed.ok()) return Fail("", parsed.status(), 2);
+  if (!parsed->command) {
+    std::fputs(parsed->text.c_str(), stdout);
+    return std::fflush(stdout) == 0 ? 0 : 1;
+  }
+  const absl::Status status = std::visit(Runner(), *parsed->command);
+  if (!status.ok()) return Fail(parsed->name, status, 1);
+  // Output that did not arrive is not success.
+  return std::fflush(stdout) == 0 && std::ferror(stdout) == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace epserve::client
+
+int main(int argc, char** argv) { return epserve::client::Main(argc, argv); }

@@ -1,0 +1,40 @@
+// A progress bar on stderr. On a terminal one line redrawn in place; elsewhere a plain line now and
+// then, so that a log of it stays short. Not synchronised: one thread draws.
+#ifndef EPSERVE_CLIENT_COMMAND_PROGRESS_H_
+#define EPSERVE_CLIENT_COMMAND_PROGRESS_H_
+
+#include <string>
+
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "client/command/terminal.h"
+
+namespace epserve::client {
+
+class Progress {
+ public:
+  explicit Progress(std::string label);
+  // Takes an unfinished bar off the screen.
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  // `fraction` in [0, 1]. Cheap enough to call at every step: draws at most 20 times a second.
+  void Update(double fraction, const std::string& detail);
+  // Takes the bar off the screen, so that other lines may be printed; Update draws it again.
+  void Hide();
+
+ private:
+  const std::string label_;
+  const Terminal terminal_;
+  const absl::Time started_ = absl::Now();
+  absl::Time last_drawn_ = absl::InfinitePast();
+  bool visible_ = false;
+};
+
+// The bar alone: `width` columns, filled by `fraction`.
+std::string Bar(double fraction, int width);
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_CLIENT_COMMAND_PROGRESS_H_

@@ -1,0 +1,434 @@
+#include "client/command/up.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "client/command/child_process.h"
+#include "client/command/format.h"
+#include "client/command/progress.h"
+#include "client/command/readiness_watch.h"
+#include "client/command/supervisor.h"
+#include "client/command/terminal.h"
+#include "client/cpp/status.h"
+
+namespace epserve::client {
+
+namespace {
+
+constexpr char kCoordinator[] = "coordinator";
+constexpr absl::Duration kPollInterval = absl::Milliseconds(50);
+constexpr absl::Duration kFirstBackoff = absl::Milliseconds(200);
+constexpr absl::Duration kMaxBackoff = absl::Seconds(10);
+// A child that has run for so long starts its backoff anew.
+constexpr absl::Duration kStableLifetime = absl::Seconds(30);
+// What a drained process may take beyond its drain before it is killed.
+constexpr absl::Duration kStopGrace = absl::Seconds(3);
+constexpr absl::Duration kWorkerStopTimeout = absl::Seconds(8);
+
+// A directory that goes when this does.
+class ScratchDirectory {
+ public:
+  static absl::StatusOr<std::unique_ptr<ScratchDirectory>> Create() {
+    const char* parent = std::getenv("TMPDIR");
+    std::string path = absl::StrCat(parent != nullptr ? parent : "/tmp", "/epserve-up-XXXXXX");
+    if (mkdtemp(path.data()) == nullptr) {
+      return absl::InternalError(absl::StrCat("create '", path, "': ", strerror(errno)));
+    }
+    return std::unique_ptr<ScratchDirectory>(new ScratchDirectory(path));
+  }
+  ~ScratchDirectory() {
+    for (const char* name : {"/port", "/metrics_port"}) unlink((path_ + name).c_str());
+    rmdir(path_.c_str());
+  }
+  std::string File(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  explicit ScratchDirectory(std::string path) : path_(std::move(path)) {}
+  const std::string path_;
+};
+
+std::optional<int> ReadPort(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  int port = 0;
+  if (!std::getline(file, line) || !absl::SimpleAtoi(line, &port) || port <= 0) return std::nullopt;
+  return port;
+}
+
+struct Restart {
+  absl::Time at = absl::InfiniteFuture();
+  absl::Duration backoff = kFirstBackoff;
+};
+
+// The whole of one `up`, from start to stop.
+class Session {
+ public:
+  Session(const UpOptions& options, std::string program_dir)
+      : options_(options),
+        program_dir_(std::move(program_dir)),
+        out_(Terminal::Of(stdout)),
+        listen_(options.listen),
+        metrics_listen_(options.metrics_listen) {}
+
+  absl::Status Run();
+
+ private:
+  static std::string WorkerName(int index) { return absl::StrCat("worker-", index); }
+
+  std::vector<std::string> CoordinatorArgv() const;
+  std::vector<std::string> WorkerArgv(int index) const;
+  absl::Status StartChild(const std::string& name);
+  absl::Status StartCoordinator();
+  absl::Status WaitUntilReady();
+  absl::Status Serve();
+  void HandleExit(const ChildExit& exit);
+  void RestartDue();
+  void ReportReadiness();
+  absl::Status Stop();
+  void StopOne(const std::vector<std::string>& names, absl::Duration patience);
+  absl::Status FailedBeforeReady(const ChildExit& exit);
+  void ShowProgress();
+  void PrintEndpoints(absl::Duration took);
+  absl::Status WriteReadyFile() const;
+  void Say(Color color, const std::string& text);
+  // Polls once; takes note of a wish to stop.
+  std::vector<ChildExit> Poll();
+
+  const UpOptions& options_;
+  const std::string program_dir_;
+  const Terminal out_;
+  std::string listen_;
+  std::string metrics_listen_;
+  std::string address_;          // Where clients reach the coordinator; empty until bound.
+  std::string metrics_address_;  // Empty: none.
+
+  std::unique_ptr<ScratchDirectory> scratch_;
+  std::unique_ptr<Progress> progress_;
+  std::unique_ptr<Supervisor> supervisor_;
+  std::unique_ptr<ReadinessWatch> watch_;
+  std::map<std::string, Restart> restarts_;
+  int stop_requests_ = 0;
+  bool was_ready_ = true;
+  absl::Time unready_since_;
+  const absl::Time started_ = absl::Now();
+};
+
+std::vector<std::string> Session::CoordinatorArgv() const {
+  std::vector<std::string> argv = {program_dir_ + "/epserve-coordinator",
+                                   "--checkpoint=" + options_.checkpoint_dir,
+                                   absl::StrCat("--workers=", options_.num_workers),
+                                   "--listen=" + listen_,
+                                   "--metrics-listen=" + metrics_listen_,
+                                   "--port-file=" + scratch_->File("port"),
+                                   "--metrics-port-file=" + scratch_->File("metrics_port")};
+  argv.insert(argv.end(), options_.coordinator_args.begin(), options_.coordinator_args.end());
+  return argv;
+}
+
+std::vector<std::string> Session::WorkerArgv(int index) const {
+  std::vector<std::string> argv = {program_dir_ + "/epserve-worker", "--coordinator=" + address_,
+                                   "--checkpoint=" + options_.checkpoint_dir,
+                                   "--worker-id=" + WorkerName(index)};
+  argv.insert(argv.end(), options_.worker_args.begin(), options_.worker_args.end());
+  return argv;
+}
+
+absl::Status Session::StartChild(const std::string& name) {
+  if (name == kCoordinator) return supervisor_->Start(name, CoordinatorArgv());
+  for (int index = 0; index < options_.num_workers; ++index) {
+    if (name == WorkerName(index)) return supervisor_->Start(name, WorkerArgv(index));
+  }
+  return absl::InternalError("start: no child is named " + name);
+}
+
+std::vector<ChildExit> Session::Poll() {
+  SupervisorEvents events = supervisor_->Poll(kPollInterval);
+  if (events.stop_requested) ++stop_requests_;
+  return std::move(events.exits);
+}
+
+void Session::Say(Color color, const std::string& text) {
+  if (progress_ != nullptr) progress_->Hide();
+  std::fprintf(stderr, "%s\n", Terminal::Of(stderr).Paint(color, "epserve up: " + text).c_str());
+}
+
+absl::Status Session::FailedBeforeReady(const ChildExit& exit) {
+  progress_->Hide();
+  std::string message =
+      absl::StrCat(exit.name, " ", exit.description, " before the service was ready");
+  const auto lines = supervisor_->LastLines(exit.name);
+  if (!lines.empty()) absl::StrAppend(&message, "; its last line: ", lines.back());
+  return absl::FailedPreconditionError(message);
+}
+
+// Until the coordinator has bound its port, which the workers need to know.
+absl::Status Session::StartCoordinator() {
+  EPC_RETURN_IF_ERROR(StartChild(kCoordinator));
+  const bool unix_socket = absl::StartsWith(listen_, "unix:");
+  const bool metrics = metrics_listen_ != "off";
+  while (stop_requests_ == 0) {
+    const auto port = unix_socket ? std::optional<int>(1) : ReadPort(scratch_->File("port"));
+    const auto metrics_port =
+        metrics ? ReadPort(scratch_->File("metrics_port")) : std::optional<int>(1);
+    if (port && metrics_port) {
+      address_ = ReachableAddress(listen_, *port);
+      // A restarted coordinator must come back where its workers and clients look for it.
+      listen_ = WithPort(listen_, *port);
+      if (metrics) {
+        metrics_address_ = ReachableAddress(metrics_listen_, *metrics_port);
+        metrics_listen_ = WithPort(metrics_listen_, *metrics_port);
+      }
+      return absl::OkStatus();
+    }
+    for (const ChildExit& exit : Poll()) return FailedBeforeReady(exit);
+    ShowProgress();
+  }
+  return absl::OkStatus();
+}
+
+void Session::ShowProgress() {
+  const ReadinessSnapshot latest = watch_ != nullptr ? watch_->Latest() : ReadinessSnapshot();
+  if (!latest.cluster) {
+    progress_->Update(0, "starting the coordinator");
+    return;
+  }
+  double loaded = 0;
+  std::uint64_t bytes = 0;
+  for (const WorkerState& worker : latest.cluster->workers) {
+    loaded += worker.rank >= 0 ? worker.load_fraction : 0;
+    bytes += worker.weight_bytes;
+  }
+  std::string detail = absl::StrCat(latest.cluster->workers.size(), " of ", options_.num_workers,
+                                    " workers joined, ", latest.cluster->state);
+  if (bytes > 0) absl::StrAppend(&detail, ", ", FormatBytes(bytes), " of weights");
+  progress_->Update(loaded / options_.num_workers, detail);
+}
+
+absl::Status Session::WaitUntilReady() {
+  watch_ = std::make_unique<ReadinessWatch>(address_);
+  while (stop_requests_ == 0) {
+    for (const ChildExit& exit : Poll()) return FailedBeforeReady(exit);
+    if (watch_->Latest().ready && watch_->Latest().cluster) return absl::OkStatus();
+    if (options_.ready_timeout_s > 0 &&
+        absl::Now() - started_ > absl::Seconds(options_.ready_timeout_s)) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("the service was not ready within ", options_.ready_timeout_s, " s"));
+    }
+    ShowProgress();
+  }
+  return absl::OkStatus();
+}
+
+void Session::PrintEndpoints(absl::Duration took) {
+  progress_->Hide();
+  const ClusterState cluster = *watch_->Latest().cluster;
+  std::uint64_t weights = 0;
+  for (const WorkerState& worker : cluster.workers) weights += worker.weight_bytes;
+  const auto line = [&](const char* name, const std::string& value) {
+    std::printf("  %-9s %s\n", name, value.c_str());
+  };
+  std::printf("%s\n", out_.Paint(Color::kBold, "epserve " EPSERVE_VERSION).c_str());
+  line("model", absl::StrCat(cluster.model, ", ", cluster.num_experts, " experts a layer"));
+  line("workers", absl::StrCat(cluster.workers.size(), " of ", cluster.expected_workers, ", ",
+                               FormatBytes(weights), " of weights"));
+  line("gRPC", address_);
+  if (!metrics_address_.empty()) line("metrics", "http://" + metrics_address_ + "/metrics");
+  std::printf("%s in %s\n", out_.Paint(Color::kGreen, "ready").c_str(),
+              FormatSeconds(absl::ToDoubleSeconds(took)).c_str());
+  std::fflush(stdout);
+}
+
+absl::Status Session::WriteReadyFile() const {
+  if (options_.ready_file.empty()) return absl::OkStatus();
+  const std::string partial = options_.ready_file + ".partial";
+  {
+    std::ofstream file(partial, std::ios::trunc);
+    file << "grpc=" << address_ << "\nmetrics=" << metrics_address_ << "\nup_pid=" << getpid()
+         << "\ncoordinator_pid=" << supervisor_->PidOf(kCoordinator) << "\n";
+    for (int index = 0; index < options_.num_workers; ++index) {
+      file << "worker_" << index << "_pid=" << supervisor_->PidOf(WorkerName(index)) << "\n";
+    }
+    if (!file.flush())
+      return absl::InvalidArgumentError("--ready-file '" + partial + "': not written");
+  }
+  if (rename(partial.c_str(), options_.ready_file.c_str()) != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--ready-file '", options_.ready_file, "': ", strerror(errno)));
+  }
+  return absl::OkStatus();
+}
+
+void Session::HandleExit(const ChildExit& exit) {
+  const std::string what = absl::StrCat(exit.name, " ", exit.description);
+  if (exit.clean && exit.name != kCoordinator) {
+    Say(Color::kYellow, what + "; it left on purpose and is not restarted");
+    return;
+  }
+  if (!options_.restart) {
+    Say(Color::kRed, what + "; not restarted (--no-restart)");
+    return;
+  }
+  Restart& restart = restarts_[exit.name];
+  if (exit.lifetime > kStableLifetime) restart.backoff = kFirstBackoff;
+  restart.at = absl::Now() + restart.backoff;
+  Say(Color::kYellow,
+      absl::StrCat(what, "; restarting in ", absl::FormatDuration(restart.backoff)));
+  restart.backoff = std::min(restart.backoff * 2, kMaxBackoff);
+}
+
+void Session::RestartDue() {
+  for (auto& [name, restart] : restarts_) {
+    if (absl::Now() < restart.at) continue;
+    restart.at = absl::InfiniteFuture();
+    absl::Status status = StartChild(name);
+    if (status.ok()) status = WriteReadyFile();
+    if (!status.ok()) {
+      Say(Color::kRed, std::string(status.message()));
+      restart.at = absl::Now() + restart.backoff;
+    }
+  }
+}
+
+void Session::ReportReadiness() {
+  const ReadinessSnapshot latest = watch_->Latest();
+  if (latest.ready == was_ready_) return;
+  was_ready_ = latest.ready;
+  if (latest.ready) {
+    Say(Color::kGreen,
+        absl::StrCat("ready again after ",
+                     FormatSeconds(absl::ToDoubleSeconds(absl::Now() - unready_since_))));
+    return;
+  }
+  unready_since_ = absl::Now();
+  Say(Color::kYellow,
+      latest.cluster
+          ? absl::StrCat("not ready: ", latest.cluster->workers.size(), " of ",
+                         latest.cluster->expected_workers, " workers joined, ",
+                         latest.cluster->experts_without_worker, " experts without a live worker")
+          : std::string("not ready: the coordinator does not answer"));
+}
+
+absl::Status Session::Serve() {
+  while (stop_requests_ == 0) {
+    for (const ChildExit& exit : Poll()) HandleExit(exit);
+    RestartDue();
+    ReportReadiness();
+    const bool any_due = std::any_of(restarts_.begin(), restarts_.end(), [](const auto& item) {
+      return item.second.at != absl::InfiniteFuture();
+    });
+    if (!supervisor_->AnyRunning() && !any_due) {
+      return absl::UnavailableError("every child has ended and none is to be restarted");
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Session::StopOne(const std::vector<std::string>& names, absl::Duration patience) {
+  const auto any_running = [&] {
+    return std::any_of(names.begin(), names.end(),
+                       [&](const std::string& name) { return supervisor_->IsRunning(name); });
+  };
+  for (const std::string& name : names) supervisor_->Signal(name, SIGTERM);
+  const absl::Time kill_at = absl::Now() + patience;
+  bool killed = false;
+  while (any_running()) {
+    for (const ChildExit& exit : Poll()) {
+      if (!exit.clean && !killed)
+        Say(Color::kYellow, absl::StrCat(exit.name, " ", exit.description));
+    }
+    // Whoever asks twice does not want to wait.
+    if (!killed && (absl::Now() > kill_at || stop_requests_ > 1)) {
+      killed = true;
+      for (const std::string& name : names) {
+        if (!supervisor_->IsRunning(name)) continue;
+        Say(Color::kYellow, name + " has not stopped; killing it");
+        supervisor_->Signal(name, SIGKILL);
+      }
+    }
+  }
+}
+
+// The coordinator first: it answers what is under way, for which it needs the workers.
+absl::Status Session::Stop() {
+  watch_.reset();
+  if (supervisor_->AnyRunning()) Say(Color::kDim, "stopping");
+  StopOne({kCoordinator}, absl::Milliseconds(options_.drain_timeout_ms) + kStopGrace);
+  std::vector<std::string> workers;
+  for (int index = 0; index < options_.num_workers; ++index) workers.push_back(WorkerName(index));
+  StopOne(workers, kWorkerStopTimeout);
+  if (!options_.ready_file.empty()) unlink(options_.ready_file.c_str());
+  return absl::OkStatus();
+}
+
+absl::Status Session::Run() {
+  EPC_ASSIGN_OR_RETURN(scratch_, ScratchDirectory::Create());
+  progress_ = std::make_unique<Progress>("starting");
+  Supervisor::Config config;
+  config.log_dir = options_.log_dir;
+  config.raw_lines = options_.json_logs;
+  config.before_print = [this] { progress_->Hide(); };
+  EPC_ASSIGN_OR_RETURN(supervisor_, Supervisor::Create(std::move(config)));
+
+  absl::Status status = StartCoordinator();
+  for (int index = 0; status.ok() && stop_requests_ == 0 && index < options_.num_workers; ++index) {
+    status = StartChild(WorkerName(index));
+  }
+  if (status.ok() && stop_requests_ == 0) status = WaitUntilReady();
+  if (status.ok() && stop_requests_ == 0) {
+    PrintEndpoints(absl::Now() - started_);
+    status = WriteReadyFile();
+    if (status.ok()) status = Serve();
+  }
+  EPC_RETURN_IF_ERROR(Stop());
+  return status;
+}
+
+absl::Status CheckProgram(const std::string& path) {
+  if (access(path.c_str(), X_OK) == 0) return absl::OkStatus();
+  return absl::NotFoundError(absl::StrCat("program '", path, "': ", strerror(errno),
+                                          "; build it, or say where it is with --program-dir"));
+}
+
+}  // namespace
+
+std::string WithPort(const std::string& listen, int port) {
+  if (absl::StartsWith(listen, "unix:")) return listen;
+  return absl::StrCat(listen.substr(0, listen.rfind(':')), ":", port);
+}
+
+std::string ReachableAddress(const std::string& listen, int port) {
+  const std::string bound = WithPort(listen, port);
+  if (absl::StartsWith(bound, "0.0.0.0:")) return absl::StrCat("127.0.0.1:", port);
+  if (absl::StartsWith(bound, "[::]:")) return absl::StrCat("[::1]:", port);
+  return bound;
+}
+
+absl::Status RunUp(const UpOptions& options) {
+  std::string program_dir = options.program_dir;
+  if (program_dir.empty()) {
+    EPC_ASSIGN_OR_RETURN(const std::string self, OwnProgramPath());
+    program_dir = self.substr(0, self.rfind('/'));
+  }
+  EPC_RETURN_IF_ERROR(CheckProgram(program_dir + "/epserve-coordinator"));
+  EPC_RETURN_IF_ERROR(CheckProgram(program_dir + "/epserve-worker"));
+  return Session(options, program_dir).Run();
+}
+
+}  // namespace epserve::client

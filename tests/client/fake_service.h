@@ -1,0 +1,123 @@
+// An in-process GRPCInferenceService and Admin for tests of the client: what ModelInfer does is a
+// function of the test's.
+#ifndef EPSERVE_TESTS_CLIENT_FAKE_SERVICE_H_
+#define EPSERVE_TESTS_CLIENT_FAKE_SERVICE_H_
+
+#include <grpcpp/grpcpp.h>
+
+#include <atomic>
+#include <climits>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "epserve/v1/admin.grpc.pb.h"
+#include "inference/grpc_service.grpc.pb.h"
+
+namespace epserve::client {
+
+class FakeService : public inference::GRPCInferenceService::Service, public v1::Admin::Service {
+ public:
+  using Handler = std::function<grpc::Status(
+      grpc::ServerContext&, const inference::ModelInferRequest&, inference::ModelInferResponse&)>;
+
+  explicit FakeService(std::int64_t hidden = 2, std::int64_t topk = 1, std::int64_t experts = 2)
+      : hidden_(hidden), topk_(topk), experts_(experts) {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.SetMaxReceiveMessageSize(INT_MAX);
+    builder.RegisterService(static_cast<inference::GRPCInferenceService::Service*>(this));
+    builder.RegisterService(static_cast<v1::Admin::Service*>(this));
+    server_ = builder.BuildAndStart();
+    target_ = absl::StrCat("127.0.0.1:", port);
+  }
+  ~FakeService() override { server_->Shutdown(std::chrono::system_clock::now()); }
+
+  const std::string& target() const { return target_; }
+  int calls() const { return calls_.load(); }
+  void set_handler(Handler handler) { handler_ = std::move(handler); }
+  void set_ready(bool ready) { ready_ = ready; }
+
+  // Answers with the request's hidden_states.
+  static grpc::Status Echo(grpc::ServerContext&, const inference::ModelInferRequest& request,
+                           inference::ModelInferResponse& response) {
+    response.set_id(request.id());
+    auto* output = response.add_outputs();
+    output->set_name("hidden_states");
+    output->set_datatype(request.inputs(0).datatype());
+    *output->mutable_shape() = request.inputs(0).shape();
+    response.add_raw_output_contents(request.raw_input_contents(0));
+    (*response.mutable_parameters())["epserve_ffn_us"].set_int64_param(7);
+    return grpc::Status::OK;
+  }
+
+  grpc::Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request,
+                          inference::ModelInferResponse* response) override {
+    ++calls_;
+    return handler_(*context, *request, *response);
+  }
+  grpc::Status ServerReady(grpc::ServerContext*, const inference::ServerReadyRequest*,
+                           inference::ServerReadyResponse* response) override {
+    response->set_ready(ready_);
+    return grpc::Status::OK;
+  }
+  grpc::Status ServerLive(grpc::ServerContext*, const inference::ServerLiveRequest*,
+                          inference::ServerLiveResponse* response) override {
+    response->set_live(true);
+    return grpc::Status::OK;
+  }
+  grpc::Status RepositoryIndex(grpc::ServerContext*, const inference::RepositoryIndexRequest*,
+                               inference::RepositoryIndexResponse* response) override {
+    response->add_models()->set_name("fake");
+    return grpc::Status::OK;
+  }
+  grpc::Status ModelMetadata(grpc::ServerContext*, const inference::ModelMetadataRequest* request,
+                             inference::ModelMetadataResponse* response) override {
+    response->set_name(request->name());
+    response->add_versions("1");
+    const auto add = [&](const char* name, std::int64_t size) {
+      auto* input = response->add_inputs();
+      input->set_name(name);
+      input->add_shape(-1);
+      input->add_shape(size);
+    };
+    add("hidden_states", hidden_);
+    add("topk_ids", topk_);
+    add("topk_weights", topk_);
+    return grpc::Status::OK;
+  }
+  grpc::Status GetClusterStatus(grpc::ServerContext*, const v1::GetClusterStatusRequest*,
+                                v1::ClusterStatus* response) override {
+    response->set_model("fake");
+    response->set_state("serving");
+    response->set_epoch(42);
+    response->set_num_experts(experts_);
+    response->set_expected_workers(1);
+    auto* worker = response->add_workers();
+    worker->set_worker_id("worker-0");
+    worker->set_state("serving");
+    worker->set_num_experts(experts_);
+    return grpc::Status::OK;
+  }
+  grpc::Status DrainWorker(grpc::ServerContext*, const v1::DrainWorkerRequest* request,
+                           v1::DrainWorkerResponse*) override {
+    if (request->worker_id() == "worker-0") return grpc::Status::OK;
+    return {grpc::StatusCode::NOT_FOUND, "drain: no worker " + request->worker_id()};
+  }
+
+ private:
+  const std::int64_t hidden_;
+  const std::int64_t topk_;
+  const std::int64_t experts_;
+  std::atomic<int> calls_{0};
+  std::atomic<bool> ready_{true};
+  Handler handler_ = Echo;
+  std::string target_;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_TESTS_CLIENT_FAKE_SERVICE_H_

@@ -1,0 +1,131 @@
+#include "client/command/options.h"
+
+#include <cstdlib>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace epserve::client {
+namespace {
+
+using ::testing::Contains;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+absl::StatusOr<ParsedCommand> Parse(std::vector<const char*> words) {
+  words.insert(words.begin(), "epserve");
+  return ParseCommand(static_cast<int>(words.size()), words.data());
+}
+
+template <typename Options>
+Options ParseAs(const std::vector<const char*>& words) {
+  const auto parsed = Parse(words);
+  EXPECT_TRUE(parsed.ok()) << parsed.status();
+  return std::get<Options>(*parsed->command);
+}
+
+// Sets a variable for the length of a test.
+class ScopedVariable {
+ public:
+  ScopedVariable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  ~ScopedVariable() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+TEST(OptionsTest, MistakesAreRefusedByName) {
+  const auto error = [](const std::vector<const char*>& words) {
+    const auto parsed = Parse(words);
+    EXPECT_EQ(parsed.status().code(), absl::StatusCode::kInvalidArgument);
+    return std::string(parsed.status().message());
+  };
+  EXPECT_THAT(error({}), HasSubstr("subcommand"));
+  EXPECT_THAT(error({"dance"}), HasSubstr("'dance'"));
+  EXPECT_THAT(error({"up"}), HasSubstr("--checkpoint"));
+  EXPECT_THAT(error({"up", "--checkpoint=x", "--workers=0"}), HasSubstr("--workers"));
+  EXPECT_THAT(error({"up", "--checkpoint=x", "--workers=two"}), HasSubstr("two"));
+  EXPECT_THAT(error({"bench", "--dtype=fp64"}), HasSubstr("--dtype"));
+  EXPECT_THAT(error({"bench", "--tokens=1x"}), HasSubstr("1x"));
+  EXPECT_THAT(error({"bench", "--unheard-of=1"}), HasSubstr("--unheard-of"));
+  EXPECT_THAT(error({"verify", "--checkpoint=x", "--layers=1,a"}), HasSubstr("'a'"));
+  EXPECT_THAT(error({"verify", "--checkpoint=x", "--layers="}), HasSubstr("--layers"));
+  EXPECT_THAT(error({"infer", "--input=a"}), HasSubstr("--output"));
+  EXPECT_THAT(error({"drain"}), HasSubstr("WORKER_ID"));
+  EXPECT_THAT(error({"status", "--watch=never"}), HasSubstr("never"));
+  EXPECT_THAT(error({"make-checkpoint", "--output=x", "--architecture=gpt"}),
+              HasSubstr("--architecture"));
+}
+
+TEST(OptionsTest, HelpAndVersionAreTextWithoutACommand) {
+  for (const std::vector<const char*>& words :
+       std::vector<std::vector<const char*>>{{"--help"}, {"--version"}, {"bench", "--help"}}) {
+    const auto parsed = Parse(words);
+    ASSERT_TRUE(parsed.ok()) << parsed.status();
+    EXPECT_FALSE(parsed->command);
+    EXPECT_FALSE(parsed->text.empty());
+  }
+  EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("--concurrency"));
+  EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("127.0.0.1:8001"));
+  EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("EPSERVE_SERVER"));
+  EXPECT_THAT(Parse({"--version"})->text, HasSubstr(EPSERVE_VERSION));
+}
+
+TEST(OptionsTest, UpHandsFlagsOnToThoseWhoTakeThem) {
+  const auto up =
+      ParseAs<UpOptions>({"up", "--checkpoint=dir", "--max-batch-tokens=128", "--queue-capacity=9",
+                          "--peer-timeout-ms=50", "--allow-client-shm", "--log-format=json"});
+  EXPECT_THAT(up.coordinator_args, Contains("--max-batch-tokens=128"));
+  EXPECT_THAT(up.worker_args, Contains("--max-batch-tokens=128"));
+  EXPECT_THAT(up.coordinator_args, Contains("--queue-capacity=9"));
+  EXPECT_THAT(up.worker_args, Not(Contains("--queue-capacity=9")));
+  EXPECT_THAT(up.worker_args, Contains("--peer-timeout-ms=50"));
+  EXPECT_THAT(up.coordinator_args, Not(Contains("--peer-timeout-ms=50")));
+  EXPECT_THAT(up.coordinator_args, Contains("--allow-client-shm"));
+  EXPECT_THAT(up.coordinator_args, Contains("--log-format=json"));
+  EXPECT_THAT(up.worker_args, Contains("--log-format=json"));
+  EXPECT_TRUE(up.restart);
+  EXPECT_FALSE(ParseAs<UpOptions>({"up", "--checkpoint=dir", "--no-restart"}).restart);
+}
+
+TEST(OptionsTest, ListsAndWordsAreReadStrictly) {
+  EXPECT_THAT(ParseAs<VerifyOptions>({"verify", "--checkpoint=x", "--layers=3,1,3"}).layers,
+              ElementsAre(1, 3));
+  EXPECT_TRUE(ParseAs<VerifyOptions>({"verify", "--checkpoint=x"}).layers.empty());
+  EXPECT_THAT(ParseAs<VerifyOptions>({"verify", "--checkpoint=x"}).dtypes,
+              ElementsAre("fp32", "bf16", "fp16"));
+  EXPECT_THAT(ParseAs<VerifyOptions>({"verify", "--checkpoint=x", "--dtype=bf16"}).dtypes,
+              ElementsAre("bf16"));
+  EXPECT_TRUE(ParseAs<BenchOptions>({"bench", "--routing=server"}).server_routes);
+  EXPECT_FALSE(ParseAs<BenchOptions>({"bench"}).server_routes);
+  EXPECT_FALSE(
+      ParseAs<MakeCheckpointOptions>({"make-checkpoint", "--output=x", "--no-router"}).router);
+  EXPECT_EQ(ParseAs<DrainOptions>({"drain", "worker-3"}).worker_id, "worker-3");
+}
+
+TEST(OptionsTest, WatchTakesItsSecondsOrItsDefault) {
+  EXPECT_FALSE(ParseAs<StatusOptions>({"status"}).watch);
+  EXPECT_TRUE(ParseAs<StatusOptions>({"status", "--watch"}).watch);
+  EXPECT_EQ(ParseAs<StatusOptions>({"status", "--watch"}).watch_interval_s, 1);
+  EXPECT_TRUE(ParseAs<StatusOptions>({"status", "--watch=0.5"}).watch);
+  EXPECT_EQ(ParseAs<StatusOptions>({"status", "--watch=0.5"}).watch_interval_s, 0.5);
+}
+
+TEST(OptionsTest, EnvironmentStandsInForAFlagAndYieldsToIt) {
+  const ScopedVariable server("EPSERVE_SERVER", "unix:/tmp/x");
+  const ScopedVariable tokens("EPSERVE_TOKENS", "12");
+  EXPECT_EQ(ParseAs<BenchOptions>({"bench"}).server, "unix:/tmp/x");
+  EXPECT_EQ(ParseAs<BenchOptions>({"bench"}).tokens, 12);
+  EXPECT_EQ(ParseAs<BenchOptions>({"bench", "--tokens=3"}).tokens, 3);
+}
+
+TEST(OptionsTest, EnvironmentIsReadStrictlyAndForTheChosenSubcommandAlone) {
+  const ScopedVariable dtype("EPSERVE_DTYPE", "fp8");
+  EXPECT_FALSE(Parse({"bench"}).ok());
+  EXPECT_TRUE(Parse({"status"}).ok());
+  EXPECT_EQ(ParseAs<MakeCheckpointOptions>({"make-checkpoint", "--output=x"}).dtype, "fp8");
+}
+
+}  // namespace
+}  // namespace epserve::client

@@ -1,0 +1,163 @@
+#include "client/command/bench_report.h"
+#include "client/command/format.h"
+#include "client/command/progress.h"
+#include "client/command/status.h"
+#include "client/command/table.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+
+namespace epserve::client {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+const Terminal kPlain{};
+const Terminal kColored{.interactive = true, .colored = true};
+
+TEST(FormatTest, NumbersHaveThreeDigitsAndAUnit) {
+  EXPECT_EQ(FormatMicroseconds(0), "0.00 us");
+  EXPECT_EQ(FormatMicroseconds(999.4), "999 us");
+  EXPECT_EQ(FormatMicroseconds(999.6), "1.00 ms");
+  EXPECT_EQ(FormatMicroseconds(12345), "12.3 ms");
+  EXPECT_EQ(FormatMicroseconds(2.5e6), "2.50 s");
+  EXPECT_EQ(FormatSeconds(1.25), "1.2 s");
+  EXPECT_EQ(FormatSeconds(123), "2 min 03 s");
+  EXPECT_EQ(FormatSeconds(14700), "4 h 05 min");
+  EXPECT_EQ(FormatBytes(512), "512 B");
+  EXPECT_EQ(FormatBytes(96 << 20), "96.0 MiB");
+  EXPECT_EQ(FormatBytes(1023 << 10), "1.00 MiB");
+  EXPECT_EQ(FormatCount(0), "0");
+  EXPECT_EQ(FormatCount(999), "999");
+  EXPECT_EQ(FormatCount(1234567), "1,234,567");
+}
+
+TEST(TableTest, ColumnsAreAlignedWhateverTheirColors) {
+  Table table({{"name"}, {"n", Align::kRight}});
+  table.AddRow({Cell("a", Color::kRed), "1"});
+  table.AddRow({"long — name", "100"});
+  EXPECT_EQ(table.Render(kPlain),
+            "name           n\n"
+            "───────────  ───\n"
+            "a              1\n"
+            "long — name  100\n");
+  const std::string colored = table.Render(kColored);
+  EXPECT_THAT(colored, HasSubstr("\x1b[31ma\x1b[0m              1\n"));
+}
+
+TEST(ProgressTest, BarFillsSmoothlyAndKeepsItsWidth) {
+  EXPECT_EQ(Bar(0, 4), "░░░░");
+  EXPECT_EQ(Bar(1, 4), "████");
+  EXPECT_EQ(Bar(0.5, 4), "██░░");
+  EXPECT_EQ(Bar(7, 2), "██");
+  for (int i = 0; i <= 100; ++i) EXPECT_EQ(DisplayWidth(Bar(i / 100.0, 28)), 28u) << i;
+}
+
+TEST(BenchReportTest, PercentilesAreOfTheNearestRank) {
+  std::vector<double> values;
+  for (int i = 100; i >= 1; --i) values.push_back(i);
+  const Percentiles p = PercentilesOf(values);
+  EXPECT_EQ(p.p50, 50);
+  EXPECT_EQ(p.p90, 90);
+  EXPECT_EQ(p.p99, 99);
+  EXPECT_EQ(p.max, 100);
+  EXPECT_EQ(p.mean, 50.5);
+  EXPECT_EQ(PercentilesOf({3}).p50, 3);
+  EXPECT_EQ(PercentilesOf({}).max, 0);
+}
+
+LoadResult TwoGoodOneBad() {
+  LoadResult result;
+  result.seconds = 2;
+  result.samples.push_back(
+      {absl::StatusCode::kOk, 1000, {{"epserve_ffn_us", 400}, {"epserve_queue_us", 5}}});
+  result.samples.push_back(
+      {absl::StatusCode::kOk, 2000, {{"epserve_ffn_us", 500}, {"epserve_queue_us", 6}}});
+  result.samples.push_back({absl::StatusCode::kUnavailable, 9e9, {}});
+  result.first_message["UNAVAILABLE"] = "no worker";
+  return result;
+}
+
+TEST(BenchReportTest, CountsThroughputAndOverheadAreOfTheAnsweredAlone) {
+  const BenchReport report = MakeBenchReport(TwoGoodOneBad(), 64);
+  EXPECT_EQ(report.requests, 3);
+  EXPECT_EQ(report.succeeded, 2);
+  EXPECT_EQ(report.errors.at("UNAVAILABLE"), 1);
+  EXPECT_EQ(report.requests_per_second, 1);
+  EXPECT_EQ(report.tokens_per_second, 64);
+  EXPECT_EQ(report.request.max, 2000);
+  EXPECT_EQ(report.overhead.p50, 600);
+  EXPECT_EQ(report.overhead.max, 1500);
+  ASSERT_EQ(report.phases.size(), 2u);
+  EXPECT_EQ(report.phases[0].first, "queue");
+  EXPECT_EQ(report.phases[1].second.p50, 400);
+}
+
+TEST(BenchReportTest, TablesSayWhatFailedAndWhy) {
+  const std::string text = RenderBenchReport(MakeBenchReport(TwoGoodOneBad(), 64), kPlain);
+  EXPECT_THAT(text, HasSubstr("UNAVAILABLE"));
+  EXPECT_THAT(text, HasSubstr("no worker"));
+  EXPECT_THAT(text, HasSubstr("overhead (request - ffn)"));
+  EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+}
+
+TEST(BenchReportTest, JsonHasItsShape) {
+  BenchOptions options;
+  const auto json = BenchJson(options, MakeBenchReport(TwoGoodOneBad(), 64));
+  EXPECT_EQ(json["loop"], "closed");
+  EXPECT_EQ(json["layer"], nullptr);
+  EXPECT_EQ(json["requests"], 3);
+  EXPECT_EQ(json["errors"]["UNAVAILABLE"], 1);
+  for (const char* group : {"request_us", "overhead_us"}) {
+    for (const char* key : {"p50", "p90", "p99", "max", "mean"}) {
+      EXPECT_TRUE(json[group][key].is_number()) << group << key;
+    }
+  }
+  EXPECT_EQ(json["phases_us"]["ffn"]["max"], 500.0);
+}
+
+ClusterState Cluster() {
+  ClusterState cluster;
+  cluster.model = "tiny";
+  cluster.state = "waiting";
+  cluster.epoch = 7;
+  cluster.expected_workers = 2;
+  cluster.num_experts = 8;
+  cluster.experts_without_worker = 4;
+  WorkerState standby;
+  standby.worker_id = "spare";
+  standby.state = "standby";
+  WorkerState loading;
+  loading.worker_id = "worker-0";
+  loading.state = "loading";
+  loading.rank = 0;
+  loading.num_experts = 4;
+  loading.load_fraction = 0.25;
+  loading.expert_rows = 30;
+  cluster.workers = {standby, loading};
+  return cluster;
+}
+
+TEST(StatusTest, TableShowsRanksFirstAndExpertsWithoutWorker) {
+  const std::string text = RenderStatus(Cluster(), kPlain);
+  EXPECT_THAT(text, HasSubstr("4 of 8 experts have no live worker"));
+  EXPECT_THAT(text, HasSubstr("loading 25 %"));
+  EXPECT_THAT(text, HasSubstr("0-3"));
+  EXPECT_THAT(text, HasSubstr("100 %"));
+  EXPECT_LT(text.find("worker-0"), text.find("spare"));
+}
+
+TEST(StatusTest, JsonHasItsShape) {
+  const auto json = StatusJson(Cluster());
+  EXPECT_EQ(json["epoch"], 7);
+  EXPECT_EQ(json["state"], "waiting");
+  ASSERT_EQ(json["workers"].size(), 2u);
+  EXPECT_EQ(json["workers"][1]["worker_id"], "worker-0");
+  EXPECT_EQ(json["workers"][1]["load_fraction"], 0.25);
+  EXPECT_EQ(json["workers"][0]["rank"], -1);
+  EXPECT_EQ(json["experts_without_worker"], 4);
+}
+
+}  // namespace
+}  // namespace epserve::client
