@@ -23,9 +23,9 @@ constexpr std::int64_t kMaxExperts = std::int64_t{1} << 20;
 constexpr int kMaxTopk = 16;
 constexpr int kMaxSlots = 16;
 
-// A push of more than this writes around the caches. Measured on a 2-core EPYC (1 MiB of second-
-// level cache a core) with epserve-microbench.
-constexpr std::uint64_t kStreamedPushBytes = std::uint64_t{1} << 20;
+// A phase that writes more than this writes around the caches: more than the second-level cache of
+// a core holds. On a 2-core EPYC a 4 KiB row takes 0.16 us so, and 0.27 us through the caches.
+constexpr std::uint64_t kStreamedBytes = std::uint64_t{1} << 20;
 
 template <typename... Parts>
 absl::Status Refuse(const Parts&... parts) {
@@ -51,6 +51,10 @@ HeapSpec SpecOf(const ExchangeConfig& config, int rank) {
   spec.bytes = HeapBytes(config);
   spec.layout_digest = LayoutDigest(config);
   return spec;
+}
+
+CopyKind KindFor(std::uint64_t written_bytes) {
+  return written_bytes > kStreamedBytes ? CopyKind::kStreamed : CopyKind::kCached;
 }
 
 std::chrono::steady_clock::time_point After(absl::Duration timeout) {
@@ -243,9 +247,7 @@ void HostExchange::PushRows(const DispatchArgs& args, Slot* slot) const {
   const std::uint64_t stride = ReceiveRowStride(config_.hidden, DataTypeBytes(args.dtype));
   const std::int64_t remote_rows =
       args.counts->NumSent(config_.rank) - args.counts->at(config_.rank, config_.rank);
-  const CopyKind kind = static_cast<std::uint64_t>(remote_rows) * row_bytes > kStreamedPushBytes
-                            ? CopyKind::kStreamed
-                            : CopyKind::kCached;
+  const CopyKind kind = KindFor(remote_rows * row_bytes);
   std::array<std::int64_t, kMaxRanks> next{};  // By destination: where its next row goes.
   for (int dst = 0; dst < config_.num_ranks; ++dst) {
     next[dst] = args.counts->ReceiveOffset(config_.rank, dst);
@@ -409,13 +411,17 @@ void HostExchange::SumPartials(int slot_index, void* out) const {
     }
     num_rows[t % 2] = count;
   };
+  // Streamed stores are of 16 bytes; rows and `out` need not stand on such borders.
+  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % 16 == 0 && row_bytes % 16 == 0;
+  const CopyKind kind = aligned ? KindFor(slot.num_tokens * row_bytes) : CopyKind::kCached;
   gather(0);
   for (std::int64_t t = 0; t < slot.num_tokens; ++t) {
     gather(t + 1);
-    SumRows(dtype, std::span(rows[t % 2]).first(num_rows[t % 2]),
+    SumRows(dtype, kind, std::span(rows[t % 2]).first(num_rows[t % 2]),
             std::span(rows[(t + 1) % 2]).first(num_rows[(t + 1) % 2]),
             static_cast<std::byte*>(out) + t * row_bytes, config_.hidden);
   }
+  if (kind == CopyKind::kStreamed) FenceStreamedCopies();
 }
 
 absl::Status HostExchange::Combine(int slot_index, void* out) {

@@ -60,8 +60,9 @@ class HostExchange final : public Exchange {
   absl::Status Combine(int slot, void* out) override;
   void Abort() override { abort_.store(1, std::memory_order_relaxed); }
 
-  // Where `peer` receives rows of `slot`, for measuring plain copies into the very same memory.
-  // REQUIRES: peers opened, no batch in the slot.
+  // Where `peer` receives rows of `slot`: max_batch_tokens rows of H fp32 values, for measuring
+  // plain copies into the very same memory, or as scratch.
+  // REQUIRES: peers opened; no batch in the slot, or one whose received rows are read no more.
   std::span<std::byte> ReceiveRegion(int peer, int slot) const;
 
  private:

@@ -17,7 +17,8 @@ namespace {
 constexpr std::size_t kSumBlock = 512;
 constexpr std::size_t kCacheLineBytes = 64;
 
-// Each of these sums elements [begin, begin + count) of `rows`; count <= kSumBlock.
+// Each of these writes the sum of elements [begin, begin + count) of `rows` to out [count], where
+// count <= kSumBlock.
 
 EPS_MULTIVERSION void SumBf16(const std::byte* const* rows, std::size_t num_rows, std::size_t begin,
                               std::uint16_t* out, std::size_t count) {
@@ -28,7 +29,7 @@ EPS_MULTIVERSION void SumBf16(const std::byte* const* rows, std::size_t num_rows
     const auto* row = reinterpret_cast<const std::uint16_t*>(rows[r]) + begin;
     for (std::size_t i = 0; i < count; ++i) sum[i] += Bf16ToFloat(row[i]);
   }
-  for (std::size_t i = 0; i < count; ++i) out[begin + i] = FloatToBf16(sum[i]);
+  for (std::size_t i = 0; i < count; ++i) out[i] = FloatToBf16(sum[i]);
 }
 
 EPS_MULTIVERSION void SumFp32(const std::byte* const* rows, std::size_t num_rows, std::size_t begin,
@@ -40,7 +41,7 @@ EPS_MULTIVERSION void SumFp32(const std::byte* const* rows, std::size_t num_rows
     const auto* row = reinterpret_cast<const float*>(rows[r]) + begin;
     for (std::size_t i = 0; i < count; ++i) sum[i] += row[i];
   }
-  for (std::size_t i = 0; i < count; ++i) out[begin + i] = sum[i];
+  for (std::size_t i = 0; i < count; ++i) out[i] = sum[i];
 }
 
 EPS_MULTIVERSION void AddTo(const float* values, float* sum, std::size_t count) {
@@ -57,7 +58,7 @@ void SumFp16(const std::byte* const* rows, std::size_t num_rows, std::size_t beg
     ConvertToFloat(DataType::kFp16, rows[r] + begin_byte, values, count);
     AddTo(values, sum, count);
   }
-  ConvertFromFloat(DataType::kFp16, sum, out + begin, count);
+  ConvertFromFloat(DataType::kFp16, sum, out, count);
 }
 
 void SumBlock(DataType type, std::span<const std::byte* const> rows, std::size_t begin,
@@ -113,9 +114,10 @@ void FenceStreamedCopies() {
 #endif
 }
 
-void SumRows(DataType type, std::span<const std::byte* const> rows,
+void SumRows(DataType type, CopyKind kind, std::span<const std::byte* const> rows,
              std::span<const std::byte* const> next_rows, std::byte* out, std::size_t count) {
   const std::size_t element_bytes = DataTypeBytes(type);
+  alignas(kCacheLineBytes) std::byte block[kSumBlock * sizeof(float)];
   for (std::size_t begin = 0; begin < count; begin += kSumBlock) {
     const std::size_t length = std::min(kSumBlock, count - begin);
     const std::size_t begin_byte = begin * element_bytes;
@@ -128,9 +130,12 @@ void SumRows(DataType type, std::span<const std::byte* const> rows,
     if (rows.empty()) {
       std::memset(out + begin_byte, 0, length_bytes);
     } else if (rows.size() == 1) {
-      std::memcpy(out + begin_byte, rows[0] + begin_byte, length_bytes);
+      CopyRow(kind, rows[0] + begin_byte, out + begin_byte, length_bytes);
+    } else if (kind == CopyKind::kStreamed) {
+      SumBlock(type, rows, begin, block, length);
+      CopyRow(kind, block, out + begin_byte, length_bytes);
     } else {
-      SumBlock(type, rows, begin, out, length);
+      SumBlock(type, rows, begin, out + begin_byte, length);
     }
   }
 }

@@ -52,12 +52,15 @@ TEST_P(SumRowsTest, SumsInOrderInFp32AndRoundsOnceWhateverTheLength) {
       }
       std::vector<std::byte> expected_out(count * DataTypeBytes(type));
       ConvertFromFloat(type, expected.data(), expected_out.data(), count);
-      std::vector<std::byte> out(count * DataTypeBytes(type) + 8, std::byte{0xa5});
-      SumRows(type, pointers, out.data(), count);
-      ASSERT_EQ(std::memcmp(out.data(), expected_out.data(), expected_out.size()), 0)
-          << count << " x " << num_rows;
-      for (std::size_t i = expected_out.size(); i < out.size(); ++i) {
-        ASSERT_EQ(out[i], std::byte{0xa5});
+      for (const CopyKind kind : {CopyKind::kCached, CopyKind::kStreamed}) {
+        std::vector<std::byte> out(count * DataTypeBytes(type) + 8, std::byte{0xa5});
+        SumRows(type, kind, pointers, pointers, out.data(), count);
+        FenceStreamedCopies();
+        ASSERT_EQ(std::memcmp(out.data(), expected_out.data(), expected_out.size()), 0)
+            << count << " x " << num_rows;
+        for (std::size_t i = expected_out.size(); i < out.size(); ++i) {
+          ASSERT_EQ(out[i], std::byte{0xa5});
+        }
       }
     }
   }

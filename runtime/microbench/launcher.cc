@@ -1,0 +1,103 @@
+#include "runtime/microbench/launcher.h"
+
+#include <signal.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/alltoallv/host_exchange.h"
+#include "runtime/base/status.h"
+#include "runtime/microbench/rank_run.h"
+#include "runtime/symmetric/stale_heaps.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr int kChildControlFd = 3;
+
+absl::StatusOr<pid_t> StartRank(const Coordination& coordination, int rank) {
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  // Onto itself or not, the copy in the child is not closed on exec.
+  posix_spawn_file_actions_adddup2(&actions, coordination.fd(), kChildControlFd);
+  std::vector<std::string> args = {"epserve-microbench", "alltoallv-rank",
+                                   absl::StrCat("--rank=", rank),
+                                   absl::StrCat("--control-fd=", kChildControlFd)};
+  std::vector<char*> argv;
+  for (std::string& arg : args) argv.push_back(arg.data());
+  argv.push_back(nullptr);
+  pid_t pid = -1;
+  const int error = ::posix_spawn(&pid, "/proc/self/exe", &actions, nullptr, argv.data(), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (error != 0) {
+    return absl::InternalError(
+        absl::StrCat("start of rank ", rank, ": posix_spawn failed: ", std::strerror(error)));
+  }
+  return pid;
+}
+
+// Reaps every rank. The first that ends badly makes the others end too.
+absl::Status ReapRanks(const Coordination& coordination, const std::vector<pid_t>& pids) {
+  absl::Status first;
+  for (std::size_t reaped = 0; reaped < pids.size(); ++reaped) {
+    int state = 0;
+    pid_t pid;
+    do {
+      pid = ::waitpid(-1, &state, 0);
+    } while (pid < 0 && errno == EINTR);
+    if (pid < 0) {
+      return absl::InternalError(absl::StrCat("waitpid failed: ", std::strerror(errno)));
+    }
+    if (WIFEXITED(state) && WEXITSTATUS(state) == 0) continue;
+    // Relaxed: the word orders nothing, it only ends the others' waits.
+    coordination.block().abort.store(1, std::memory_order_relaxed);
+    if (!first.ok()) continue;
+    const auto rank = std::find(pids.begin(), pids.end(), pid) - pids.begin();
+    const std::string error = coordination.rank(static_cast<int>(rank)).error;
+    const std::string how = WIFSIGNALED(state) ? absl::StrCat("killed by signal ", WTERMSIG(state))
+                                               : absl::StrCat("exit ", WEXITSTATUS(state));
+    first = absl::InternalError(absl::StrCat("rank ", rank, ": ", error.empty() ? how : error));
+  }
+  return first;
+}
+
+}  // namespace
+
+absl::StatusOr<BenchReport> RunAllToAllV(BenchParams params) {
+  params.owner_pid = static_cast<std::uint64_t>(::getpid());
+  if (params.topk > params.num_experts) {
+    return absl::InvalidArgumentError(absl::StrCat("alltoallv: topk ", params.topk,
+                                                   " exceeds experts ", params.num_experts,
+                                                   "; a token's experts are all different"));
+  }
+  const ExchangeConfig config = BenchExchangeConfig(params, 0);
+  EPS_RETURN_IF_ERROR(ValidateExchangeConfig(config));
+  EPS_ASSIGN_OR_RETURN(const Coordination coordination, Coordination::Create(params));
+  std::vector<pid_t> pids;
+  absl::Status status;
+  for (int rank = 0; rank < params.num_ranks && status.ok(); ++rank) {
+    auto pid = StartRank(coordination, rank);
+    if (pid.ok()) {
+      pids.push_back(*pid);
+    } else {
+      status = pid.status();
+      coordination.block().abort.store(1, std::memory_order_relaxed);
+    }
+  }
+  const absl::Status reaped = ReapRanks(coordination, pids);
+  if (status.ok()) status = reaped;
+  // Only a rank that died before all had opened its heap leaves one.
+  const auto reclaimed = ReclaimStaleHeaps(config.cluster_id);
+  EPS_RETURN_IF_ERROR(status);
+  EPS_RETURN_IF_ERROR(reclaimed.status());
+  return MakeReport(coordination);
+}
+
+}  // namespace epserve::runtime

@@ -1,0 +1,101 @@
+#include "runtime/microbench/options.h"
+
+#include <CLI/CLI.hpp>
+#include <map>
+#include <string>
+
+#include "runtime/alltoallv/exchange.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr char kDescription[] =
+    "Measures epserve's runtime alone: no gRPC, no service, one process a rank.";
+
+// Backends that this build has, and those that it knows of.
+constexpr char kBuiltBackends[] = "host";
+
+std::string CheckBackend(const std::string& backend) {
+  if (backend == "host") return "";
+  return "backend \"" + backend + "\" is not in this build, which has: " + kBuiltBackends;
+}
+
+void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
+  BenchParams& p = options->params;
+  static std::string backend = "host";
+  app->add_option("--backend", backend, "What carries the rows; this build has: host")
+      ->envname("EPSERVE_BACKEND")
+      ->check(CLI::Validator(CheckBackend, "host", "backend"))
+      ->capture_default_str();
+  app->add_option("--ranks", p.num_ranks, "Processes that exchange rows")
+      ->envname("EPSERVE_RANKS")
+      ->check(CLI::Range(1, kMaxRanks))
+      ->capture_default_str();
+  app->add_option("--tokens", p.tokens_per_rank, "Tokens of each rank")
+      ->envname("EPSERVE_TOKENS")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app->add_option("--hidden", p.hidden, "Elements of a token's row")
+      ->envname("EPSERVE_HIDDEN")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app->add_option("--topk", p.topk, "Experts of each token, all different")
+      ->envname("EPSERVE_TOPK")
+      ->check(CLI::Range(1, 16))
+      ->capture_default_str();
+  app->add_option("--experts", p.num_experts, "Experts over all ranks")
+      ->envname("EPSERVE_EXPERTS")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  const std::map<std::string, DataType> types = {
+      {"fp32", DataType::kFp32}, {"fp16", DataType::kFp16}, {"bf16", DataType::kBf16}};
+  app->add_option("--dtype", p.dtype, "Element type: bf16, fp16 or fp32")
+      ->envname("EPSERVE_DTYPE")
+      ->transform(CLI::CheckedTransformer(types))
+      ->default_str("bf16");
+  app->add_option("--iterations", p.iterations, "Measured iterations")
+      ->envname("EPSERVE_ITERATIONS")
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
+  app->add_option("--warmup", p.warmup, "Iterations before the measured ones")
+      ->envname("EPSERVE_WARMUP")
+      ->check(CLI::Range(0, 1'000'000))
+      ->capture_default_str();
+  app->add_option("--seed", p.seed, "Seed of rows and routing")
+      ->envname("EPSERVE_SEED")
+      ->capture_default_str();
+  app->add_option("--peer-timeout-ms", p.peer_timeout_ms, "Longest wait for another rank, in ms")
+      ->envname("EPSERVE_PEER_TIMEOUT_MS")
+      ->check(CLI::Range(1, 3'600'000))
+      ->capture_default_str();
+  app->add_flag("--json", options->json, "Print one JSON object instead of a table")
+      ->envname("EPSERVE_JSON");
+}
+
+}  // namespace
+
+std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, int* exit_code) {
+  MicrobenchOptions options;
+  CLI::App app(kDescription, "epserve-microbench");
+  app.set_version_flag("--version", std::string("epserve-microbench ") + EPSERVE_VERSION);
+  app.require_subcommand(1);
+  CLI::App* alltoallv = app.add_subcommand(
+      "alltoallv",
+      "Dispatch and combine under random routing, beside plain copies of the same "
+      "bytes. Every flag can also be given as environment variable EPSERVE_<FLAG>");
+  AddAllToAllV(alltoallv, &options);
+  // Started by the program itself only, so it stands in no help.
+  CLI::App* rank = app.add_subcommand("alltoallv-rank", "One rank of alltoallv")->group("");
+  rank->add_option("--rank", options.rank)->required();
+  rank->add_option("--control-fd", options.control_fd)->required();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {  // The one place where a library throws at us.
+    *exit_code = app.exit(error);
+    return std::nullopt;
+  }
+  options.is_rank = rank->parsed();
+  return options;
+}
+
+}  // namespace epserve::runtime

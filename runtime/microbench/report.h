@@ -1,0 +1,42 @@
+// From time stamps to figures, and from figures to what is printed. Pure functions.
+#ifndef EPSERVE_RUNTIME_MICROBENCH_REPORT_H_
+#define EPSERVE_RUNTIME_MICROBENCH_REPORT_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "runtime/microbench/coordination.h"
+
+namespace epserve::runtime {
+
+struct Percentiles {
+  double p50_us = 0.0;
+  double p99_us = 0.0;
+};
+
+struct BenchReport {
+  BenchParams params;
+  Percentiles copy;
+  Percentiles dispatch;
+  Percentiles combine;
+  // Bytes of rows that a rank sends to others in dispatch and reads from others in combine, which
+  // are as many; the mean over ranks. The plain copies carry exactly these.
+  std::uint64_t remote_bytes_per_rank = 0;
+  std::uint64_t heap_bytes_per_rank = 0;
+  std::int64_t verified_tokens = 0;
+  double max_relative_error = 0.0;
+};
+
+// Nearest-rank percentiles. REQUIRES: not empty.
+Percentiles PercentilesOf(std::vector<double> samples_us);
+
+// A phase lasts from the first rank's begin to the last rank's end.
+BenchReport MakeReport(const Coordination& coordination);
+
+std::string FormatJson(const BenchReport& report);   // one line
+std::string FormatTable(const BenchReport& report);  // for people
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_MICROBENCH_REPORT_H_
