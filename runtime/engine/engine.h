@@ -4,6 +4,7 @@
 //
 // Life: Create ─► LoadExperts ─► [ CreateHeap ─► OpenPeers ─► SealHeap ─► batches ─► CloseEpoch ]*
 // A batch on a slot: Stage ─► Dispatch ─► RunExperts ─► Combine ─► Finish.
+// A slot's next batch starts, on any rank, only after its last one has ended on all of them.
 // A device backend enqueues in all but Stage (where it must return counts) and Finish.
 //
 // Thread safety: LoadExperts and the epoch calls come from one thread, with no batch running but

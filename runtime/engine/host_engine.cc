@@ -124,14 +124,15 @@ ExchangeConfig HostEngine::MakeExchangeConfig(const Placement& placement, int ra
 
 BatchSlotConfig HostEngine::MakeSlotConfig(const Placement& placement, int rank) const {
   BatchSlotConfig config;
-  config.hidden = model().hidden;
+  config.intake = {
+      .hidden = model().hidden,
+      .num_experts = model().num_experts,
+      .max_batch_tokens = options_.max_batch_tokens,
+      .max_shard_tokens = MaxShardTokens(options_.max_batch_tokens, placement.num_ranks()),
+      .router = checkpoint_->config().router,
+      .has_router = model().has_router};
   config.intermediate = model().intermediate;
-  config.num_experts = model().num_experts;
   config.num_local_experts = placement.num_local_experts(rank);
-  config.max_batch_tokens = options_.max_batch_tokens;
-  config.max_shard_tokens = MaxShardTokens(options_.max_batch_tokens, placement.num_ranks());
-  config.router = checkpoint_->config().router;
-  config.has_router = model().has_router;
   config.compute_threads = options_.compute_threads;
   return config;
 }
@@ -328,7 +329,7 @@ absl::StatusOr<ShardCounts> HostEngine::Stage(const ShardInput& input) {
   ShardCounts counts;
   counts.rows_to_rank.resize(static_cast<std::size_t>(placement_.num_ranks()));
   counts.rows_per_expert.resize(static_cast<std::size_t>(model().num_experts));
-  CountShard(slot->topk_ids(), slot->topk(), placement_, counts.rows_to_rank,
+  CountShard(slot->intake().ids(), input.topk, placement_, counts.rows_to_rank,
              counts.rows_per_expert);
   return counts;
 }
@@ -369,7 +370,11 @@ absl::Status HostEngine::Combine(int slot_index) {
   slot->SetState(BatchSlot::State::kFailed);
   EPS_ASSIGN_OR_RETURN(const std::shared_ptr<HostExchange> exchange, OpenExchange("combine"));
   const auto start = std::chrono::steady_clock::now();
-  EPS_RETURN_IF_ERROR(exchange->Combine(slot_index, slot->output()));
+  // The rows received are used up, and nobody writes new ones before this slot's Finish on every
+  // rank: their place takes the output, which is no larger.
+  const std::span<std::byte> output = exchange->ReceiveRegion(rank_, slot_index);
+  EPS_RETURN_IF_ERROR(exchange->Combine(slot_index, output.data()));
+  slot->SetOutput(output.data());
   slot->times().combine_ns = ElapsedNs(start);
   slot->SetState(BatchSlot::State::kCombined);
   return absl::OkStatus();
@@ -378,7 +383,8 @@ absl::Status HostEngine::Combine(int slot_index) {
 absl::Status HostEngine::Finish(int slot_index, void* output, BatchTimes* times,
                                 std::vector<std::int64_t>* local_expert_rows) {
   EPS_ASSIGN_OR_RETURN(BatchSlot * slot, SlotIn("finish", slot_index, BatchSlot::State::kCombined));
-  if (slot->output_bytes() > 0) std::memcpy(output, slot->output(), slot->output_bytes());
+  const std::size_t bytes = slot->intake().row_bytes();
+  if (bytes > 0) std::memcpy(output, slot->output(), bytes);
   if (times != nullptr) *times = slot->times();
   if (local_expert_rows != nullptr) *local_expert_rows = slot->local_expert_rows();
   slot->Release();

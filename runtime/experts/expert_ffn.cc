@@ -62,15 +62,14 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
         tile_rows_(std::min(kTileRows, chunk_rows_ * config.max_topk)),
         x_(tile_rows_ * config.hidden),
         mid_(tile_rows_ * 2 * config.intermediate),
-        y_(tile_rows_ * config.hidden),
         sums_(chunk_rows_ * config.hidden),
         expert_begin_(static_cast<std::size_t>(config.max_local_experts) + 1),
         pairs_(static_cast<std::size_t>(chunk_rows_ * config.max_topk)),
         team_(config.threads) {}
 
   std::uint64_t workspace_bytes() const override {
-    return x_.bytes() + mid_.bytes() + y_.bytes() + sums_.bytes() +
-           expert_begin_.size() * sizeof(std::int64_t) + pairs_.size() * sizeof(Pair);
+    return x_.bytes() + mid_.bytes() + sums_.bytes() + expert_begin_.size() * sizeof(std::int64_t) +
+           pairs_.size() * sizeof(Pair);
   }
 
   void Run(const LayerWeights& layer, const ReceivedRows& received,
@@ -120,12 +119,17 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     expert_begin_[0] = 0;
   }
 
+  // The chunk's sums: rows that are fp32 are summed up in their place.
+  float* Sums() const {
+    if (received_->dtype != DataType::kFp32) return sums_.data();
+    return reinterpret_cast<float*>(received_->partial_rows) + chunk_begin_ * config_.hidden;
+  }
+
   void RunMember(int member) override {
     const std::int64_t hidden = config_.hidden;
     const RowRange columns = PartOf(hidden, team_.size(), member);
     for (std::int64_t row = 0; row < chunk_size_; ++row) {
-      std::fill(sums_.data() + row * hidden + columns.begin,
-                sums_.data() + row * hidden + columns.end, 0.0f);
+      std::fill(Sums() + row * hidden + columns.begin, Sums() + row * hidden + columns.end, 0.0f);
     }
     for (std::int64_t e = 0; e < layer_->num_local_experts; ++e) {
       const std::int64_t begin = expert_begin_[static_cast<std::size_t>(e)];
@@ -135,6 +139,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
                 {pairs_.data() + tile, static_cast<std::size_t>(std::min(tile_rows_, end - tile))});
       }
     }
+    if (received_->dtype == DataType::kFp32) return;
     team_.Barrier();  // A row's sum is several members' work.
     const RowRange rows = ShardOf(chunk_size_, team_.size(), member);
     const std::size_t row_bytes =
@@ -150,15 +155,16 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     const std::int64_t hidden = config_.hidden;
     const std::int64_t intermediate = config_.intermediate;
     const auto num_rows = static_cast<std::int64_t>(pairs.size());
+    team_.Barrier();  // What the last tile left in x_ is read no more.
     const RowRange gathered = ShardOf(num_rows, team_.size(), member);
     for (std::int64_t i = gathered.begin; i < gathered.end; ++i) {
       const std::int64_t row = chunk_begin_ + pairs[static_cast<std::size_t>(i)].row;
       ConvertToFloat(received_->dtype, received_->rows[static_cast<std::size_t>(row)],
                      x_.data() + i * hidden, static_cast<std::size_t>(hidden));
     }
-    team_.Barrier();  // The tile is gathered; the last one's mid_ is read no more.
+    team_.Barrier();  // The tile is gathered.
     RunGateUp(expert, num_rows, PartOf(intermediate, team_.size(), member));
-    team_.Barrier();  // mid_ is complete; x_ is read no more.
+    team_.Barrier();  // mid_ is complete, and the gathered rows are read no more.
     const RowRange columns = PartOf(hidden, team_.size(), member);
     if (columns.size() == 0) return;
     const float* down = layer_->down + expert * hidden * intermediate;
@@ -168,12 +174,12 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
            .x = mid_.data(),
            .ldx = 2 * intermediate,
            .w = down + columns.begin * intermediate,
-           .y = y_.data() + columns.begin,
+           .y = x_.data() + columns.begin,
            .ldy = hidden});
     for (std::int64_t i = 0; i < num_rows; ++i) {
       const Pair& pair = pairs[static_cast<std::size_t>(i)];
-      AddScaled(y_.data() + i * hidden + columns.begin, pair.weight, columns.size(),
-                sums_.data() + pair.row * hidden + columns.begin);
+      AddScaled(x_.data() + i * hidden + columns.begin, pair.weight, columns.size(),
+                Sums() + pair.row * hidden + columns.begin);
     }
   }
 
@@ -209,10 +215,9 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
   const Config config_;
   const std::int64_t chunk_rows_;
   const std::int64_t tile_rows_;
-  const Workspace x_;                       // [tile, H] rows of one expert
-  const Workspace mid_;                     // [tile, 2 * I] gate, then up
-  const Workspace y_;                       // [tile, H] down's output
-  const Workspace sums_;                    // [chunk, H] weighted sums
+  const Workspace x_;     // [tile, H] rows of one expert, then what down makes of them
+  const Workspace mid_;   // [tile, 2 * I] gate, then up
+  const Workspace sums_;  // [chunk, H] weighted sums, for rows that are not fp32
   std::vector<std::int64_t> expert_begin_;  // [E_local + 1] into pairs_
   std::vector<Pair> pairs_;                 // [chunk * K]
 
