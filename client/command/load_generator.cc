@@ -25,6 +25,7 @@ class Recorder {
     sample.code = result.status().code();
     if (result.ok()) sample.parameters = result->parameters;
     absl::MutexLock lock(&mutex_);
+    last_end_ = absl::Now();
     if (!result.ok()) {
       result_.first_message.emplace(absl::StatusCodeToString(sample.code),
                                     std::string(result.status().message()));
@@ -54,14 +55,17 @@ class Recorder {
     absl::MutexLock lock(&mutex_);
     return static_cast<std::int64_t>(result_.samples.size());
   }
-  LoadResult Take() {
+  // The samples, and the time from `started` to the end of the last.
+  LoadResult Take(absl::Time started) {
     absl::MutexLock lock(&mutex_);
+    result_.seconds = absl::ToDoubleSeconds(last_end_ - started);
     return std::move(result_);
   }
 
  private:
   absl::Mutex mutex_;
   std::int64_t under_way_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Time last_end_ ABSL_GUARDED_BY(mutex_) = absl::Now();
   LoadResult result_ ABSL_GUARDED_BY(mutex_);
 };
 
@@ -125,10 +129,7 @@ LoadResult RunLoad(InferenceClient& client, const std::vector<InferRequest>& inp
   } else {
     RunClosedLoop(client, inputs, plan, until, *recorder, report);
   }
-  const double took = seconds();
-  LoadResult result = recorder->Take();
-  result.seconds = took;
-  return result;
+  return recorder->Take(started);
 }
 
 }  // namespace epserve::client

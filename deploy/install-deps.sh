@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Installs what building and running epserve needs, from Debian 12's own packages, and only what is
+# missing. Run as root, or as a user who may use sudo. Asks nothing.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: deploy/install-deps.sh [--tests]
+
+  --tests  also what the tests need
+TEXT
+}
+
+build_packages=(
+  ccache cmake g++ git ninja-build pkg-config                # tools
+  libgrpc++-dev libgrpc-dev protobuf-compiler-grpc           # gRPC
+  libprotobuf-dev protobuf-compiler                          # Protobuf
+  libabsl-dev libcli11-dev libspdlog-dev nlohmann-json3-dev  # Abseil, flags, logs, JSON
+  prometheus-cpp-dev                                         # metrics
+  libdnnl-dev                                                # matrix products
+)
+test_packages=(
+  libgtest-dev libgmock-dev libbenchmark-dev
+  ca-certificates python3 python3-venv                       # tests in Python, in a .venv
+)
+
+packages=("${build_packages[@]}")
+while (($#)); do
+  case "$1" in
+    --tests) packages+=("${test_packages[@]}") ;;
+    --help | -h) usage; exit 0 ;;
+    *) echo "install-deps: unknown argument $1" >&2; usage >&2; exit 2 ;;
+  esac
+  shift
+done
+
+if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+  echo "install-deps: this is not Debian; install what corresponds to: ${packages[*]}" >&2
+  exit 1
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+  state="$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)"
+  [[ "$state" == installed ]] || missing+=("$package")
+done
+if ((${#missing[@]} == 0)); then
+  exit 0
+fi
+
+as_root=()
+if ((EUID != 0)); then
+  if ! command -v sudo >/dev/null; then
+    echo "install-deps: missing ${missing[*]}; run as root, or install sudo" >&2
+    exit 1
+  fi
+  as_root=(sudo)
+fi
+
+echo "Installing ${missing[*]}"
+apt_get() {
+  # Another apt-get may be at work, as on a machine that has just started.
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@"
+}
+apt_get update
+apt_get install --yes --no-install-recommends "${missing[@]}" >/dev/null
