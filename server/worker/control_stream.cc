@@ -114,6 +114,7 @@ void ControlStream::Poll() {
       case kFinished: {
         std::lock_guard<std::mutex> lock(mutex_);
         closing_ = true;
+        finished_ = true;
         alarm_.Cancel();
         queue_.Shutdown();  // Next returns false once every operation has come back.
         break;
@@ -163,6 +164,8 @@ void ControlStream::OnRead(bool ok) {
 
 void ControlStream::OnWritten(bool ok) {
   std::lock_guard<std::mutex> lock(mutex_);
+  // A write may come back well after the end of its call did; none may follow it then.
+  if (finished_) return;
   if (!ok) {
     // The call is over; the pending read fails too and asks for the status.
     closing_ = true;

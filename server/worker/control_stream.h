@@ -96,6 +96,7 @@ class ControlStream {
   bool writing_ = true;                     // A write is on its way; true until the stream is open.
   bool closing_ = false;                    // No more messages are taken.
   bool half_closed_ = false;                // The end of this side was sent or can no longer be.
+  bool finished_ = false;                   // The call is over; no operation may be started.
   bool ended_ = false;                      // OnClosed has returned.
   bool hurry_ = false;
 
