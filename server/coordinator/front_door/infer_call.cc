@@ -37,16 +37,25 @@ Clock::time_point EarlierOf(Clock::time_point deadline, Clock::time_point now,
   return std::min(deadline, now + std::chrono::microseconds(timeout_us));
 }
 
-class InferCall final : public grpc::ServerUnaryReactor,
-                        public std::enable_shared_from_this<InferCall> {
+// Held by gRPC's side (through Reactor) until the call has finished, and by the sink's
+// PendingInfer.
+class InferCall final : public std::enable_shared_from_this<InferCall> {
  public:
-  InferCall(grpc::CallbackServerContext* context, grpc::ByteBuffer* response, InferContext& shared)
-      : context_(context), response_(response), shared_(shared), arrival_(Clock::now()) {}
+  InferCall(grpc::CallbackServerContext* context, grpc::ByteBuffer* response,
+            grpc::ServerUnaryReactor* reactor, InferContext& shared)
+      : context_(context),
+        response_(response),
+        reactor_(reactor),
+        shared_(shared),
+        arrival_(Clock::now()) {}
 
   void Start(const grpc::ByteBuffer* bytes);
 
   // Answers unless the call has been answered. `request` and `output` are used with an OK status.
   void Answer(const Completion& completion, const ValidatedRequest* request, std::string output);
+
+  // The caller has gone.
+  void Cancel();
 
  private:
   absl::Status Submit(const grpc::ByteBuffer* bytes);
@@ -54,12 +63,10 @@ class InferCall final : public grpc::ServerUnaryReactor,
                           std::string output);
   void FinishWith(const absl::Status& status, std::int64_t retry_pushback_ms);
 
-  void OnCancel() override;
-  void OnDone() override { self_.reset(); }
-
-  // Valid until Finish() only, hence for whoever has won `answered_`.
+  // Valid until the reactor's Finish() only, hence for whoever has won `answered_`.
   grpc::CallbackServerContext* const context_;
   grpc::ByteBuffer* const response_;
+  grpc::ServerUnaryReactor* const reactor_;
   InferContext& shared_;
   const Clock::time_point arrival_;
 
@@ -67,9 +74,24 @@ class InferCall final : public grpc::ServerUnaryReactor,
   InferRequestMessage message_;
   std::uint64_t id_ = 0;
   Clock::time_point deadline_ = Clock::time_point::max();
-  std::shared_ptr<InferCall> self_;  // gRPC's share of this object
 
   std::atomic<bool> answered_{false};
+};
+
+// gRPC's end of a call; lives from the call's start until OnDone().
+class Reactor final : public grpc::ServerUnaryReactor {
+ public:
+  Reactor(grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+          grpc::ByteBuffer* response, InferContext& shared)
+      : call_(std::make_shared<InferCall>(context, response, this, shared)) {
+    call_->Start(request);
+  }
+
+ private:
+  void OnCancel() override { call_->Cancel(); }
+  void OnDone() override { delete this; }
+
+  const std::shared_ptr<InferCall> call_;
 };
 
 class PendingInfer final : public PendingRequest {
@@ -102,7 +124,6 @@ class PendingInfer final : public PendingRequest {
 };
 
 void InferCall::Start(const grpc::ByteBuffer* bytes) {
-  self_ = shared_from_this();
   const absl::Status status = Submit(bytes);
   if (!status.ok()) Answer({status, {}}, nullptr, std::string());
 }
@@ -160,10 +181,10 @@ void InferCall::FinishWith(const absl::Status& status, std::int64_t retry_pushba
     context_->AddTrailingMetadata(kPushbackKey, absl::StrCat(pushback_ms));
   }
   shared_.sink.OnAnswered(status.code(), Clock::now() - arrival_);
-  Finish(server::ToGrpcStatus(status));
+  reactor_->Finish(server::ToGrpcStatus(status));
 }
 
-void InferCall::OnCancel() {
+void InferCall::Cancel() {
   if (answered_.exchange(true, std::memory_order_acq_rel)) return;
   shared_.sink.Cancel(id_);
   FinishWith(Clock::now() >= deadline_
@@ -177,11 +198,7 @@ void InferCall::OnCancel() {
 grpc::ServerUnaryReactor* StartInferCall(grpc::CallbackServerContext* context,
                                          const grpc::ByteBuffer* request,
                                          grpc::ByteBuffer* response, InferContext& shared) {
-  const auto call = std::make_shared<InferCall>(context, response, shared);
-  // Plain: gRPC's share keeps the object alive until OnDone(), which comes after this returns.
-  auto* const reactor = call.get();
-  reactor->Start(request);
-  return reactor;
+  return new Reactor(context, request, response, shared);
 }
 
 }  // namespace epserve::coordinator

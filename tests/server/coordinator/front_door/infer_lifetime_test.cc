@@ -42,7 +42,7 @@ TEST_F(InferServiceTest, CancelledCallReachesTheSinkAndItsMemoryOutlivesTheCalle
   // The batch runs on: its memory is still there, and its completion changes nothing.
   Echo(std::move(request));
   EXPECT_TRUE([this] {
-    sink_.on_submit = Echo;
+    sink_.HandleBy(Echo);
     return Infer(ValidMessage()).ok();
   }());
   EXPECT_THAT(sink_.WaitForAnswers(2), ElementsAre(StatusCode::kCancelled, StatusCode::kOk));
@@ -72,17 +72,17 @@ TEST_F(InferServiceTest, DeadlineReachesTheSinkAndEndsTheCall) {
 TEST_F(InferServiceTest, TimeoutParameterShortensTheDeadline) {
   PendingRequest::Clock::time_point none, with;
   PendingRequest::Clock::time_point arrival;
-  sink_.on_submit = [&](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([&](std::unique_ptr<PendingRequest> request) {
     none = request->deadline;
     Echo(std::move(request));
-  };
+  });
   ASSERT_TRUE(Infer(ValidMessage()).ok());
   EXPECT_EQ(none, PendingRequest::Clock::time_point::max());
-  sink_.on_submit = [&](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([&](std::unique_ptr<PendingRequest> request) {
     with = request->deadline;
     arrival = request->arrival;
     Echo(std::move(request));
-  };
+  });
   ModelInferRequest request = ValidMessage();
   (*request.mutable_parameters())["timeout"].set_int64_param(5'000'000);
   ASSERT_TRUE(Infer(request).ok());
@@ -109,7 +109,7 @@ TEST_F(InferServiceTest, CompletionRacingWithCancellationAnswersOnce) {
 }
 
 TEST_F(InferServiceTest, TensorsInSharedMemoryGoBothWays) {
-  sink_.on_submit = Echo;
+  sink_.HandleBy(Echo);
   ShmObject object(256);
   ModelInferRequest request = ValidMessage();
   object.Write(0, request.raw_input_contents(0));
@@ -134,10 +134,10 @@ TEST_F(InferServiceTest, TensorsInSharedMemoryGoBothWays) {
 TEST_F(InferServiceTest, OutputRegionTruncatedInFlightIsAnErrorAndTheServerLives) {
   ShmObject object(4096);
   ASSERT_TRUE(Register("region", object, 4096).ok());
-  sink_.on_submit = [&](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([&](std::unique_ptr<PendingRequest> request) {
     object.Truncate(0);
     Echo(std::move(request));
-  };
+  });
   ModelInferRequest request = ValidMessage();
   auto* output = request.add_outputs();
   output->set_name("hidden_states");
@@ -145,7 +145,7 @@ TEST_F(InferServiceTest, OutputRegionTruncatedInFlightIsAnErrorAndTheServerLives
   const grpc::Status status = Infer(request);
   EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_THAT(status.error_message(), HasSubstr("truncated"));
-  sink_.on_submit = Echo;
+  sink_.HandleBy(Echo);
   EXPECT_TRUE(Infer(ValidMessage()).ok());
 }
 

@@ -26,12 +26,22 @@ namespace epserve::coordinator {
 inline constexpr int kMaxMessageBytes = 1 << 20;
 inline constexpr auto kPatience = std::chrono::seconds(20);  // Only a failing test waits that long.
 
-// Hands every request to `on_submit`, or keeps it for the test to take.
+// Hands every request to a handler, or keeps it for the test to take.
 class FakeSink final : public RequestSink {
  public:
-  void Submit(std::unique_ptr<PendingRequest> request) override {
-    if (on_submit) return on_submit(std::move(request));
+  using Handler = std::function<void(std::unique_ptr<PendingRequest>)>;
+
+  void HandleBy(Handler on_submit) {
     const std::lock_guard lock(mutex_);
+    on_submit_ = std::move(on_submit);
+  }
+  void Submit(std::unique_ptr<PendingRequest> request) override {
+    std::unique_lock lock(mutex_);
+    if (on_submit_) {
+      const Handler handler = on_submit_;
+      lock.unlock();
+      return handler(std::move(request));
+    }
     submitted_.push_back(std::move(request));
     changed_.notify_all();
   }
@@ -66,12 +76,12 @@ class FakeSink final : public RequestSink {
     return answers_;
   }
 
-  std::function<void(std::unique_ptr<PendingRequest>)> on_submit;  // set before any call
   std::atomic<bool> is_ready{true};
 
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
+  Handler on_submit_;
   std::vector<std::unique_ptr<PendingRequest>> submitted_;
   std::vector<std::uint64_t> cancelled_;
   std::vector<absl::StatusCode> answers_;

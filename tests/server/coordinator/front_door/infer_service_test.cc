@@ -181,7 +181,7 @@ TEST_F(InferServiceTest, BytesThatAreNoMessageGetAMessageFromEveryMethod) {
 }
 
 TEST_F(InferServiceTest, RawRequestComesBackWithRowsIdAndTimes) {
-  sink_.on_submit = Echo;
+  sink_.HandleBy(Echo);
   ModelInferRequest request = ValidMessage();
   (*request.mutable_parameters())["triton_enable_empty_final_response"].set_bool_param(true);
   (*request.mutable_parameters())["layer"].set_int64_param(5);
@@ -211,7 +211,7 @@ TEST_F(InferServiceTest, RawRequestComesBackWithRowsIdAndTimes) {
 }
 
 TEST_F(InferServiceTest, TypedRequestComesBackRaw) {
-  sink_.on_submit = Echo;
+  sink_.HandleBy(Echo);
   ModelInferRequest request = ValidMessage();
   request.clear_raw_input_contents();
   for (int i = 0; i < 12; ++i) {
@@ -237,7 +237,7 @@ TEST_F(InferServiceTest, BothRawAndTypedContentsAreRefused) {
 }
 
 TEST_F(InferServiceTest, NoTokensComeBackAsOneEmptyEntry) {
-  sink_.on_submit = Echo;
+  sink_.HandleBy(Echo);
   ModelInferRequest request = ValidMessage();
   for (int i = 0; i < 3; ++i) {
     request.mutable_inputs(i)->set_shape(0, 0);
@@ -251,7 +251,7 @@ TEST_F(InferServiceTest, NoTokensComeBackAsOneEmptyEntry) {
 }
 
 TEST_F(InferServiceTest, RefusedRequestNeverReachesTheSink) {
-  sink_.on_submit = [](std::unique_ptr<PendingRequest>) { ADD_FAILURE() << "submitted"; };
+  sink_.HandleBy([](std::unique_ptr<PendingRequest>) { ADD_FAILURE() << "submitted"; });
   ModelInferRequest request = ValidMessage();
   request.mutable_inputs(0)->set_shape(1, 5);
   const grpc::Status status = Infer(request);
@@ -308,9 +308,9 @@ TEST_F(InferServiceTest, CompressedMessageIsRefusedBeforeItIsUnpacked) {
 }
 
 TEST_F(InferServiceTest, SinksErrorReachesTheCallerNeverWithoutAMessage) {
-  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
     request->Complete({absl::UnavailableError(request->request.layer == 3 ? "" : "no worker"), {}});
-  };
+  });
   ModelInferRequest request = ValidMessage();
   grpc::Status status = Infer(request);
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
@@ -321,9 +321,9 @@ TEST_F(InferServiceTest, SinksErrorReachesTheCallerNeverWithoutAMessage) {
 
 TEST_F(InferServiceTest, FullQueueTellsWhenToRetry) {
   for (const std::int64_t given_ms : {0, 1234}) {
-    sink_.on_submit = [given_ms](std::unique_ptr<PendingRequest> request) {
+    sink_.HandleBy([given_ms](std::unique_ptr<PendingRequest> request) {
       request->Complete({absl::ResourceExhaustedError("queue full"), {}, given_ms});
-    };
+    });
     ClientContext context;
     ModelInferResponse response;
     const grpc::Status status = stub_->ModelInfer(&context, ValidMessage(), &response);
@@ -336,9 +336,9 @@ TEST_F(InferServiceTest, FullQueueTellsWhenToRetry) {
 }
 
 TEST_F(InferServiceTest, OtherErrorsCarryNoPushback) {
-  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
     request->Complete({absl::UnavailableError("no worker"), {}, 1234});
-  };
+  });
   ClientContext context;
   ModelInferResponse response;
   EXPECT_FALSE(stub_->ModelInfer(&context, ValidMessage(), &response).ok());
@@ -346,34 +346,34 @@ TEST_F(InferServiceTest, OtherErrorsCarryNoPushback) {
 }
 
 TEST_F(InferServiceTest, RequestDroppedByTheSinkIsAnsweredInternal) {
-  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) { request.reset(); };
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) { request.reset(); });
   const grpc::Status status = Infer(ValidMessage());
   EXPECT_EQ(status.error_code(), grpc::StatusCode::INTERNAL);
   EXPECT_THAT(status.error_message(), HasSubstr("dropped"));
 }
 
 TEST_F(InferServiceTest, OkWithoutRowsIsAnsweredInternal) {
-  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) { request->Complete(Ok()); };
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) { request->Complete(Ok()); });
   const grpc::Status status = Infer(ValidMessage());
   EXPECT_EQ(status.error_code(), grpc::StatusCode::INTERNAL);
   EXPECT_THAT(status.error_message(), HasSubstr("0 output bytes, not 48"));
 }
 
 TEST_F(InferServiceTest, OnlyTheFirstCompletionCounts) {
-  sink_.on_submit = [](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
     request->Complete({absl::UnavailableError("first"), {}});
     request->Complete({absl::InternalError("second"), {}});
-  };
+  });
   EXPECT_EQ(Infer(ValidMessage()).error_message(), "first");
   EXPECT_THAT(sink_.WaitForAnswers(1), ElementsAre(StatusCode::kUnavailable));
 }
 
 TEST_F(InferServiceTest, IdsAreUniqueAndFromOne) {
   std::vector<std::uint64_t> ids;
-  sink_.on_submit = [&ids](std::unique_ptr<PendingRequest> request) {
+  sink_.HandleBy([&ids](std::unique_ptr<PendingRequest> request) {
     ids.push_back(request->id);
     Echo(std::move(request));
-  };
+  });
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(Infer(ValidMessage()).ok());
   EXPECT_THAT(ids, ElementsAre(1, 2, 3));
 }
