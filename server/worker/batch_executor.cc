@@ -105,6 +105,7 @@ std::uint64_t BatchExecutor::batches_done() const {
 
 void BatchExecutor::Submit(Shard shard) {
   absl::Status refusal;
+  Slot* taken = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const bool open = state_ == EpochState::kOpen || state_ == EpochState::kRunning;
@@ -112,29 +113,38 @@ void BatchExecutor::Submit(Shard shard) {
       runtime::LogDebug("shard_dropped", {{"epoch", shard.epoch}, {"current", epoch_}});
       return;
     }
-    if (refusing_) {
-      refusal = absl::UnavailableError("batch: the worker is leaving; retry");
-    } else if (shard.slot < 0 || shard.slot >= config_.num_slots) {
-      refusal = absl::InvalidArgumentError(
-          absl::StrCat("shard: slot ", shard.slot, " is not in [0, ", config_.num_slots,
-                       "); give coordinator and workers the same --slots"));
-    } else if (slots_[shard.slot]->queued) {
-      refusal = absl::InternalError(absl::StrCat("shard: slot ", shard.slot, " still holds batch ",
-                                                 slots_[shard.slot]->queued->shard.batch,
-                                                 ", cannot take ", shard.batch));
-    } else {
+    refusal = CheckSlot(shard);
+    if (refusal.ok()) {
       // The slot may still be handing in its last batch; this one is then next.
-      Slot& slot = *slots_[shard.slot];
-      slot.queued = std::make_unique<Batch>();
-      slot.queued->counts_known = shard.counts.has_value();
-      slot.queued->shard = std::move(shard);
-      slot.changed.notify_one();
-      return;
+      taken = slots_[shard.slot].get();
+      taken->queued = std::make_unique<Batch>();
+      taken->queued->counts_known = shard.counts.has_value();
+      taken->queued->shard = std::move(shard);
     }
+  }
+  if (taken != nullptr) {
+    // After the lock, or the thread woken would at once wait for it.
+    taken->changed.notify_one();
+    return;
   }
   BatchDone done{.epoch = shard.epoch, .batch = shard.batch, .status = std::move(refusal)};
   done.times.start_monotonic_ns = shard.received_ns;
   reporter_->Report(std::move(done));
+}
+
+absl::Status BatchExecutor::CheckSlot(const Shard& shard) const {
+  if (refusing_) return absl::UnavailableError("batch: the worker is leaving; retry");
+  if (shard.slot < 0 || shard.slot >= config_.num_slots) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: slot ", shard.slot, " is not in [0, ", config_.num_slots,
+                     "); give coordinator and workers the same --slots"));
+  }
+  if (slots_[shard.slot]->queued) {
+    return absl::InternalError(absl::StrCat("shard: slot ", shard.slot, " still holds batch ",
+                                            slots_[shard.slot]->queued->shard.batch,
+                                            ", cannot take ", shard.batch));
+  }
+  return absl::OkStatus();
 }
 
 BatchExecutor::Batch* BatchExecutor::Find(std::uint64_t epoch, std::uint64_t batch, Slot** slot) {
@@ -151,31 +161,34 @@ BatchExecutor::Batch* BatchExecutor::Find(std::uint64_t epoch, std::uint64_t bat
 }
 
 void BatchExecutor::SetCounts(CountsKnown known) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   Slot* slot = nullptr;
   Batch* batch = Find(known.epoch, known.batch, &slot);
   // Once given, the counts are in use without the lock.
   if (batch == nullptr || batch->counts_known) return;
   batch->shard.counts = std::move(known.counts);
   batch->counts_known = true;
+  lock.unlock();
   slot->changed.notify_one();
 }
 
 void BatchExecutor::Trigger(const DispatchTrigger& trigger) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   Slot* slot = nullptr;
   Batch* batch = Find(trigger.epoch, trigger.batch, &slot);
   if (batch == nullptr) return;
   batch->dispatch_triggered = true;
+  lock.unlock();
   slot->changed.notify_one();
 }
 
 void BatchExecutor::Trigger(const CombineTrigger& trigger) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   Slot* slot = nullptr;
   Batch* batch = Find(trigger.epoch, trigger.batch, &slot);
   if (batch == nullptr) return;
   batch->combine_triggered = true;
+  lock.unlock();
   slot->changed.notify_one();
 }
 

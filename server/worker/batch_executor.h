@@ -98,6 +98,7 @@ class BatchExecutor {
   void RunSlot(int index);
   void Execute(int index, Batch& batch);
   absl::Status RunBatch(int index, Batch& batch, BatchDone& done);
+  absl::Status CheckSlot(const Shard& shard) const;
   absl::Status CheckShard(const Shard& shard) const;
   absl::Status CheckLease(std::string_view phase) const;
   absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;

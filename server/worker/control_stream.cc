@@ -14,6 +14,10 @@ namespace {
 // nothing (a stopped process).
 constexpr int kConnectTimeoutMs = 2000;
 
+constexpr int kWindowBytes = 16 << 20;
+constexpr int kFrameBytes = 1 << 20;
+constexpr int kReadChunkBytes = 64 << 10;
+
 enum Tag : std::intptr_t { kStarted = 1, kRead, kWritten, kHalfClosed, kAlarm, kFinished };
 
 void* ToTag(Tag tag) { return reinterpret_cast<void*>(static_cast<std::intptr_t>(tag)); }
@@ -28,6 +32,12 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target) {
   args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kConnectTimeoutMs);
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
+  // With the default window of 64 KiB every shard is answered by a window update of its own, which
+  // wakes the coordinator once per worker and batch; and larger shards wait for one on their way.
+  args.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  args.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kWindowBytes);
+  args.SetInt(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kFrameBytes);
+  args.SetInt(GRPC_ARG_TCP_READ_CHUNK_SIZE, kReadChunkBytes);
   // The control stream never leaves the cluster.
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), args);

@@ -205,6 +205,22 @@ TEST_F(WorkerTest, BrokenStreamQuiescesThenReconnectsWithTheRankHeld) {
   RunBatch(*session, 8, 1);
 }
 
+// Reads, writes, batches and the stream's end meet in ever other orders.
+TEST_F(WorkerTest, StreamsBrokenAmidBatchesAreAlwaysReplaced) {
+  std::shared_ptr<ControlSession> session = Serve(1);
+  for (std::uint64_t epoch = 1; epoch < 20; ++epoch) {
+    ASSERT_NE(session, nullptr);
+    for (std::uint64_t batch = 1; batch <= epoch % 4; ++batch) {
+      session->Send(ShardMessage(epoch, batch, static_cast<int>(batch % 2)));
+    }
+    session->Break();
+    session = GreetAndLoad();
+    ASSERT_NE(session, nullptr);
+    FormEpoch(*session, epoch + 1);
+  }
+  RunBatch(*session, 20, 1);
+}
+
 TEST_F(WorkerTest, RestartedCoordinatorIsFoundWithinTwoSeconds) {
   std::shared_ptr<ControlSession> session = Serve(7);
   ASSERT_NE(session, nullptr);
