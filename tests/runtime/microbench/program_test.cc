@@ -1,0 +1,119 @@
+// epserve-microbench as its users start it.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace {
+
+using ::testing::HasSubstr;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string output;  // stdout and stderr
+};
+
+Outcome RunProgram(const std::string& arguments) {
+  Outcome outcome;
+  FILE* pipe = ::popen((std::string(MICROBENCH) + " " + arguments + " 2>&1").c_str(), "r");
+  if (pipe == nullptr) return outcome;
+  std::array<char, 4096> buffer;
+  for (std::size_t count; (count = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;) {
+    outcome.output.append(buffer.data(), count);
+  }
+  const int status = ::pclose(pipe);
+  outcome.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  return outcome;
+}
+
+constexpr char kSmall[] =
+    "alltoallv --backend=host --ranks=3 --tokens=40 --hidden=72 --topk=3 --experts=7 "
+    "--iterations=4 --warmup=1 ";
+
+TEST(MicrobenchProgramTest, SmallShapePrintsOneJsonObjectWithAllFigures) {
+  for (const std::string dtype : {"bf16", "fp16", "fp32"}) {
+    const Outcome outcome = RunProgram(kSmall + ("--json --dtype=" + dtype));
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.output;
+    const auto json = nlohmann::json::parse(outcome.output, nullptr, /*allow_exceptions=*/false);
+    ASSERT_TRUE(json.is_object()) << outcome.output;
+    for (const char* key : {"dispatch_us_p50", "dispatch_us_p99", "combine_us_p50",
+                            "combine_us_p99", "copy_limit_us", "remote_bytes_per_rank"}) {
+      ASSERT_TRUE(json.contains(key)) << key;
+      EXPECT_GT(json[key].get<double>(), 0.0) << key;
+    }
+    EXPECT_LE(json["dispatch_us_p50"], json["dispatch_us_p99"]);
+    EXPECT_LE(json["combine_us_p50"], json["combine_us_p99"]);
+    EXPECT_EQ(json["backend"], "host");
+    EXPECT_EQ(json["ranks"], 3);
+    EXPECT_EQ(json["tokens"], 40);
+    EXPECT_EQ(json["hidden"], 72);
+    EXPECT_EQ(json["topk"], 3);
+    EXPECT_EQ(json["experts"], 7);
+    EXPECT_EQ(json["dtype"], dtype);
+    EXPECT_EQ(json["iterations"], 4);
+    EXPECT_EQ(json["verified_tokens"], 3 * 40 * 2);
+  }
+}
+
+TEST(MicrobenchProgramTest, TableIsPrintedWithoutTheJsonFlag) {
+  const Outcome outcome = RunProgram(kSmall);
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.output, HasSubstr("plain copy"));
+  EXPECT_THAT(outcome.output, HasSubstr("dispatch"));
+}
+
+TEST(MicrobenchProgramTest, OneRankHasNothingRemoteAndStillRuns) {
+  const Outcome outcome = RunProgram(
+      "alltoallv --ranks=1 --tokens=8 --hidden=16 --topk=2 --experts=4 --iterations=2 --json");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.output;
+  EXPECT_EQ(nlohmann::json::parse(outcome.output)["remote_bytes_per_rank"], 0);
+}
+
+TEST(MicrobenchProgramTest, UnknownBackendIsRefusedNamingWhatIsBuilt) {
+  const Outcome outcome = RunProgram("alltoallv --backend=carrier-pigeon");
+  EXPECT_NE(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.output, HasSubstr("backend \"carrier-pigeon\" is not in this build"));
+  EXPECT_THAT(outcome.output, HasSubstr("host"));
+}
+
+TEST(MicrobenchProgramTest, BadArgumentsAreRefused) {
+  for (const char* arguments :
+       {"", "nothing", "alltoallv --ranks=0", "alltoallv --ranks=65", "alltoallv --dtype=int8",
+        "alltoallv --tokens=x", "alltoallv --topk=17", "alltoallv --unknown=1",
+        "alltoallv --topk=8 --experts=7"}) {
+    const Outcome outcome = RunProgram(arguments);
+    EXPECT_GT(outcome.exit_code, 0) << arguments;
+    EXPECT_FALSE(outcome.output.empty()) << arguments;
+  }
+}
+
+TEST(MicrobenchProgramTest, HelpAndVersionExitWithZero) {
+  const Outcome help = RunProgram("alltoallv --help");
+  EXPECT_EQ(help.exit_code, 0);
+  for (const char* flag : {"--backend", "--ranks", "--tokens", "--hidden", "--topk", "--experts",
+                           "--dtype", "--iterations", "--warmup", "--json"}) {
+    EXPECT_THAT(help.output, HasSubstr(flag));
+  }
+  const Outcome version = RunProgram("--version");
+  EXPECT_EQ(version.exit_code, 0);
+  EXPECT_THAT(version.output, HasSubstr("epserve-microbench "));
+}
+
+TEST(MicrobenchProgramTest, EnvironmentSetsWhatFlagsDoAndIsParsedAsStrictly) {
+  const std::string arguments = "alltoallv --tokens=8 --hidden=16 --iterations=2 --json";
+  ::setenv("EPSERVE_RANKS", "2", 1);
+  const Outcome accepted = RunProgram(arguments);
+  ::setenv("EPSERVE_RANKS", "0", 1);
+  const Outcome refused = RunProgram(arguments);
+  ::unsetenv("EPSERVE_RANKS");
+  ASSERT_EQ(accepted.exit_code, 0) << accepted.output;
+  EXPECT_EQ(nlohmann::json::parse(accepted.output)["ranks"], 2);
+  EXPECT_GT(refused.exit_code, 0);
+}
+
+}  // namespace
