@@ -20,7 +20,10 @@
 
 namespace epserve::runtime {
 
+enum class BenchBackend : std::uint8_t { kHost, kCuda };
+
 struct BenchParams {
+  BenchBackend backend = BenchBackend::kHost;
   int num_ranks = 4;
   std::int64_t tokens_per_rank = 2048;
   std::int64_t hidden = 2048;
@@ -31,14 +34,21 @@ struct BenchParams {
   int warmup = 5;
   std::uint32_t seed = 1;
   std::int64_t peer_timeout_ms = 60'000;
+  // Of the cuda backend alone.
+  bool decode = false;          // the low-latency path, replayed from a graph; else prefill
+  bool fp8 = false;             // rows are cast to fp8 on their way to the experts
+  int comm_blocks = 24;         // of dispatch, and of combine's push role (prefill)
+  int reduce_blocks = 24;       // of combine's reduce role (prefill)
   std::uint64_t owner_pid = 0;  // Of the launcher; names the cluster of heaps.
 };
 
 // The phases that are timed, each between two barriers.
-enum class Phase { kCopy, kDispatch, kCombine };
-inline constexpr int kNumPhases = 3;
+// kCopy: the bytes of dispatch, plainly copied. kCombineCopy: the bytes of combine, where they
+// differ. kPair: dispatch and combine back to back. The last two are measured on cuda alone.
+enum class Phase { kCopy, kDispatch, kCombine, kCombineCopy, kPair };
+inline constexpr int kNumPhases = 5;
 
-// On the monotonic clock, which all processes share.
+// On the monotonic clock, which all processes share; on cuda from 0, a GPU's own duration.
 struct TimeSpan {
   std::int64_t begin_ns = 0;
   std::int64_t end_ns = 0;
@@ -47,7 +57,8 @@ struct TimeSpan {
 struct RankEntry {
   std::uint32_t handle_bytes = 0;
   char handle[256] = {};
-  std::int64_t remote_rows = 0;  // rows that it sends to others
+  std::uint64_t dispatch_bytes = 0;  // of rows that it sends to others
+  std::uint64_t combine_bytes = 0;   // of rows that come back to others from it
   std::uint64_t heap_bytes = 0;
   std::int64_t verified_tokens = 0;  // over the verified iterations
   double max_relative_error = 0.0;   // of any token's row

@@ -12,21 +12,51 @@ namespace {
 constexpr char kDescription[] =
     "Measures epserve's runtime alone: no gRPC, no service, one process a rank.";
 
-// Backends that this build has, and those that it knows of.
+#ifdef EPSERVE_WITH_CUDA
+constexpr char kBuiltBackends[] = "host, cuda";
+constexpr bool kHasCuda = true;
+#else
 constexpr char kBuiltBackends[] = "host";
+constexpr bool kHasCuda = false;
+#endif
 
 std::string CheckBackend(const std::string& backend) {
-  if (backend == "host") return "";
+  if (backend == "host" || (kHasCuda && backend == "cuda")) return "";
   return "backend \"" + backend + "\" is not in this build, which has: " + kBuiltBackends;
+}
+
+void AddCuda(CLI::App* app, BenchParams* p) {
+  app->add_option_function<std::string>(
+         "--mode", [p](const std::string& mode) { p->decode = mode == "decode"; },
+         "Path of the cuda backend: prefill, or decode (graph replay)")
+      ->envname("EPSERVE_MODE")
+      ->check(CLI::IsMember({"prefill", "decode"}))
+      ->default_str("prefill");
+  app->add_flag("--fp8", p->fp8, "Cast bf16 rows to fp8 on their way to the experts (cuda)")
+      ->envname("EPSERVE_FP8");
+  app->add_option("--comm-blocks", p->comm_blocks,
+                  "Blocks of dispatch and of combine's push role (cuda, prefill)")
+      ->envname("EPSERVE_COMM_BLOCKS")
+      ->check(CLI::Range(1, 128))
+      ->capture_default_str();
+  app->add_option("--reduce-blocks", p->reduce_blocks,
+                  "Blocks of combine's reduce role (cuda, prefill)")
+      ->envname("EPSERVE_REDUCE_BLOCKS")
+      ->check(CLI::Range(1, 128))
+      ->capture_default_str();
 }
 
 void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
   BenchParams& p = options->params;
-  static std::string backend = "host";
-  app->add_option("--backend", backend, "What carries the rows; this build has: host")
+  app->add_option_function<std::string>(
+         "--backend",
+         [&p](const std::string& name) {
+           p.backend = name == "cuda" ? BenchBackend::kCuda : BenchBackend::kHost;
+         },
+         std::string("What carries the rows; this build has: ") + kBuiltBackends)
       ->envname("EPSERVE_BACKEND")
-      ->check(CLI::Validator(CheckBackend, "host", "backend"))
-      ->capture_default_str();
+      ->check(CLI::Validator(CheckBackend, "", "backend"))
+      ->default_str("host");
   app->add_option("--ranks", p.num_ranks, "Processes that exchange rows")
       ->envname("EPSERVE_RANKS")
       ->check(CLI::Range(1, kMaxRanks))
@@ -68,6 +98,7 @@ void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
       ->envname("EPSERVE_PEER_TIMEOUT_MS")
       ->check(CLI::Range(1, 3'600'000))
       ->capture_default_str();
+  AddCuda(app, &p);
   app->add_flag("--json", options->json, "Print one JSON object instead of a table")
       ->envname("EPSERVE_JSON");
 }

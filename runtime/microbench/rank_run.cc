@@ -12,6 +12,9 @@
 #include "runtime/alltoallv/host_exchange.h"
 #include "runtime/base/status.h"
 #include "runtime/microbench/workload.h"
+#ifdef EPSERVE_WITH_CUDA
+#include "runtime/microbench/cuda_rank_run.h"
+#endif
 
 namespace epserve::runtime {
 namespace {
@@ -24,9 +27,9 @@ std::int64_t NowNs() {
       .count();
 }
 
-class BenchRank {
+class HostBenchRank {
  public:
-  BenchRank(const Coordination& coordination, int rank)
+  HostBenchRank(const Coordination& coordination, int rank)
       : coordination_(coordination),
         params_(coordination.params()),
         rank_(rank),
@@ -38,7 +41,9 @@ class BenchRank {
   absl::Status Run() {
     EPS_RETURN_IF_ERROR(OpenHeaps());
     RankEntry& entry = coordination_.rank(rank_);
-    entry.remote_rows = counts_.NumSent(rank_) - counts_.at(rank_, rank_);
+    const std::uint64_t row_bytes = params_.hidden * DataTypeBytes(params_.dtype);
+    entry.dispatch_bytes = (counts_.NumSent(rank_) - counts_.at(rank_, rank_)) * row_bytes;
+    entry.combine_bytes = (counts_.NumReceived(rank_) - counts_.at(rank_, rank_)) * row_bytes;
     entry.heap_bytes = exchange_->heap_bytes();
     for (int i = -params_.warmup; i < params_.iterations; ++i) {
       // The first and the last are verified, so that a wrong warm-up or drift would show.
@@ -138,6 +143,20 @@ class BenchRank {
   std::uint64_t sequence_ = 0;
 };
 
+absl::Status RunBackendRank(const Coordination& coordination, int rank) {
+  switch (coordination.params().backend) {
+    case BenchBackend::kHost:
+      return HostBenchRank(coordination, rank).Run();
+    case BenchBackend::kCuda:
+#ifdef EPSERVE_WITH_CUDA
+      return RunCudaBenchRank(coordination, rank);
+#else
+      return absl::UnimplementedError("the cuda backend is not in this build");
+#endif
+  }
+  return absl::InternalError("unknown backend");
+}
+
 }  // namespace
 
 ExchangeConfig BenchExchangeConfig(const BenchParams& params, int rank) {
@@ -160,7 +179,7 @@ absl::Status RunBenchRank(const Coordination& coordination, int rank) {
     return absl::InvalidArgumentError(
         absl::StrCat("rank ", rank, " is outside [0, ", coordination.params().num_ranks, ")"));
   }
-  const absl::Status status = BenchRank(coordination, rank).Run();
+  const absl::Status status = RunBackendRank(coordination, rank);
   if (!status.ok()) {
     RankEntry& entry = coordination.rank(rank);
     const std::string text = status.ToString();

@@ -17,12 +17,15 @@ struct Percentiles {
 
 struct BenchReport {
   BenchParams params;
-  Percentiles copy;
+  Percentiles copy;  // plain copies of dispatch's bytes
   Percentiles dispatch;
+  Percentiles
+      combine_copy;  // and of combine's; measured apart on cuda, where fp8 makes them differ
   Percentiles combine;
-  // Bytes of rows that a rank sends to others in dispatch and reads from others in combine, which
-  // are as many; the mean over ranks. The plain copies carry exactly these.
-  std::uint64_t remote_bytes_per_rank = 0;
+  Percentiles pair;  // dispatch and combine back to back; cuda's decode path alone
+  // Bytes of rows that cross between ranks, the mean over ranks. The copies carry exactly these.
+  std::uint64_t remote_bytes_per_rank = 0;          // in dispatch
+  std::uint64_t combine_remote_bytes_per_rank = 0;  // in combine
   std::uint64_t heap_bytes_per_rank = 0;
   std::int64_t verified_tokens = 0;
   double max_relative_error = 0.0;
