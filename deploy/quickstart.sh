@@ -38,6 +38,9 @@ done
 # Flags given through the environment are meant for another service.
 unset "${!EPSERVE_@}"
 
+# With ccache, objects of one checkout serve another: paths count relative to the checkout.
+export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
+
 bin="$PWD/build/release/bin"
 programs=(epserve epserve-coordinator epserve-worker)
 # A name of its own, so that what is left behind can be told from any other cluster's.

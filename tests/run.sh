@@ -41,6 +41,9 @@ while (($#)); do
   shift
 done
 
+# With ccache, objects of one checkout serve another: paths count relative to the checkout.
+export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
+
 summary=()
 failed=0
 
