@@ -31,6 +31,11 @@ namespace {
 constexpr int kKeepaliveTimeMs = 10'000;
 constexpr int kKeepaliveTimeoutMs = 5'000;
 
+// Tensors of ordinary size pass without waiting for the receiver to widen its window, which gRPC's
+// own estimate does only after some round trips, by extra pings.
+constexpr int kStreamWindowBytes = 8 << 20;
+constexpr int kMaxFrameBytes = 1 << 20;
+
 // What is still being answered when the server stops gets so long to leave.
 constexpr auto kStopGrace = std::chrono::seconds(1);
 
@@ -116,6 +121,9 @@ struct Coordinator::Parts {
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
     builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kStreamWindowBytes);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kMaxFrameBytes);
     ports.assign(options.listen.size(), -1);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       builder.AddListeningPort(options.listen[i], grpc::InsecureServerCredentials(), &ports[i]);

@@ -24,7 +24,7 @@ void AddModelFlags(CLI::App& app, Options& options) {
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
   app.add_option("--cluster-id", options.cluster_id,
-                 "Name that coordinator and workers of one cluster share")
+                 "Name that coordinator and workers of one cluster share, [A-Za-z0-9_.-]{1,64}")
       ->envname("EPSERVE_CLUSTER_ID")
       ->capture_default_str();
 }
@@ -143,8 +143,14 @@ absl::Status ValidateOptions(const Options& options) {
           "[::1] or unix:PATH, or allow plaintext with --insecure"));
     }
   }
-  if (options.cluster_id.empty()) {
-    return absl::InvalidArgumentError("options: --cluster-id is empty; give the cluster a name");
+  // It becomes part of names of shared memory and sockets on the workers.
+  const bool safe_id =
+      !options.cluster_id.empty() && options.cluster_id.size() <= 64 &&
+      options.cluster_id.find_first_not_of(
+          "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == std::string::npos;
+  if (!safe_id) {
+    return absl::InvalidArgumentError(absl::StrCat("options: --cluster-id \"", options.cluster_id,
+                                                   "\" does not match [A-Za-z0-9_.-]{1,64}"));
   }
   const std::int64_t probe_tokens = std::max<std::int64_t>(2 * options.num_workers, 2);
   if (options.max_batch_tokens < probe_tokens) {

@@ -80,6 +80,7 @@ TEST(OptionsTest, WrongValuesAreRefusedByFlag) {
   EXPECT_THAT(Refusal({"--checkpoint=m", "--metrics-listen=unix:/x"}),
               HasSubstr("--metrics-listen"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--cluster-id="}), HasSubstr("--cluster-id"));
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--cluster-id=a/b"}), HasSubstr("--cluster-id"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--frobnicate"}), HasSubstr("--frobnicate"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--max-batch-tokens=7"}), HasSubstr("probe"));
 }
