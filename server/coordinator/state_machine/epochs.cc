@@ -11,9 +11,7 @@ namespace epserve::coordinator {
 
 std::optional<TimeUs> StateMachine::Impl::EpochStart() const {
   if (epoch_runs() || cluster_draining_) return std::nullopt;
-  for (const auto& [stream, session] : membership_.sessions()) {
-    if (session.epoch != 0) return std::nullopt;  // still quiescing
-  }
+  // Whoever has not quiesced keeps its rank and is not kLoaded.
   for (int rank = 0; rank < config_.num_workers; ++rank) {
     const Session* session = membership_.AtRank(rank);
     if (session == nullptr || session->state != WorkerState::kLoaded) return std::nullopt;
