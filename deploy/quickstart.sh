@@ -3,7 +3,8 @@
 # is missing, builds, makes a checkpoint, starts a coordinator and four workers, proves the answers
 # against an independent reference, drives load, and stops everything.
 #
-# Run as root or as a user who may use sudo. May be run again and again; a second run builds nothing.
+# Run as root or as a user who may use sudo. May be run again and again: a second run builds
+# nothing.
 set -euo pipefail
 
 usage() {
