@@ -161,6 +161,9 @@ TEST_F(DamagedCheckpointTest, ShapeThatIsNotItsBytesIsDataLoss) {
   const std::vector<nlohmann::json> shapes = {{48, 31},
                                               {std::uint64_t{1} << 32, std::uint64_t{1} << 32},
                                               {std::uint64_t{1} << 62, 8, 0},
+                                              // Four bytes times this is the tensor's size once
+                                              // more, but for the overflow.
+                                              {(std::uint64_t{1} << 62) + 48 * 32},
                                               {~std::uint64_t{0}},
                                               {-48, -32},
                                               {48.0, 32.0},

@@ -2,8 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <future>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "tests/runtime/engine/engine_cluster.h"
@@ -199,30 +201,35 @@ TEST_F(HostEngineStatesTest, CountsThatContradictTheShardAreRefused) {
 
 TEST_F(HostEngineStatesTest, AbortEndsAWaitAndHoldsUntilTheNextHeap) {
   EngineCluster cluster(path().string(), 2);
-  cluster.StartEpoch(1);
   const Batch batch = SmallBatch(1);
   ShardInput input;
-  input.sequence = 1;
   input.num_tokens = 2;
   input.topk = 2;
   input.hidden = batch.hidden.data();
   input.topk_ids = batch.ids.data();
   input.topk_weights = batch.weights.data();
   Engine& engine = cluster.engine(0);
-  ASSERT_TRUE(engine.Stage(input).ok());
   const CountMatrix counts = ComputeCountMatrix(batch.ids, 4, 2, cluster.placement());
-  // Rank 1 never dispatches.
-  auto waiting = std::async(std::launch::async, [&] { return engine.Dispatch(0, counts); });
-  engine.Abort();
-  EXPECT_EQ(waiting.get().code(), Code::kAborted);
-  engine.Discard(0);
-  input.sequence = 2;
-  ASSERT_TRUE(engine.Stage(input).ok());
-  EXPECT_EQ(engine.Dispatch(0, counts).code(), Code::kAborted);
-  engine.CloseEpoch();
-  EXPECT_EQ(engine.OpenPeers({}).code(), Code::kAborted);
+  // The abort comes before the wait in some rounds and into it in others; either must end it.
+  for (std::uint64_t round = 1; round <= 6; ++round) {
+    cluster.StartEpoch(round);
+    input.sequence = 1;
+    ASSERT_TRUE(engine.Stage(input).ok());
+    // Rank 1 never dispatches.
+    auto waiting = std::async(std::launch::async, [&] { return engine.Dispatch(0, counts); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(4 * (round - 1)));
+    engine.Abort();
+    ASSERT_EQ(waiting.wait_for(std::chrono::seconds(20)), std::future_status::ready);
+    EXPECT_EQ(waiting.get().code(), Code::kAborted);
+    engine.Discard(0);
+    input.sequence = 2;
+    ASSERT_TRUE(engine.Stage(input).ok());
+    EXPECT_EQ(engine.Dispatch(0, counts).code(), Code::kAborted);
+    engine.CloseEpoch();
+    EXPECT_EQ(engine.OpenPeers({}).code(), Code::kAborted);
+  }
   // The next epoch runs, with sequences from the start.
-  cluster.StartEpoch(2);
+  cluster.StartEpoch(7);
   EXPECT_TRUE(cluster.Run(SmallBatch(1)).ok());
 }
 
