@@ -257,6 +257,17 @@ class InferenceClient::AsyncCall : public PendingInfer,
   std::unique_ptr<grpc::Alarm> alarm_ ABSL_GUARDED_BY(mutex_);
 };
 
+namespace {
+
+// gRPC 1.51 runs callbacks on threads that are joined when the last channel with such calls goes.
+// A call's last holder may be one of those threads, which must not join itself; so the first
+// channel with such calls stays until the process ends, and the threads with it.
+void KeepCallbackThreads(const std::shared_ptr<grpc::Channel>& channel) {
+  [[maybe_unused]] static const auto* const kept = new std::shared_ptr<grpc::Channel>(channel);
+}
+
+}  // namespace
+
 std::shared_ptr<PendingInfer> InferenceClient::InferAsync(const InferRequest& request,
                                                           InferCallback done) {
   auto message = ToMessage(request);
@@ -277,6 +288,7 @@ std::shared_ptr<PendingInfer> InferenceClient::InferAsync(const InferRequest& re
   }
   auto call =
       std::make_shared<AsyncCall>(core_, request, std::move(message).value(), std::move(done));
+  KeepCallbackThreads(core_->channel);
   call->Start();
   return call;
 }
