@@ -8,6 +8,7 @@
 #include <ctime>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -20,8 +21,8 @@ struct LogState {
   std::shared_ptr<spdlog::logger> logger = MakeLogger();
 
   static std::shared_ptr<spdlog::logger> MakeLogger() {
-    auto logger =
-        std::make_shared<spdlog::logger>("epserve", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    auto sink = std::make_shared<spdlog::sinks::stderr_sink_mt>();
+    auto logger = std::make_shared<spdlog::logger>("epserve", std::move(sink));
     logger->set_pattern("%v");
     logger->flush_on(spdlog::level::trace);
     return logger;
@@ -97,8 +98,8 @@ LogField::LogField(std::string_view k, double v) : key(k), value(absl::StrCat(v)
 absl::Status InitLog(std::string_view program, std::string_view level, std::string_view format) {
   LogState& state = State();
   if (format != "text" && format != "json") {
-    return absl::InvalidArgumentError(absl::StrCat("log: format \"", std::string(format),
-                                                   "\" is unknown; use text or json"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("log: format \"", std::string(format), "\" is unknown; use text or json"));
   }
   spdlog::level::level_enum threshold;
   if (level == "debug") {

@@ -46,7 +46,8 @@ def test_made_checkpoint_opens_in_safetensors_and_serves_verified(
     directory = tmp_path / f"made-{layout}-{dtype}"
     result = run_program(
         "epserve", "make-checkpoint", "--output", directory, "--architecture", layout,
-        "--dtype", dtype, "--hidden", 128, "--intermediate", 160, "--experts", 8, "--topk", 2, "--layers", 2,
+        "--dtype", dtype, "--hidden", 128, "--intermediate", 160, "--experts", 8, "--topk", 2,
+        "--layers", 2,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     config = json.loads((directory / "config.json").read_text())
