@@ -1,10 +1,18 @@
 #include "runtime/symmetric/shared_flag.h"
 
 #include <gtest/gtest.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <ctime>
+#include <fstream>
+#include <iterator>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -13,6 +21,13 @@ namespace {
 
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
+
+// Whether the kernel shows the thread as sleeping.
+bool IsAsleep(pid_t thread) {
+  std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
+  const std::string stat((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  return stat.find(") S ") != std::string::npos;
+}
 
 class SharedFlagTest : public testing::Test {
  protected:
@@ -57,6 +72,25 @@ TEST_F(SharedFlagTest, ValuesWhoseLowHalfWrapsAreStillOrdered) {
   EXPECT_EQ(WaitForValue(&flag_, 0x100000000ull, Limits(milliseconds(60'000))),
             WaitResult::kReached);
   publisher.join();
+}
+
+// The slices of a wait would hide a publisher that wakes nobody, so this sleeper has none.
+TEST_F(SharedFlagTest, PublishWakesASleeperInTheKernel) {
+  flag_.waiters.store(1);
+  std::atomic<bool> woken{false};
+  std::atomic<pid_t> sleeper_id{0};
+  std::thread sleeper([&] {
+    sleeper_id.store(::gettid());
+    timespec timeout{};
+    timeout.tv_sec = 60;
+    // 0: woken. EAGAIN: the value had changed before it fell asleep.
+    const long result = ::syscall(SYS_futex, &flag_.value, FUTEX_WAIT, 0u, &timeout, nullptr, 0);
+    woken.store(result == 0 || errno == EAGAIN);
+  });
+  while (!IsAsleep(sleeper_id.load())) std::this_thread::yield();
+  Publish(&flag_, 1);
+  sleeper.join();
+  EXPECT_TRUE(woken.load());
 }
 
 // Many more waiters than cores, each round waiting for all the others: a lost wake-up would cost
