@@ -277,18 +277,3 @@ def test_directory_that_is_not_there_is_named(tmp_path):
             program, "--checkpoint", tmp_path / "nowhere", *more, timeout_s=20
         )
         check_refusal(result, ["nowhere"])
-
-
-def test_worker_with_another_checkpoint_is_rejected_and_ends(checkpoint, start_cluster):
-    with start_cluster(checkpoint(), workers=1) as cluster:
-        other = checkpoint(experts=12)
-        result = run_program(
-            "epserve-worker",
-            *("--checkpoint", other.path),
-            *("--cluster-id", cluster.id),
-            *("--coordinator", cluster.target),
-            *("--worker-id", "stranger"),
-            timeout_s=20,
-        )
-        check_refusal(result, ["checkpoint"])
-        assert cluster.is_ready()

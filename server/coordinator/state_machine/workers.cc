@@ -21,10 +21,21 @@ void StateMachine::Impl::On(const WorkerHello& event) {
                                    EpochId{1} << 62, "; restart the worker")});
     return;
   }
-  // This very process touches no peer any more, so nobody need wait for its old lease.
   if (Session* older = membership_.FindWorker(event.worker_id)) {
+    // A process that is gone has taken its stream with it, or falls silent. One that is alive keeps
+    // its name: two of one name would otherwise throw each other out for ever.
+    if (older->incarnation != event.incarnation && now_us_ < HeardUntil(*older)) {
+      const std::string reason =
+          absl::StrCat("worker id ", event.worker_id,
+                       " is held by another process that is alive; give every worker a "
+                       "--worker-id of its own");
+      Log(Notice::Level::kWarning, "worker_turned_away", absl::StrCat("reason=\"", reason, "\""));
+      Emit(CloseStream{event.stream, reason});
+      return;
+    }
     LoseWorker(*older, "a newer connection of the same worker id replaced it", true);
   }
+  // This very process touches no peer any more, so nobody need wait for its old lease.
   membership_.LiftFence(event.worker_id, event.incarnation);
   next_epoch_ = std::max(next_epoch_, event.last_epoch + 1);
 

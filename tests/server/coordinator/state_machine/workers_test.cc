@@ -178,6 +178,24 @@ TEST(WorkersTest, NewProcessOfTheLostWorkerDoesNotLiftItsFence) {
   EXPECT_FALSE(Has<SendCreateHeap>(cluster.Load(1, 1)));
 }
 
+TEST(WorkersTest, SecondProcessOfALivingWorkersNameIsTurnedAwayAndDisturbsNobody) {
+  TestCluster cluster;
+  cluster.Serve();
+  const Commands commands = cluster.Join("w1", {.incarnation = "w1#2"});
+  EXPECT_THAT(First<CloseStream>(commands)->reason, HasSubstr("w1"));
+  EXPECT_FALSE(Has<SendEpochEnded>(commands));
+  EXPECT_EQ(cluster.snapshot().workers.size(), 4u);
+  EXPECT_TRUE(cluster.snapshot().serving);
+}
+
+TEST(WorkersTest, NewConnectionOfTheSameProcessReplacesTheOldOne) {
+  TestCluster cluster;
+  cluster.Serve();
+  const Commands commands = cluster.Join("w1", {.held_rank = 1, .held_num_ranks = 4});
+  EXPECT_THAT(First<CloseStream>(commands)->reason, HasSubstr("replaced"));
+  EXPECT_TRUE(Has<SendEpochEnded>(commands));
+}
+
 TEST(WorkersTest, SameProcessComingBackLiftsItsFence) {
   TestCluster cluster;
   cluster.Serve();

@@ -1,0 +1,73 @@
+"""Who may join a cluster: a worker that differs in what must agree is told so, and ends."""
+
+import pytest
+
+from checkpoints import relative_error
+from cluster import Program, run_program, wait_until
+from infer import infer, random_batch
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint, start_cluster):
+    with start_cluster(checkpoint(), workers=1) as running:
+        yield running
+
+
+def join(cluster, **changes):
+    flags = {
+        "checkpoint": cluster.checkpoint.path,
+        "cluster-id": cluster.id,
+        "coordinator": cluster.target,
+        "worker-id": "stranger",
+    } | changes
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return run_program("epserve-worker", *words, timeout_s=20)
+
+
+def check_refusal(cluster, result, *words):
+    assert result.returncode > 0, result
+    for word in words:
+        assert str(word) in result.stderr
+    # Nobody else noticed.
+    assert [worker.worker_id for worker in cluster.status().workers] == ["w0"]
+    assert cluster.is_ready()
+
+
+def test_worker_with_another_checkpoint_is_rejected_and_ends(cluster, checkpoint):
+    result = join(cluster, checkpoint=checkpoint(experts=12).path)
+    check_refusal(cluster, result, "stranger", "checkpoint")
+
+
+def test_worker_with_another_batch_limit_is_rejected_with_both_and_ends(cluster):
+    result = join(cluster, **{"max-batch-tokens": 128})
+    check_refusal(cluster, result, 128, 4096, "--max-batch-tokens")
+
+
+def test_worker_of_another_cluster_is_rejected_with_both_and_ends(cluster):
+    result = join(cluster, **{"cluster-id": "another"})
+    check_refusal(cluster, result, "another", cluster.id)
+
+
+def test_second_worker_of_one_name_waits_and_does_not_disturb_the_first(
+    checkpoint, start_cluster, rng
+):
+    served = checkpoint()
+    with start_cluster(served, workers=1) as cluster:
+        batch = random_batch(served.spec, rng, 4)
+        epoch = cluster.status().epoch
+        first = cluster.workers[0]
+        second = Program(
+            cluster.directory / "second.log", "epserve-worker",
+            "--checkpoint", served.path, "--cluster-id", cluster.id,
+            "--coordinator", cluster.target, "--worker-id", "w0",
+        )  # fmt: skip
+        cluster.programs.append(second)
+        wait_until(lambda: second.log().count("--worker-id of its own") > 2, 10, "it is told why")
+        assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
+        assert (cluster.status().epoch, first.alive()) == (epoch, True)
+        first.kill()
+        cluster.wait_status(
+            lambda s: s.state == "serving" and s.epoch > epoch, 10, "the second takes over"
+        )
+        assert [worker.pid for worker in cluster.status().workers] == [second.pid]
+        assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
