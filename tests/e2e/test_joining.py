@@ -62,7 +62,9 @@ def test_second_worker_of_one_name_waits_and_does_not_disturb_the_first(
             "--coordinator", cluster.target, "--worker-id", "w0",
         )  # fmt: skip
         cluster.programs.append(second)
-        wait_until(lambda: second.log().count("--worker-id of its own") > 2, 10, "it is told why")
+        turned_away = lambda: cluster.coordinator.log().count("worker_turned_away")
+        wait_until(lambda: turned_away() > 2, 10, "it has tried again")
+        assert "--worker-id of its own" in second.log()
         assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
         assert (cluster.status().epoch, first.alive()) == (epoch, True)
         first.kill()
