@@ -229,9 +229,10 @@ TEST(ExpertFfnTest, IdTwiceInARowCountsTwice) {
 }
 
 TEST(ExpertFfnTest, RowsPerExpertAreAddedToWhatIsThere) {
-  Fixture fixture(kShapes[3], DataType::kFp32, 9);
+  // More than one chunk of rows, each of which adds its own.
+  Fixture fixture({16, 16, 4, 5000, 2}, DataType::kFp32, 9);
   fixture.Run();
-  std::vector<std::int64_t> want(2);
+  std::vector<std::int64_t> want(4);
   for (const std::int32_t id : fixture.ids()) {
     if (id >= 0) ++want[static_cast<std::size_t>(id)];
   }
