@@ -7,8 +7,6 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -34,13 +32,6 @@ bool IsPlainName(std::string_view name) {
          name.find('/') == std::string_view::npos && name.find('\0') == std::string_view::npos;
 }
 
-// Where the link leads that `fd` was opened through; empty if that cannot be told.
-std::string ResolvedPath(int fd) {
-  std::error_code error;
-  const auto path = std::filesystem::read_symlink(absl::StrCat("/proc/self/fd/", fd), error);
-  return error ? std::string() : path.string();
-}
-
 }  // namespace
 
 absl::StatusOr<InputFile> InputFile::Open(const std::string& directory, std::string_view name) {
@@ -61,14 +52,6 @@ absl::StatusOr<InputFile> InputFile::Open(const std::string& directory, std::str
   if (::fstat(fd.get(), &info) != 0 || !S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(
         absl::StrCat("checkpoint: ", directory, "/", file, " is not a regular file"));
-  }
-  const std::string root = ResolvedPath(dir.get());
-  const std::string resolved = ResolvedPath(fd.get());
-  if (root.empty() || !resolved.starts_with(root == "/" ? root : root + "/")) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("checkpoint: ", directory, "/", file,
-                     " is a link that leaves the checkpoint directory; "
-                     "copy the file into it"));
   }
   return InputFile(file, std::move(fd), static_cast<std::uint64_t>(info.st_size));
 }

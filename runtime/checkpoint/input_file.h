@@ -17,7 +17,8 @@ namespace epserve::runtime {
 class InputFile {
  public:
   // Opens `directory`/`name`. NOT_FOUND: there is no such file. INVALID_ARGUMENT: the name is not a
-  // plain file name, the file is not a regular one, or a symbolic link leads out of the directory.
+  // plain file name, or the file is not a regular one. Symbolic links are followed wherever they
+  // lead: the hub's download cache is made of links out of the snapshot's directory.
   static absl::StatusOr<InputFile> Open(const std::string& directory, std::string_view name);
 
   const std::string& name() const { return name_; }

@@ -302,10 +302,13 @@ TEST_F(DamagedShardsTest, ShardNameThatLeavesTheDirectoryIsInvalid) {
   }
 }
 
-TEST_F(DamagedShardsTest, LinkThatLeavesTheDirectoryIsInvalid) {
-  std::filesystem::rename(path() / shard_, directory_.path() / "outside.safetensors");
-  std::filesystem::create_symlink("../outside.safetensors", path() / shard_);
-  ExpectRefused(Code::kInvalidArgument, {shard_, "leaves the checkpoint directory"});
+// As in the hub's download cache, whose snapshots are links to blobs elsewhere.
+TEST_F(DamagedShardsTest, LinkOutOfTheDirectoryIsFollowedAndItsTargetChecked) {
+  std::filesystem::rename(path() / shard_, directory_.path() / "blob");
+  std::filesystem::create_symlink("../blob", path() / shard_);
+  EXPECT_TRUE(ReadModelInfo(path().string()).ok());
+  WriteFileBytes(directory_.path() / "blob", "short");
+  ExpectRefused(Code::kDataLoss, {shard_});
 }
 
 TEST_F(DamagedShardsTest, ShardThatIsNoRegularFileIsInvalid) {
