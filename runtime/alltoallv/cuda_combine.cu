@@ -13,7 +13,7 @@ namespace epserve::runtime {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kWarpTeamThreads = 512;
+constexpr int kWarpTeamThreads = 1024;
 constexpr int kBlockTeamThreads = 256;
 
 struct CombineShared {
@@ -23,13 +23,16 @@ struct CombineShared {
 };
 
 // Adds the team's listed rows into `out`, in the order of the list. Two rows' pieces are on their
-// way at a time, so that the latency of memory is paid once for both.
-template <typename Element, RowTeam kTeam>
-__device__ void AddRows(const CombineShared& shared, std::int64_t num_vectors, uint4* out) {
+// way at a time, so that the latency of memory is paid once for both; `while_loading` runs once
+// while the first are.
+template <typename Element, RowTeam kTeam, typename WhileLoading>
+__device__ void AddRows(const CombineShared& shared, std::int64_t num_vectors, uint4* out,
+                        WhileLoading while_loading) {
   using T = Team<kTeam>;
   using V = Vector16<Element>;
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = kTeam == RowTeam::kWarp ? 2 : 4;
   const int num_sources = shared.num_sources[T::index()];
+  bool first_loads = true;
   for (std::int64_t start = T::rank(); start < num_vectors; start += kUnroll * T::size()) {
     float sum[kUnroll][V::kElements] = {};
     for (int s = 0; s < num_sources; s += 2) {
@@ -43,6 +46,10 @@ __device__ void AddRows(const CombineShared& shared, std::int64_t num_vectors, u
         // From L2: a peer may have written the row since this SM last saw the line.
         if (v < num_vectors) a[u] = __ldcg(first + v);
         if (v < num_vectors && paired) b[u] = __ldcg(second + v);
+      }
+      if (first_loads) {
+        first_loads = false;
+        while_loading();
       }
       const float first_weight = shared.weight[T::index()][s];
       const float second_weight = shared.weight[T::index()][paired ? s + 1 : s];
@@ -59,6 +66,7 @@ __device__ void AddRows(const CombineShared& shared, std::int64_t num_vectors, u
       if (v < num_vectors) out[v] = V::Pack(sum[u]);
     }
   }
+  if (first_loads) while_loading();  // No row, or none of its pieces was this thread's.
 }
 
 // A received row: the j-th from `source`.
@@ -67,10 +75,13 @@ struct ReceivedRow {
   std::int64_t j;
 };
 
+// Writes one row to its source and returns its flag, yet to be raised. Raises `flag_before`, the
+// flag of the team's row before, while it waits for this one's pieces: a release waits until its
+// stores have arrived, which takes as long.
 template <typename Element, RowTeam kTeam>
-__device__ void PushRow(const CudaCombineArgs& args, const AreaUse& use,
-                        const ReceivedRow& received, std::int64_t num_vectors,
-                        CombineShared* shared) {
+__device__ std::uint64_t* PushRow(const CudaCombineArgs& args, const AreaUse& use,
+                                  const ReceivedRow& received, std::int64_t num_vectors,
+                                  std::uint64_t* flag_before, CombineShared* shared) {
   using T = Team<kTeam>;
   const AreaLayout& layout = args.area.layout;
   const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
@@ -95,13 +106,14 @@ __device__ void PushRow(const CudaCombineArgs& args, const AreaUse& use,
   T::sync();
   std::byte* there = args.area.heap[received.source] + use.byte_offset;
   const std::int64_t partial = args.return_base[received.source] + received.j;
-  AddRows<Element, kTeam>(
-      *shared, num_vectors,
-      reinterpret_cast<uint4*>(there + layout.partials) + partial * num_vectors);
+  AddRows<Element, kTeam>(*shared, num_vectors,
+                          reinterpret_cast<uint4*>(there + layout.partials) + partial * num_vectors,
+                          [&] {
+                            if (flag_before != nullptr && T::rank() == 0)
+                              PublishRow(flag_before, use.use);
+                          });
   T::sync();  // Orders the team's stores before the release; frees the list.
-  if (T::rank() == 0) {
-    PublishRow(reinterpret_cast<std::uint64_t*>(there + layout.row_flags) + partial, use.use);
-  }
+  return reinterpret_cast<std::uint64_t*>(there + layout.row_flags) + partial;
 }
 
 template <typename Element, RowTeam kTeam>
@@ -117,6 +129,7 @@ __device__ void Push(const CudaCombineArgs& args, const AreaUse& use, std::int64
     longest = rows > longest ? rows : longest;
   }
   const std::int64_t teams = static_cast<std::int64_t>(args.push_blocks) * T::count();
+  std::uint64_t* flag = nullptr;  // of the team's last row
   // Sources take turns, this rank's own rows last of each turn, so that all links carry evenly.
   for (std::int64_t i = static_cast<std::int64_t>(T::index()) * args.push_blocks + blockIdx.x;
        i < longest * num_ranks; i += teams) {
@@ -124,8 +137,11 @@ __device__ void Push(const CudaCombineArgs& args, const AreaUse& use, std::int64
     const std::int64_t rows =
         args.recv_rows[source] >= 0 ? args.recv_rows[source] : __ldcg(counts + source);
     const ReceivedRow received{source, i / num_ranks};
-    if (received.j < rows) PushRow<Element, kTeam>(args, use, received, num_vectors, shared);
+    if (received.j < rows) {
+      flag = PushRow<Element, kTeam>(args, use, received, num_vectors, flag, shared);
+    }
   }
+  if (flag != nullptr && T::rank() == 0) PublishRow(flag, use.use);
 }
 
 template <typename Element, RowTeam kTeam>
@@ -159,7 +175,7 @@ __device__ void Reduce(const CudaCombineArgs& args, const AreaUse& use, std::int
     }
     T::sync();
     AddRows<Element, kTeam>(*shared, num_vectors,
-                            static_cast<uint4*>(args.out) + token * num_vectors);
+                            static_cast<uint4*>(args.out) + token * num_vectors, [] {});
     T::sync();
   }
 }
