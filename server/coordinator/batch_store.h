@@ -1,7 +1,7 @@
 // What the host keeps of batches in flight: it cuts requests into shards, takes in the shards'
 // output rows, and puts them together again.
 //
-// Thread safety: none; the host's thread.
+// Thread safety: none; whoever has the host's turn.
 // Invariants: a batch is kept from its start until Erase(); a shard's rows are taken once and only
 // where their size is right.
 #ifndef EPSERVE_SERVER_COORDINATOR_BATCH_STORE_H_

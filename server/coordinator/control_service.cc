@@ -24,9 +24,9 @@ constexpr std::size_t kMaxWaitingMessages = 1024;
 
 using Reactor = grpc::ServerBidiReactor<v1::WorkerMessage, v1::CoordinatorMessage>;
 
-// The stream of one worker. gRPC calls the On... methods from its threads, the host the
-// WorkerStream methods from its own. Lives until both have let go: gRPC at OnDone, the host at
-// StreamClosed.
+// The stream of one worker. gRPC calls the On... methods, the host the WorkerStream methods, each
+// from any thread, and the host may do so from within what an On... method reports. Lives until
+// both have let go: gRPC at OnDone, the host at StreamClosed.
 //
 // gRPC allows one read and one write at a time, and one Finish. Finish waits for the write in
 // flight; where the peer does not read, TryCancel makes that write fail.

@@ -44,16 +44,22 @@ void Host::Start() {
   machine_ = std::make_unique<StateMachine>(config_);
   batches_ = std::make_unique<BatchStore>(machine_->placement(), hidden_, config_.topk);
   UpdateGauges();
-  thread_ = std::thread([this] { Run(); });
+  timer_ = std::thread([this] { KeepTime(); });
+  RunTurn();
 }
 
 void Host::Stop() {
   {
-    std::lock_guard<std::mutex> lock(mu_);
-    stopping_ = true;
-    wake_.notify_one();
+    std::unique_lock<std::mutex> lock(mu_);
+    if (std::exchange(stopping_, true)) return;
+    if (timer_.joinable()) changed_.wait(lock, [this] { return !turn_taken_; });
+    turn_taken_ = true;  // The last turn, never given up.
+    changed_.notify_all();
   }
-  if (thread_.joinable()) thread_.join();
+  if (timer_.joinable()) timer_.join();
+  for (Item& item : inbox_) Refuse(item);  // What came before a Start() that never was.
+  inbox_.clear();
+  Shut();
 }
 
 TimeUs Host::NowUs() { return ToUs(Clock::now()); }
@@ -61,18 +67,20 @@ TimeUs Host::NowUs() { return ToUs(Clock::now()); }
 // ---- from other threads
 
 void Host::Post(Item item) {
-  bool wake = false;
   bool refused = false;
   {
     std::lock_guard<std::mutex> lock(mu_);
     refused = stopping_;
     if (!refused) {
       inbox_.push_back(std::move(item));
-      wake = std::exchange(sleeping_, false);
+      if (std::exchange(turn_taken_, true)) return;
     }
   }
-  if (refused) Refuse(item);  // NOLINT(bugprone-use-after-move): it was not moved
-  if (wake) wake_.notify_one();
+  if (refused) {
+    Refuse(item);  // NOLINT(bugprone-use-after-move): it was not moved
+  } else {
+    RunTurn();
+  }
 }
 
 void Host::Refuse(Item& item) {
@@ -137,40 +145,51 @@ void Host::DrainWorker(std::string worker_id, std::function<void(absl::Status)> 
 
 void Host::DrainCluster() { Post(Drain{}); }
 
-// ---- the host's thread
+// ---- in the turn
 
-bool Host::TakeItems(std::vector<Item>& items) {
-  items.clear();
-  const std::optional<TimeUs> deadline = machine_->NextDeadline();
-  std::unique_lock<std::mutex> lock(mu_);
-  if (inbox_.empty() && !stopping_) {
-    sleeping_ = true;
-    const auto roused = [this] { return !inbox_.empty() || stopping_; };
-    if (deadline.has_value()) {
-      wake_.wait_until(lock, Clock::time_point(std::chrono::microseconds(*deadline)), roused);
-    } else {
-      wake_.wait(lock, roused);
+void Host::RunTurn() {
+  for (;;) {
+    // After the waiting events: a heartbeat that came in time counts even if this turn is late.
+    std::optional<TimeUs> deadline = machine_->NextDeadline();
+    {
+      std::lock_guard<std::mutex> lock(mu_);
+      if (inbox_.empty() && (!deadline.has_value() || NowUs() < *deadline)) {
+        deadline_us_ = deadline.value_or(kNever);
+        GiveUpTurn();
+        return;
+      }
+      taken_.swap(inbox_);
     }
-    sleeping_ = false;
-  }
-  items.swap(inbox_);
-  return !stopping_;
-}
-
-void Host::Run() {
-  std::vector<Item> items;
-  bool running = true;
-  while (running) {
-    running = TakeItems(items);
-    for (Item& item : items) {
+    for (Item& item : taken_) {
       std::visit([this](auto& content) { Handle(content); }, item);
     }
-    // After the waiting events: a heartbeat that came in time counts even if this thread is late.
-    const std::optional<TimeUs> deadline = machine_->NextDeadline();
+    taken_.clear();
+    deadline = machine_->NextDeadline();
     if (deadline.has_value() && NowUs() >= *deadline) ApplyEvent(Tick{});
     UpdateGauges();
   }
-  Shut();
+}
+
+void Host::GiveUpTurn() {
+  turn_taken_ = false;
+  if (stopping_ || deadline_us_ < timer_wakes_us_) changed_.notify_all();
+}
+
+void Host::KeepTime() {
+  std::unique_lock<std::mutex> lock(mu_);
+  while (!stopping_) {
+    timer_wakes_us_ = turn_taken_ ? kNever : deadline_us_;
+    if (timer_wakes_us_ == kNever) {
+      changed_.wait(lock);
+    } else if (NowUs() < timer_wakes_us_) {
+      changed_.wait_until(lock, Clock::time_point(std::chrono::microseconds(timer_wakes_us_)));
+    } else {
+      turn_taken_ = true;
+      lock.unlock();
+      RunTurn();
+      lock.lock();
+    }
+  }
 }
 
 void Host::Shut() {

@@ -1,11 +1,17 @@
-// Runs the pure state machine: owns its thread, its clock and everything that it must not know
+// Runs the pure state machine: owns its clock, its turn and everything that it must not know
 // (payloads, streams, metrics, logs).
 //
-//   gRPC threads ──post──► inbox ──(one wake-up per burst)──► host thread: Apply ─► commands
-//                                       worker streams, replies, probe check, metrics ◄──┘
+//   gRPC threads ──post──► inbox ──► the turn: Apply ─► commands ─► worker streams, replies,
+//   timer thread ──due──────────────┘                               probe check, metrics
+//
+// One thread at a time has the turn. Whoever posts while nobody has it takes it, and empties the
+// inbox before giving it up; whoever posts meanwhile just leaves. So a request or a worker's answer
+// is acted on by the very thread that read it, without waking another. The timer takes the turn
+// when the state machine's deadline comes.
 //
 // Thread-safe: every public method may be called from any thread; none waits for another request
-// but Stop(). Hooks and query callbacks run on the host's thread.
+// but Stop(). Hooks and query callbacks run in the turn, and within calls of this class: no lock
+// that they take may be held around such a call.
 //
 // Invariants: a submitted request is completed once. After Stop() nothing is accepted: requests and
 // queries are answered UNAVAILABLE at once.
@@ -71,7 +77,7 @@ class Host : public RequestSink {
   ~Host() override;  // Stops.
 
   void Start();
-  // Answers what is left, closes every stream, ends the thread. Idempotent.
+  // Answers what is left, closes every stream, ends the timer. Idempotent.
   void Stop();
 
   // ---- front door
@@ -123,9 +129,10 @@ class Host : public RequestSink {
 
   void Post(Item item);
   static void Refuse(Item& item);  // what is posted after Stop()
-  void Run();
-  bool TakeItems(std::vector<Item>& items);  // false: stop
-  void Shut();                               // on the host's thread, last
+  void RunTurn();                  // REQUIRES: this thread set turn_taken_
+  void GiveUpTurn();               // REQUIRES: mu_ held, by the thread that has the turn
+  void KeepTime();                 // the timer's thread
+  void Shut();                     // in the last turn
 
   void Handle(WorkerReport& report);
   void Handle(std::unique_ptr<PendingRequest>& request);
@@ -175,12 +182,15 @@ class Host : public RequestSink {
   std::atomic<StreamId> next_stream_{1};
 
   std::mutex mu_;
-  std::condition_variable wake_;
-  std::vector<Item> inbox_;  // guarded by mu_
-  bool sleeping_ = false;    // guarded by mu_; whether a post has to wake the thread
-  bool stopping_ = false;    // guarded by mu_
+  std::condition_variable changed_;
+  std::vector<Item> inbox_;         // guarded by mu_
+  bool turn_taken_ = true;          // guarded by mu_; until Start() nobody can take it
+  bool stopping_ = false;           // guarded by mu_
+  TimeUs deadline_us_ = kNever;     // guarded by mu_; of the state machine, while no turn is taken
+  TimeUs timer_wakes_us_ = kNever;  // guarded by mu_; when the timer looks next by itself
 
-  // Of the host's thread alone.
+  // Of whoever has the turn.
+  std::vector<Item> taken_;
   std::unique_ptr<StateMachine> machine_;
   std::unique_ptr<BatchStore> batches_;
   std::unordered_map<StreamId, StreamRecord> streams_;
@@ -190,7 +200,7 @@ class Host : public RequestSink {
   std::deque<Event> raised_;  // by commands; applied once the commands before are carried out
   std::vector<std::vector<std::uint64_t>> expert_rows_;  // [layers][E]
 
-  std::thread thread_;
+  std::thread timer_;
 };
 
 }  // namespace epserve::coordinator

@@ -1,4 +1,4 @@
-// How the host carries out each command of the state machine. All on the host's thread.
+// How the host carries out each command of the state machine. All in the host's turn.
 #include <algorithm>
 #include <utility>
 
