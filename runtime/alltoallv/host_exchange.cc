@@ -397,28 +397,19 @@ void HostExchange::SumPartials(int slot_index, void* out) const {
     const SlotView view{heaps_[rank] + layout_.SlotOffset(slot_index), &layout_};
     next[rank] = view.partial_rows() + slot.counts->ReceiveOffset(config_.rank, rank) * row_bytes;
   }
-  // The partials of token t, in ascending ranks, so that the sum has the same bits every time.
-  std::array<std::array<const std::byte*, kMaxRanks>, 2> rows;
-  std::array<std::size_t, 2> num_rows{};
-  const auto gather = [&](std::int64_t t) {
-    std::size_t count = 0;
-    if (t < slot.num_tokens) {
-      for (std::uint64_t left = slot.token_destinations[t]; left != 0; left &= left - 1) {
-        const int rank = std::countr_zero(left);
-        rows[t % 2][count++] = next[rank];
-        next[rank] += row_bytes;
-      }
-    }
-    num_rows[t % 2] = count;
-  };
   // Streamed stores are of 16 bytes; rows and `out` need not stand on such borders.
   const bool aligned = reinterpret_cast<std::uintptr_t>(out) % 16 == 0 && row_bytes % 16 == 0;
   const CopyKind kind = aligned ? KindFor(slot.num_tokens * row_bytes) : CopyKind::kCached;
-  gather(0);
+  std::array<const std::byte*, kMaxRanks> rows{};
   for (std::int64_t t = 0; t < slot.num_tokens; ++t) {
-    gather(t + 1);
-    SumRows(dtype, kind, std::span(rows[t % 2]).first(num_rows[t % 2]),
-            std::span(rows[(t + 1) % 2]).first(num_rows[(t + 1) % 2]),
+    std::size_t num_rows = 0;
+    // Ascending ranks, so that the sum has the same bits every time.
+    for (std::uint64_t left = slot.token_destinations[t]; left != 0; left &= left - 1) {
+      const int rank = std::countr_zero(left);
+      rows[num_rows++] = next[rank];
+      next[rank] += row_bytes;
+    }
+    SumRows(dtype, kind, std::span(rows).first(num_rows),
             static_cast<std::byte*>(out) + t * row_bytes, config_.hidden);
   }
   if (kind == CopyKind::kStreamed) FenceStreamedCopies();

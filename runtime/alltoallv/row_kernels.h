@@ -23,12 +23,10 @@ void FenceStreamedCopies();
 
 // out[h] = rows[0][h] + rows[1][h] + ..., added in that order in fp32 and rounded once.
 // `rows` [n] each [count] of `type`, `out` [count]; kFp32, kFp16 or kBf16. No rows give zeros, and
-// one row gives its very bits. `next_rows` are those that the next call will sum: they are fetched
-// meanwhile, because rows lie too far apart for the hardware to see them coming. `kind` is how
-// `out` is written.
+// one row gives its very bits. `kind` is how `out` is written.
 // REQUIRES: no overlap, all aligned to the element; for kStreamed, `out` is 16-byte aligned.
-void SumRows(DataType type, CopyKind kind, std::span<const std::byte* const> rows,
-             std::span<const std::byte* const> next_rows, std::byte* out, std::size_t count);
+void SumRows(DataType type, CopyKind kind, std::span<const std::byte* const> rows, std::byte* out,
+             std::size_t count);
 
 }  // namespace epserve::runtime
 
