@@ -215,6 +215,22 @@ class RequestFuzzTest : public testing::Test {
     }
   }
 
+  // Puts a value at the edge of what is allowed where an element begins.
+  void SpoilElement(std::string& bytes) {
+    constexpr float kInf = std::numeric_limits<float>::infinity();
+    const std::int64_t id = OneOf<std::int64_t>({-1, 7, 8, -2, std::int64_t{1} << 32, 255});
+    const auto narrow_id = static_cast<std::int32_t>(id);
+    const float weight = OneOf<float>({0.0f, kInf, -kInf, NAN, 1e38f});
+    const std::size_t kind = Below(3);
+    const std::size_t size = kind == 0 ? sizeof(id) : sizeof(weight);
+    if (bytes.size() < size) return;
+    const std::size_t at = Below(bytes.size() / size) * size;
+    const void* value = &weight;
+    if (kind == 0) value = &id;
+    if (kind == 1) value = &narrow_id;
+    std::memcpy(bytes.data() + at, value, size);
+  }
+
   void SpoilRaw(ModelInferRequest& message) {
     if (message.raw_input_contents_size() == 0 || OneIn(5)) {
       return message.add_raw_input_contents(std::string(Below(60), 'r'));
@@ -222,11 +238,12 @@ class RequestFuzzTest : public testing::Test {
     auto* raw = message.mutable_raw_input_contents(
         static_cast<int>(Below(static_cast<std::size_t>(message.raw_input_contents_size()))));
     if (OneIn(3)) return raw->resize(Below(200));
+    if (OneIn(2)) return SpoilElement(*raw);
     if (!raw->empty()) (*raw)[Below(raw->size())] = static_cast<char>(Below(256));
   }
 
   void SpoilField(ModelInferRequest& message) {
-    switch (Below(10)) {
+    switch (Below(12)) {
       case 0:
         return message.set_model_name(AnyName());
       case 1:
@@ -247,6 +264,8 @@ class RequestFuzzTest : public testing::Test {
       case 6:
         return message.clear_raw_input_contents();
       case 7:
+      case 8:
+      case 9:
         return SpoilRaw(message);
       default:
         return SpoilInput(message);
@@ -343,7 +362,7 @@ TEST_F(RequestFuzzTest, SpoiltRequestsAreRefusedOrHoldEveryInvariant) {
     random_.seed(seed);
     ModelInferRequest message = ValidMessage();
     ASSERT_TRUE(Feed(message.SerializeAsString())) << message.ShortDebugString();
-    const std::size_t spoils = 1 + Below(4);
+    const std::size_t spoils = 1 + Below(3);
     for (std::size_t i = 0; i < spoils; ++i) SpoilField(message);
     passed += Feed(message.SerializeAsString());
     std::string bytes = message.SerializeAsString();

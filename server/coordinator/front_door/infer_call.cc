@@ -88,7 +88,11 @@ class Reactor final : public grpc::ServerUnaryReactor {
   }
 
  private:
-  void OnCancel() override { call_->Cancel(); }
+  void OnCancel() override {
+    // A share of its own: once Cancel() has answered, the call may end on another thread.
+    const std::shared_ptr<InferCall> call = call_;
+    call->Cancel();
+  }
   void OnDone() override { delete this; }
 
   const std::shared_ptr<InferCall> call_;

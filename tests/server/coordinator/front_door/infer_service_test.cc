@@ -5,10 +5,8 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
-#include <condition_variable>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -164,19 +162,16 @@ TEST_F(InferServiceTest, BytesThatAreNoMessageGetAMessageFromEveryMethod) {
     const grpc::ByteBuffer garbage(&slice, 1);
     grpc::ByteBuffer reply;
     ClientContext context;
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::unique_ptr<grpc::Status> result;
-    generic.UnaryCall(&context, method, grpc::StubOptions(), &garbage, &reply,
-                      [&](const grpc::Status& status) {
-                        const std::lock_guard lock(mutex);
-                        result = std::make_unique<grpc::Status>(status);
-                        changed.notify_all();
-                      });
-    std::unique_lock lock(mutex);
-    ASSERT_TRUE(changed.wait_for(lock, kPatience, [&] { return result != nullptr; })) << method;
-    EXPECT_FALSE(result->ok()) << method;
-    EXPECT_THAT(result->error_message(), Not(IsEmpty())) << method;
+    grpc::CompletionQueue queue;
+    const auto call = generic.PrepareUnaryCall(&context, method, garbage, &queue);
+    call->StartCall();
+    grpc::Status status;
+    call->Finish(&reply, &status, &status);
+    void* tag = nullptr;
+    bool ok = false;
+    ASSERT_TRUE(queue.Next(&tag, &ok)) << method;
+    EXPECT_FALSE(status.ok()) << method;
+    EXPECT_THAT(status.error_message(), Not(IsEmpty())) << method;
   }
 }
 
