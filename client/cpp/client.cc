@@ -261,9 +261,10 @@ namespace {
 
 // gRPC 1.51 runs callbacks on threads that are joined when the last channel with such calls goes.
 // A call's last holder may be one of those threads, which must not join itself; so the first
-// channel with such calls stays until the process ends, and the threads with it.
+// channel with such calls stays until the process ends, and the threads with it. "used" keeps the
+// pointer in the program, by which a leak checker finds the channel still held.
 void KeepCallbackThreads(const std::shared_ptr<grpc::Channel>& channel) {
-  [[maybe_unused]] static const auto* const kept = new std::shared_ptr<grpc::Channel>(channel);
+  [[gnu::used]] static const auto* const kept = new std::shared_ptr<grpc::Channel>(channel);
 }
 
 }  // namespace
