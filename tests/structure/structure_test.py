@@ -17,7 +17,7 @@ MAX_LINES = 500
 MAX_COLUMNS = 100
 CODE = {".h", ".cc", ".cu", ".cuh", ".proto", ".py", ".sh"}
 CPP = {".h", ".cc", ".cu", ".cuh"}
-SKIPPED = {".git", ".venv", "build", "__pycache__", ".pytest_cache"}
+SKIPPED = {"build", "__pycache__"}
 PROGRAMS = {
     "epserve-coordinator": [],
     "epserve-worker": [],
@@ -37,7 +37,12 @@ def files(*folders, suffixes=CODE):
     found = []
     for folder in folders or (".",):
         for directory, names, leaves in os.walk(ROOT / folder):
-            names[:] = [name for name in names if name not in SKIPPED]
+            # Of hidden folders only .ci is the repository's.
+            names[:] = [
+                name
+                for name in names
+                if name not in SKIPPED and (name == ".ci" or not name.startswith("."))
+            ]
             for leaf in leaves:
                 path = pathlib.Path(directory, leaf).relative_to(ROOT)
                 if path.suffix in suffixes:
