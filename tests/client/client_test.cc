@@ -1,7 +1,8 @@
 #include "client/cpp/client.h"
 
-#include <condition_variable>
+#include <atomic>
 #include <future>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -165,20 +166,34 @@ TEST_F(ClientTest, WaitPastTheDeadlineIsNotBegun) {
   EXPECT_EQ(client.Infer(request).status().code(), absl::StatusCode::kResourceExhausted);
 }
 
-// Lets a handler wait until it is released or the call is cancelled.
+// A handler that waits until its call is cancelled. Holds for several calls, each of which keeps
+// what it needs alive.
 class Gate {
  public:
   FakeService::Handler Handler() {
-    return [this](grpc::ServerContext& context, const inference::ModelInferRequest& request,
-                  inference::ModelInferResponse& response) {
-      entered.Notify();
-      while (!context.IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
-      cancelled.Notify();
-      return FakeService::Echo(context, request, response);
-    };
+    return
+        [state = state_](grpc::ServerContext& context, const inference::ModelInferRequest& request,
+                         inference::ModelInferResponse& response) {
+          ++state->entered;
+          while (!context.IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
+          ++state->cancelled;
+          return FakeService::Echo(context, request, response);
+        };
   }
-  absl::Notification entered;
-  absl::Notification cancelled;
+  int entered() const { return state_->entered; }
+  void WaitForEntered() const {
+    while (state_->entered == 0) absl::SleepFor(absl::Milliseconds(1));
+  }
+  void WaitForCancelled() const {
+    while (state_->cancelled == 0) absl::SleepFor(absl::Milliseconds(1));
+  }
+
+ private:
+  struct State {
+    std::atomic<int> entered{0};
+    std::atomic<int> cancelled{0};
+  };
+  const std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
 TEST_F(ClientTest, DeadlineEndsTheCallAndReachesTheServer) {
@@ -186,9 +201,11 @@ TEST_F(ClientTest, DeadlineEndsTheCallAndReachesTheServer) {
   service_.set_handler(gate.Handler());
   InferenceClient client = Client();
   InferRequest request = Request();
-  request.timeout = absl::Milliseconds(50);
-  EXPECT_EQ(client.Infer(request).status().code(), absl::StatusCode::kDeadlineExceeded);
-  gate.cancelled.WaitForNotification();
+  // On a busy machine a short deadline may pass before the call has reached the server.
+  for (request.timeout = absl::Milliseconds(50); gate.entered() == 0; request.timeout *= 2) {
+    EXPECT_EQ(client.Infer(request).status().code(), absl::StatusCode::kDeadlineExceeded);
+  }
+  gate.WaitForCancelled();
 }
 
 TEST_F(ClientTest, CancelEndsTheCallAndReachesTheServer) {
@@ -198,10 +215,10 @@ TEST_F(ClientTest, CancelEndsTheCallAndReachesTheServer) {
   std::promise<absl::StatusOr<InferResult>> promise;
   const auto call = client.InferAsync(
       Request(), [&](absl::StatusOr<InferResult> result) { promise.set_value(std::move(result)); });
-  gate.entered.WaitForNotification();
+  gate.WaitForEntered();
   call->Cancel();
   EXPECT_EQ(promise.get_future().get().status().code(), absl::StatusCode::kCancelled);
-  gate.cancelled.WaitForNotification();
+  gate.WaitForCancelled();
   EXPECT_EQ(service_.calls(), 1);
 }
 

@@ -46,6 +46,11 @@ TEST(OptionsTest, MistakesAreRefusedByName) {
   EXPECT_THAT(error({"up"}), HasSubstr("--checkpoint"));
   EXPECT_THAT(error({"up", "--checkpoint=x", "--workers=0"}), HasSubstr("--workers"));
   EXPECT_THAT(error({"up", "--checkpoint=x", "--workers=two"}), HasSubstr("two"));
+  EXPECT_THAT(error({"up", "--checkpoint=x", "--lease-ms=-1"}), HasSubstr("'-1'"));
+  EXPECT_THAT(error({"up", "--checkpoint=x", "--slots=two"}), HasSubstr("--slots"));
+  EXPECT_THAT(error({"up", "--checkpoint=x", "--max-batch-tokens=1e3"}), HasSubstr("'1e3'"));
+  EXPECT_THAT(error({"up", "--checkpoint=x", "--queue-capacity=99999999999999999999"}),
+              HasSubstr("--queue-capacity"));
   EXPECT_THAT(error({"bench", "--dtype=fp64"}), HasSubstr("--dtype"));
   EXPECT_THAT(error({"bench", "--tokens=1x"}), HasSubstr("1x"));
   EXPECT_THAT(error({"bench", "--unheard-of=1"}), HasSubstr("--unheard-of"));
@@ -69,6 +74,7 @@ TEST(OptionsTest, HelpAndVersionAreTextWithoutACommand) {
   EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("--concurrency"));
   EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("127.0.0.1:8001"));
   EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("EPSERVE_SERVER"));
+  EXPECT_THAT(Parse({"bench", "--help"})->text, HasSubstr("at most --timeout later"));
   EXPECT_THAT(Parse({"--version"})->text, HasSubstr(EPSERVE_VERSION));
 }
 
@@ -87,6 +93,20 @@ TEST(OptionsTest, UpHandsFlagsOnToThoseWhoTakeThem) {
   EXPECT_THAT(up.worker_args, Contains("--log-format=json"));
   EXPECT_TRUE(up.restart);
   EXPECT_FALSE(ParseAs<UpOptions>({"up", "--checkpoint=dir", "--no-restart"}).restart);
+}
+
+TEST(OptionsTest, UpHandsLimitsOfMessagesAndTimesToTheCoordinatorAlone) {
+  const auto up = ParseAs<UpOptions>({"up", "--checkpoint=dir", "--max-message-bytes=1000000",
+                                      "--formation-timeout-ms=700", "--batch-timeout-ms=800"});
+  for (const char* argument :
+       {"--max-message-bytes=1000000", "--formation-timeout-ms=700", "--batch-timeout-ms=800"}) {
+    EXPECT_THAT(up.coordinator_args, Contains(argument));
+    EXPECT_THAT(up.worker_args, Not(Contains(argument)));
+  }
+  // What is not given is the children's own to choose.
+  const auto defaults = ParseAs<UpOptions>({"up", "--checkpoint=dir"});
+  EXPECT_THAT(defaults.coordinator_args, Not(Contains(HasSubstr("batch"))));
+  EXPECT_THAT(defaults.coordinator_args, Not(Contains(HasSubstr("formation"))));
 }
 
 TEST(OptionsTest, ListsAndWordsAreReadStrictly) {

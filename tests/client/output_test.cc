@@ -54,6 +54,23 @@ TEST(ProgressTest, BarFillsSmoothlyAndKeepsItsWidth) {
   for (int i = 0; i <= 100; ++i) EXPECT_EQ(DisplayWidth(Bar(i / 100.0, 28)), 28u) << i;
 }
 
+TEST(ProgressTest, PercentStaysWithinItsRange) {
+  EXPECT_EQ(Percent(0.424), " 42 %");
+  EXPECT_EQ(Percent(21.29), "100 %");
+  EXPECT_EQ(Percent(-1), "  0 %");
+}
+
+TEST(FormatTest, PrintableKeepsTextAndEscapesWhatSteersATerminal) {
+  EXPECT_EQ(Printable("worker-0 — größe 模型 \U0001F600"), "worker-0 — größe 模型 \U0001F600");
+  EXPECT_EQ(Printable("a\x1b[2Jb\n\x7f"), "a\\x1b[2Jb\\x0a\\x7f");
+  EXPECT_EQ(Printable("\xc2\x9b"
+                      "1m"),
+            "\\xc2\\x9b"
+            "1m");
+  EXPECT_EQ(Printable("\xff\xc0\xaf\xed\xa0\x80\xe2\x82"),
+            "\\xff\\xc0\\xaf\\xed\\xa0\\x80\\xe2\\x82");
+}
+
 TEST(BenchReportTest, PercentilesAreOfTheNearestRank) {
   std::vector<double> values;
   for (int i = 100; i >= 1; --i) values.push_back(i);
@@ -146,6 +163,22 @@ TEST(StatusTest, TableShowsRanksFirstAndExpertsWithoutWorker) {
   EXPECT_THAT(text, HasSubstr("0-3"));
   EXPECT_THAT(text, HasSubstr("100 %"));
   EXPECT_LT(text.find("worker-0"), text.find("spare"));
+}
+
+TEST(StatusTest, ControlCharactersInNamesAreEscaped) {
+  ClusterState cluster = Cluster();
+  cluster.model = "model\x1b[2J";
+  cluster.state = "state\x1b]0;";
+  cluster.workers[0].worker_id = "spare\r";
+  cluster.workers[0].state = "away\b";
+  cluster.workers[1].node = "node\xc2\x9b";
+  const std::string text = RenderStatus(cluster, kPlain);
+  for (const char* shown :
+       {"model\\x1b[2J", "state\\x1b]0;", "spare\\x0d", "away\\x08", "node\\xc2\\x9b"}) {
+    EXPECT_THAT(text, HasSubstr(shown));
+  }
+  for (const char c : text) EXPECT_TRUE(c == '\n' || static_cast<unsigned char>(c) >= 0x20);
+  EXPECT_THAT(text, Not(HasSubstr("\xc2\x9b")));
 }
 
 TEST(StatusTest, JsonHasItsShape) {

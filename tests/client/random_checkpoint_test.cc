@@ -1,5 +1,8 @@
 #include "client/command/random_checkpoint.h"
 
+#include <signal.h>
+#include <sys/resource.h>
+
 #include <cmath>
 #include <set>
 #include <tuple>
@@ -147,6 +150,53 @@ TEST(RandomCheckpointTest, ProgressEndsAtTheTotal) {
   ASSERT_TRUE(summary.ok());
   EXPECT_EQ(last, summary->bytes);
   EXPECT_EQ(total, summary->bytes);
+}
+
+// Lets this process write no file beyond `bytes`, for the length of a test.
+class ScopedFileLimit {
+ public:
+  explicit ScopedFileLimit(rlim_t bytes) : handler_(signal(SIGXFSZ, SIG_IGN)) {
+    getrlimit(RLIMIT_FSIZE, &before_);
+    rlimit limit = before_;
+    limit.rlim_cur = bytes;
+    setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~ScopedFileLimit() {
+    setrlimit(RLIMIT_FSIZE, &before_);
+    signal(SIGXFSZ, handler_);
+  }
+
+ private:
+  rlimit before_{};
+  void (*handler_)(int);
+};
+
+TEST(RandomCheckpointTest, FailureLeavesNothingOfWhatItMade) {
+  const TestDirectory directory;
+  MakeCheckpointOptions options = Small(directory.path());
+  options.output_dir = directory.File("new/checkpoint");
+  options.num_shards = 5;
+  options.num_experts = 4;
+  // Room for some shards, which hold a different number of bytes each, and not for all.
+  ASSERT_TRUE(WriteRandomCheckpoint(options, nullptr).ok());
+  std::set<std::uintmax_t> sizes;
+  for (const auto& entry : std::filesystem::directory_iterator(options.output_dir)) {
+    if (entry.path().extension() == ".safetensors") sizes.insert(entry.file_size());
+  }
+  ASSERT_GT(sizes.size(), 1u);
+  std::filesystem::remove_all(directory.File("new"));
+  for (const std::uintmax_t bytes : {std::uintmax_t{1000}, *sizes.rbegin() - 1}) {
+    const ScopedFileLimit limit(bytes);
+    const auto failed = WriteRandomCheckpoint(options, nullptr);
+    EXPECT_EQ(failed.status().code(), absl::StatusCode::kResourceExhausted) << failed.status();
+    EXPECT_THAT(std::string(failed.status().message()), HasSubstr("make room"));
+    EXPECT_FALSE(std::filesystem::exists(directory.File("new"))) << bytes;
+  }
+  // A directory that was there before stays, empty as it was.
+  std::filesystem::create_directories(options.output_dir);
+  const ScopedFileLimit limit(1000);
+  EXPECT_FALSE(WriteRandomCheckpoint(options, nullptr).ok());
+  EXPECT_TRUE(std::filesystem::is_empty(options.output_dir));
 }
 
 TEST(RandomCheckpointTest, ImpossibleShapesAreRefused) {

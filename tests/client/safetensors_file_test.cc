@@ -185,5 +185,15 @@ TEST_F(SafetensorsFileTest, UnfinishedWriterLeavesNothing) {
   EXPECT_TRUE(std::filesystem::is_empty(directory_.path()));
 }
 
+TEST(SafetensorsWriterTest, FullDiskIsResourceExhausted) {
+  const TestDirectory directory;
+  std::filesystem::create_symlink("/dev/full", directory.File("full.safetensors.partial"));
+  const absl::Status status = WriteSafetensors(directory.File("full.safetensors"),
+                                               {{"x", MakeTensor(ElementType::kF32, {1}, {1})}});
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_NE(status.message().find("No space left"), std::string::npos) << status;
+  EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
+}
+
 }  // namespace
 }  // namespace epserve::client

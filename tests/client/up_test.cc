@@ -22,6 +22,7 @@ namespace epserve::client {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -66,7 +67,7 @@ class UpTest : public ::testing::Test {
                                       "--workers=2",
                                       "--listen=127.0.0.1:0",
                                       "--metrics-listen=127.0.0.1:0",
-                                      "--ready-file=" + directory_.File("ready")};
+                                      "--ready-file=" + directory_.File(ready_file_)};
     words.insert(words.end(), more.begin(), more.end());
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
@@ -114,6 +115,7 @@ class UpTest : public ::testing::Test {
   }
 
   TestDirectory directory_;
+  std::string ready_file_ = "ready";
   pid_t pid_ = -1;
 };
 
@@ -228,7 +230,29 @@ TEST_F(UpTest, MissingProgramIsSaidBeforeAnythingStarts) {
   Start();
   EXPECT_EQ(Wait(), 1);
   EXPECT_THAT(directory_.Read("err"), HasSubstr("epserve-worker"));
+  EXPECT_THAT(directory_.Read("err"), EndsWith("--program-dir\n"));
   EXPECT_FALSE(std::filesystem::exists(directory_.File("started-coordinator")));
+}
+
+TEST_F(UpTest, ReadyFileThatCannotBeWrittenIsSaidBeforeAnythingStarts) {
+  std::filesystem::create_directory(directory_.File("directory"));
+  for (const char* path : {"no/such/ready", "directory"}) {
+    ready_file_ = path;
+    Start();
+    EXPECT_EQ(Wait(), 1);
+    EXPECT_THAT(directory_.Read("err"), HasSubstr("--ready-file '" + directory_.File(path)));
+    EXPECT_FALSE(std::filesystem::exists(directory_.File("started-coordinator"))) << path;
+  }
+}
+
+TEST_F(UpTest, LogDirectoryThatCannotBeWrittenIsSaidBeforeAnythingStarts) {
+  directory_.Write("file", "");
+  for (const char* path : {"no/such", "file"}) {
+    Start({"--log-dir=" + directory_.File(path)});
+    EXPECT_EQ(Wait(), 1);
+    EXPECT_THAT(directory_.Read("err"), HasSubstr("--log-dir '" + directory_.File(path)));
+    EXPECT_FALSE(std::filesystem::exists(directory_.File("started-coordinator"))) << path;
+  }
 }
 
 TEST(AddressTest, ReachableAddressIsThatOfAClientOnThisMachine) {

@@ -1,0 +1,67 @@
+#include "client/command/load_generator.h"
+
+#include "absl/time/clock.h"
+#include "gtest/gtest.h"
+#include "tests/client/fake_service.h"
+
+namespace epserve::client {
+namespace {
+
+std::vector<InferRequest> Inputs(absl::Duration timeout) {
+  InferRequest request;
+  request.model = "fake";
+  request.hidden_states = MakeTensor(ElementType::kF32, {1, 2}, {1, 2});
+  request.timeout = timeout;
+  return {request};
+}
+
+TEST(LoadGeneratorTest, ClosedLoopPausesAfterAFailure) {
+  FakeService service;
+  service.set_handler([](grpc::ServerContext&, const inference::ModelInferRequest&,
+                         inference::ModelInferResponse&) {
+    return grpc::Status(grpc::StatusCode::UNAVAILABLE, "no worker");
+  });
+  InferenceClient client({.target = service.target()});
+  LoadPlan plan;
+  plan.concurrency = 2;
+  plan.duration = absl::Milliseconds(300);
+  const LoadResult result =
+      RunLoad(client, Inputs(absl::Seconds(30)), plan, [](std::int64_t, double) {});
+  EXPECT_GE(result.samples.size(), 2u);
+  EXPECT_LE(result.samples.size(), 2u * (300 / 20 + 1));
+  EXPECT_EQ(result.first_message.at("UNAVAILABLE"), "no worker");
+}
+
+TEST(LoadGeneratorTest, ClosedLoopDoesNotPauseAfterAnAnswer) {
+  FakeService service;
+  InferenceClient client({.target = service.target()});
+  LoadPlan plan;
+  plan.requests = 100;
+  const LoadResult result =
+      RunLoad(client, Inputs(absl::Seconds(30)), plan, [](std::int64_t, double) {});
+  EXPECT_EQ(result.samples.size(), 100u);
+  EXPECT_LT(result.seconds, 100 * 0.020);
+}
+
+TEST(LoadGeneratorTest, OpenLoopStartsNothingAfterItsDurationAgainstAStalledService) {
+  FakeService service;
+  service.set_handler([](grpc::ServerContext& context, const inference::ModelInferRequest&,
+                         inference::ModelInferResponse&) {
+    while (!context.IsCancelled()) absl::SleepFor(absl::Milliseconds(5));
+    return grpc::Status::CANCELLED;
+  });
+  InferenceClient client({.target = service.target()});
+  LoadPlan plan;
+  plan.rate = 1000;
+  plan.duration = absl::Milliseconds(200);
+  plan.max_under_way = 4;
+  const LoadResult result =
+      RunLoad(client, Inputs(absl::Seconds(1)), plan, [](std::int64_t, double) {});
+  EXPECT_EQ(result.samples.size(), 4u);
+  for (const Sample& sample : result.samples) {
+    EXPECT_EQ(sample.code, absl::StatusCode::kDeadlineExceeded);
+  }
+}
+
+}  // namespace
+}  // namespace epserve::client
