@@ -103,8 +103,9 @@ std::string RenderBenchReport(const BenchReport& report, const Terminal& termina
     Table errors({{"error"}, {"count", Align::kRight}, {"first message"}});
     for (const auto& [code, count] : report.errors) {
       const auto message = report.first_message.find(code);
-      errors.AddRow({Cell(code, Color::kRed), FormatCount(static_cast<std::uint64_t>(count)),
-                     message == report.first_message.end() ? std::string() : message->second});
+      errors.AddRow(
+          {Cell(code, Color::kRed), FormatCount(static_cast<std::uint64_t>(count)),
+           message == report.first_message.end() ? std::string() : Printable(message->second)});
     }
     text += "\n" + errors.Render(terminal);
   }

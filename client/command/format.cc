@@ -1,6 +1,8 @@
 #include "client/command/format.h"
 
+#include <algorithm>
 #include <cmath>
+#include <string_view>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -11,6 +13,24 @@ namespace {
 
 std::string ThreeDigits(double value) {
   return absl::StrFormat(value < 9.995 ? "%.2f" : value < 99.95 ? "%.1f" : "%.0f", value);
+}
+
+// Bytes of the character that `text` begins with, if it is one that may be shown; else 0.
+std::size_t ShownCharacter(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  if (byte(0) < 0x80) return byte(0) >= 0x20 && byte(0) != 0x7f ? 1 : 0;
+  const std::size_t size = byte(0) >= 0xf0 ? 4 : byte(0) >= 0xe0 ? 3 : 2;
+  if (byte(0) < 0xc2 || byte(0) > 0xf4 || text.size() < size) return 0;
+  for (std::size_t i = 1; i < size; ++i) {
+    if ((byte(i) & 0xc0u) != 0x80u) return 0;
+  }
+  // Overlong forms, surrogates, and what lies past the last character.
+  if (byte(0) == 0xe0 && byte(1) < 0xa0) return 0;
+  if (byte(0) == 0xed && byte(1) >= 0xa0) return 0;
+  if (byte(0) == 0xf0 && byte(1) < 0x90) return 0;
+  if (byte(0) == 0xf4 && byte(1) >= 0x90) return 0;
+  // U+0080 to U+009F are control characters too.
+  return byte(0) == 0xc2 && byte(1) < 0xa0 ? 0 : size;
 }
 
 }  // namespace
@@ -51,5 +71,19 @@ std::string FormatCount(std::uint64_t count) {
 }
 
 std::string FormatError(double error) { return absl::StrFormat("%.1e", error); }
+
+std::string Printable(const std::string& text) {
+  std::string shown;
+  for (std::size_t i = 0; i < text.size();) {
+    const std::size_t size = ShownCharacter(std::string_view(text).substr(i));
+    if (size == 0) {
+      absl::StrAppendFormat(&shown, "\\x%02x", static_cast<unsigned char>(text[i]));
+    } else {
+      shown.append(text, i, size);
+    }
+    i += std::max<std::size_t>(size, 1);
+  }
+  return shown;
+}
 
 }  // namespace epserve::client

@@ -1,4 +1,4 @@
-// Numbers for people: "1.23 ms", "96.0 MiB", "12 345". Pure functions.
+// Numbers and names for people: "1.23 ms", "96.0 MiB", "12,345". Pure functions.
 #ifndef EPSERVE_CLIENT_COMMAND_FORMAT_H_
 #define EPSERVE_CLIENT_COMMAND_FORMAT_H_
 
@@ -17,6 +17,9 @@ std::string FormatBytes(std::uint64_t bytes);
 std::string FormatCount(std::uint64_t count);
 // "1.2e-07".
 std::string FormatError(double error);
+// `text` with every control character and every byte that is not UTF-8 as "\\x1b": what another
+// machine sent must not steer the terminal that shows it.
+std::string Printable(const std::string& text);
 
 }  // namespace epserve::client
 

@@ -1,5 +1,6 @@
 #include "client/command/load_generator.h"
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <utility>
@@ -13,9 +14,8 @@ namespace epserve::client {
 namespace {
 
 constexpr absl::Duration kProgressInterval = absl::Milliseconds(50);
-// An open loop against a stalled service must not fill memory: past this many requests under way
-// the next ones start late, and their time still counts from when they were due.
-constexpr std::int64_t kMaxUnderWay = 4096;
+// A service that refuses at once must not be asked as fast as it refuses.
+constexpr absl::Duration kPauseAfterFailure = absl::Milliseconds(20);
 
 class Recorder {
  public:
@@ -34,11 +34,13 @@ class Recorder {
     --under_way_;
   }
 
-  void WaitForRoom() {
+  // Waits at most `timeout` until fewer than `most` requests are under way, and adds one if so.
+  bool TakeRoom(std::int64_t most, absl::Duration timeout) {
     absl::MutexLock lock(&mutex_);
-    mutex_.Await(absl::Condition(
-        +[](Recorder* self) { return self->under_way_ < kMaxUnderWay; }, this));
-    ++under_way_;
+    const auto has_room = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return under_way_ < most; };
+    const bool room = mutex_.AwaitWithTimeout(absl::Condition(&has_room), timeout);
+    if (room) ++under_way_;
+    return room;
   }
   void Begin() {
     absl::MutexLock lock(&mutex_);
@@ -82,7 +84,9 @@ void RunClosedLoop(InferenceClient& client, const std::vector<InferRequest>& inp
         if (plan.requests > 0 && index >= plan.requests) break;
         recorder.Begin();
         const absl::Time began = absl::Now();
-        recorder.Record(began, client.Infer(inputs[index % inputs.size()]));
+        const auto result = client.Infer(inputs[index % inputs.size()]);
+        recorder.Record(began, result);
+        if (!result.ok()) absl::SleepFor(std::min(kPauseAfterFailure, until - absl::Now()));
       }
       running.fetch_sub(1);
     });
@@ -105,7 +109,13 @@ void RunOpenLoop(InferenceClient& client, const std::vector<InferRequest>& input
       report();
       absl::SleepFor(std::min(due - now, kProgressInterval));
     }
-    recorder->WaitForRoom();
+    // Against a service that falls behind, a request may be due and yet find no room in time.
+    bool room = false;
+    for (absl::Time now = absl::Now(); !room && now < until; now = absl::Now()) {
+      room = recorder->TakeRoom(plan.max_under_way, std::min(until - now, kProgressInterval));
+      if (!room) report();
+    }
+    if (!room) break;
     client.InferAsync(inputs[index % inputs.size()],
                       [recorder, due](const absl::StatusOr<InferResult>& result) {
                         recorder->Record(due, result);

@@ -1,11 +1,12 @@
 // Drives load at a service and records how each request went.
 //
-// Closed loop: `concurrency` requests are under way at once; the next starts when one ends. Open
-// loop: requests start at a fixed rate whatever the service does, and their time counts from when
-// they were due, so that a stall shows in every request that it delayed.
+// Closed loop: `concurrency` requests are under way at once; the next starts when one ends, and a
+// little later where it failed. Open loop: requests start at a fixed rate whatever the service
+// does, and their time counts from when they were due, so that a stall shows in every request that
+// it delayed. A request that finds no room before the duration is over does not start at all.
 //
-// Thread safety: RunLoad is called by one thread and returns when every request has ended; it
-// draws on `inputs` from several threads.
+// Thread safety: RunLoad is called by one thread and returns when every request has ended, which is
+// at most the requests' timeout after the duration; it draws on `inputs` from several threads.
 #ifndef EPSERVE_CLIENT_COMMAND_LOAD_GENERATOR_H_
 #define EPSERVE_CLIENT_COMMAND_LOAD_GENERATOR_H_
 
@@ -26,6 +27,9 @@ struct LoadPlan {
   double rate = 0;                                     // Requests a second; 0: closed loop.
   std::int64_t requests = 0;                           // Started at most; 0: no limit.
   absl::Duration duration = absl::InfiniteDuration();  // No request starts after it.
+  // An open loop against a stalled service must not fill memory: past this many requests under way
+  // the next ones start late, and their time still counts from when they were due.
+  std::int64_t max_under_way = 4096;
 };
 
 struct Sample {

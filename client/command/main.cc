@@ -7,6 +7,7 @@
 #include "client/command/bench.h"
 #include "client/command/child_process.h"
 #include "client/command/drain.h"
+#include "client/command/format.h"
 #include "client/command/infer.h"
 #include "client/command/make_checkpoint.h"
 #include "client/command/options.h"
@@ -36,11 +37,11 @@ int Fail(const std::string& name, const absl::Status& status, int code) {
   if (message.find("failed to connect") != std::string::npos) {
     message += "; start the service with epserve up, or say where it is with --server";
   }
-  std::fprintf(
-      stderr, "%s\n",
-      Terminal::Of(stderr)
-          .Paint(Color::kRed, text + absl::StatusCodeToString(status.code()) + ": " + message)
-          .c_str());
+  std::fprintf(stderr, "%s\n",
+               Terminal::Of(stderr)
+                   .Paint(Color::kRed, text + absl::StatusCodeToString(status.code()) + ": " +
+                                           Printable(message))
+                   .c_str());
   return code;
 }
 

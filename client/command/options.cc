@@ -19,33 +19,52 @@ constexpr std::int64_t kMost = std::int64_t{1} << 40;
 CLI::Range AtLeast(std::int64_t least) { return CLI::Range(least, kMost); }
 CLI::Range Seconds(double least) { return CLI::Range(least, 1e7); }
 
+// The children know each flag's range; that it is a number at all is said before they start.
+std::string IsWholeNumber(const std::string& text) {
+  std::int64_t value = 0;
+  const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+  if (digits && absl::SimpleAtoi(text, &value)) return "";
+  return "'" + text + "' is not a whole number from 0";
+}
+
 // A flag that `up` hands on to its children as it is.
 struct PassThrough {
   const char* name;
   const char* description;
   bool coordinator;
   bool worker;
+  bool number = false;
 };
 
 constexpr PassThrough kPassThrough[] = {
     {"--model-name", "Name the model is served under (default: the directory's base name)", true,
      false},
     {"--cluster-id", "Name that coordinator and workers share (default: epserve)", true, true},
-    {"--max-batch-tokens", "Most tokens of one batch (default: 4096)", true, true},
+    {"--max-batch-tokens", "Most tokens of one batch (default: 4096)", true, true, true},
     {"--batch-window-us",
-     "How long a request waits for others to merge with, microseconds (default: 0)", true, false},
-    {"--queue-capacity", "Most requests that wait in the queue (default: 256)", true, false},
-    {"--slots", "Batches in flight (default: 2)", true, true},
+     "How long a request waits for others to merge with, microseconds (default: 0)", true, false,
+     true},
+    {"--queue-capacity", "Most requests that wait in the queue (default: 256)", true, false, true},
+    {"--slots", "Batches in flight (default: 2)", true, true, true},
+    {"--max-message-bytes",
+     "Largest gRPC message taken or sent, bytes (default: the coordinator's own)", true, false,
+     true},
+    {"--formation-timeout-ms",
+     "Longest that an epoch may take to form, milliseconds (default: the coordinator's own)", true,
+     false, true},
+    {"--batch-timeout-ms",
+     "Longest that a batch may take, milliseconds (default: the coordinator's own)", true, false,
+     true},
     {"--trigger", "Dispatch and combine triggered together or separate (default: together)", true,
      false},
     {"--lease-ms", "A worker not heard of for so long is lost, milliseconds (default: 1000)", true,
-     false},
+     false, true},
     {"--shm-key-prefix", "Prefix that a client's shared-memory key must have (default: any)", true,
      false},
     {"--compute-threads", "Threads per slot of each worker (default: the worker's own)", false,
-     true},
+     true, true},
     {"--peer-timeout-ms", "Longest wait for a peer, milliseconds (default: the worker's own)",
-     false, true},
+     false, true, true},
     {"--log-level", "Least level logged: debug, info, warning, error (default: info)", true, true},
 };
 
@@ -118,7 +137,9 @@ void AddUp(CLI::App& app, Parsed& parsed) {
                "Let clients pass tensors in system shared memory");
   up->add_flag("--insecure", parsed.insecure, "Allow plaintext listening beyond this machine");
   for (std::size_t i = 0; i < std::size(kPassThrough); ++i) {
-    up->add_option(kPassThrough[i].name, parsed.pass_through[i], kPassThrough[i].description);
+    CLI::Option* option =
+        up->add_option(kPassThrough[i].name, parsed.pass_through[i], kPassThrough[i].description);
+    if (kPassThrough[i].number) option->type_name("UINT")->check(IsWholeNumber);
   }
 }
 
@@ -205,7 +226,8 @@ void AddBench(CLI::App& app, Parsed& parsed) {
       ->capture_default_str();
   bench
       ->add_option("--duration", options.duration_s,
-                   "Measure for so long, seconds; 0: --requests decides")
+                   "Start requests for so long, seconds; 0: --requests decides. What is under way "
+                   "then still ends, at most --timeout later")
       ->check(Seconds(0))
       ->capture_default_str();
   bench->add_option("--warmup", options.warmup, "Requests before the measurement")

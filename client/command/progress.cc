@@ -32,6 +32,10 @@ Progress::Progress(std::string label) : label_(std::move(label)), terminal_(Term
 
 Progress::~Progress() { Hide(); }
 
+std::string Percent(double fraction) {
+  return absl::StrFormat("%3.0f %%", 100 * std::clamp(fraction, 0.0, 1.0));
+}
+
 void Progress::Update(double fraction, const std::string& detail) {
   const absl::Time now = absl::Now();
   if (!terminal_.interactive) {
@@ -39,12 +43,12 @@ void Progress::Update(double fraction, const std::string& detail) {
     const absl::Time since = std::max(last_drawn_, started_);
     if (now - since < kPlainInterval) return;
     last_drawn_ = now;
-    absl::FPrintF(stderr, "%s: %.0f %%  %s\n", label_, 100 * fraction, detail);
+    absl::FPrintF(stderr, "%s: %s  %s\n", label_, Percent(fraction), detail);
     return;
   }
   if (now - last_drawn_ < kRedrawInterval) return;
   last_drawn_ = now;
-  const std::string percent = absl::StrFormat("%3.0f %%", 100 * std::clamp(fraction, 0.0, 1.0));
+  const std::string percent = Percent(fraction);
   const std::size_t used = DisplayWidth(label_) + kBarColumns + percent.size() + 6;
   std::string shown = detail;
   // A line that wraps could not be redrawn in place. Details are ASCII.

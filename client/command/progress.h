@@ -19,7 +19,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  // `fraction` in [0, 1]. Cheap enough to call at every step: draws at most 20 times a second.
+  // `fraction` is shown within [0, 1]. Cheap enough to call at every step: draws at most 20 times a
+  // second.
   void Update(double fraction, const std::string& detail);
   // Takes the bar off the screen, so that other lines may be printed; Update draws it again.
   void Hide();
@@ -34,6 +35,9 @@ class Progress {
 
 // The bar alone: `width` columns, filled by `fraction`.
 std::string Bar(double fraction, int width);
+
+// " 42 %": `fraction` within [0, 1].
+std::string Percent(double fraction);
 
 }  // namespace epserve::client
 

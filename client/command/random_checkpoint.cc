@@ -1,11 +1,15 @@
 #include "client/command/random_checkpoint.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
 #include <string>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -276,12 +280,55 @@ class TensorMaker {
   std::vector<double> scales_;
 };
 
+// What a run has made on the file system, undone when this goes unless Keep was called: an
+// incomplete checkpoint helps nobody, and its disk may be full.
+class Undo {
+ public:
+  ~Undo() {
+    std::error_code ignored;
+    // In the opposite order; a directory that someone else has put something into stays.
+    for (auto path = paths_.rbegin(); path != paths_.rend(); ++path) fs::remove(*path, ignored);
+  }
+  void Add(fs::path path) { paths_.push_back(std::move(path)); }
+  void Keep() { paths_.clear(); }
+
+ private:
+  std::vector<fs::path> paths_;
+};
+
 absl::Status WriteText(const std::string& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary | std::ios::trunc);
   file << text << "\n";
-  if (!file.flush())
-    return absl::UnknownError(absl::StrCat("make-checkpoint: write '", path, "' failed"));
-  return absl::OkStatus();
+  if (file.flush()) return absl::OkStatus();
+  const int error = errno;
+  const std::string message =
+      absl::StrCat("make-checkpoint: write '", path, "': ", std::strerror(error));
+  if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
+    return absl::ResourceExhaustedError(message + "; make room, or write elsewhere");
+  }
+  return absl::UnknownError(message);
+}
+
+// Creates `path` and the directories above it that are missing, and takes note of them.
+absl::Status CreateDirectories(const fs::path& path, Undo& undo) {
+  std::vector<fs::path> missing;
+  std::error_code error;
+  for (fs::path at = path; !at.empty() && !fs::exists(at, error); at = at.parent_path()) {
+    if (at.has_filename()) missing.push_back(at);
+    if (at == at.parent_path()) break;
+  }
+  for (auto at = missing.rbegin(); at != missing.rend(); ++at) {
+    if (fs::create_directory(*at, error)) undo.Add(*at);
+    if (error) break;
+  }
+  if (!error && !fs::is_directory(path, error) && !error) {
+    error = std::make_error_code(std::errc::not_a_directory);
+  }
+  if (!error) return absl::OkStatus();
+  const std::string message =
+      absl::StrCat("make-checkpoint: --output '", path.string(), "': ", error.message());
+  return error == std::errc::no_space_on_device ? absl::ResourceExhaustedError(message)
+                                                : absl::InvalidArgumentError(message);
 }
 
 absl::Status CheckOptions(const MakeCheckpointOptions& options) {
@@ -298,13 +345,9 @@ absl::Status CheckOptions(const MakeCheckpointOptions& options) {
 }
 
 // An empty directory at `path`, as far as checkpoints go: with `force`, an older one is removed.
-absl::Status PrepareDirectory(const std::string& path, bool force) {
+absl::Status PrepareDirectory(const std::string& path, bool force, Undo& undo) {
+  EPC_RETURN_IF_ERROR(CreateDirectories(path, undo));
   std::error_code error;
-  fs::create_directories(path, error);
-  if (error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("make-checkpoint: --output '", path, "': ", error.message()));
-  }
   const bool empty = fs::is_empty(path, error);
   if (!error && empty) return absl::OkStatus();
   if (!force) {
@@ -365,7 +408,8 @@ absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
                                                    " exceeds the ", summary.num_tensors,
                                                    " tensors"));
   }
-  EPC_RETURN_IF_ERROR(PrepareDirectory(options.output_dir, options.force));
+  Undo undo;
+  EPC_RETURN_IF_ERROR(PrepareDirectory(options.output_dir, options.force, undo));
 
   const Architecture architecture = ToArchitecture(options.architecture);
   const Json config = architecture == Architecture::kMixtral    ? MixtralConfig(options)
@@ -390,13 +434,17 @@ absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
       if (progress) progress(written, summary.bytes);
     }
     EPC_RETURN_IF_ERROR(writer->Finish());
+    undo.Add(options.output_dir + "/" + name);
   }
   if (shards.size() > 1) {
     const Json index = {{"metadata", {{"total_size", summary.bytes}}}, {"weight_map", weight_map}};
+    undo.Add(options.output_dir + "/" + kIndexName);
     EPC_RETURN_IF_ERROR(WriteText(options.output_dir + "/" + kIndexName, index.dump(2)));
   }
   // Last, so that a directory with a config holds a whole checkpoint.
+  undo.Add(options.output_dir + "/config.json");
   EPC_RETURN_IF_ERROR(WriteText(options.output_dir + "/config.json", config.dump(2)));
+  undo.Keep();
   return summary;
 }
 

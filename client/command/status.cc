@@ -34,10 +34,10 @@ std::string Load(const WorkerState& worker, std::uint64_t all_rows) {
 }
 
 std::string Heading(const ClusterState& cluster, const Terminal& terminal) {
-  std::string text =
-      absl::StrCat(terminal.Paint(Color::kBold, cluster.model), "  ",
-                   terminal.Paint(ColorOf(cluster.state), cluster.state), "  epoch ", cluster.epoch,
-                   "  up ", FormatSeconds(static_cast<double>(cluster.uptime_ms) / 1e3), "\n");
+  std::string text = absl::StrCat(
+      terminal.Paint(Color::kBold, Printable(cluster.model)), "  ",
+      terminal.Paint(ColorOf(cluster.state), Printable(cluster.state)), "  epoch ", cluster.epoch,
+      "  up ", FormatSeconds(static_cast<double>(cluster.uptime_ms) / 1e3), "\n");
   absl::StrAppend(&text, "workers ", cluster.workers.size(), " of ", cluster.expected_workers,
                   "   queue ", cluster.queued_requests, " of ", cluster.queue_capacity,
                   "   batches in flight ", cluster.batches_in_flight, "   requests ",
@@ -53,11 +53,16 @@ std::string Heading(const ClusterState& cluster, const Terminal& terminal) {
   return text + "\n";
 }
 
+// One line, in which even a control character of two bytes is escaped.
+std::string StatusText(const ClusterState& cluster) {
+  return StatusJson(cluster).dump(/*indent=*/-1, ' ', /*ensure_ascii=*/true);
+}
+
 absl::Status ShowOnce(AdminClient& admin, const StatusOptions& options, const Terminal& terminal) {
   EPC_ASSIGN_OR_RETURN(const ClusterState cluster,
                        admin.GetClusterStatus(absl::Seconds(options.timeout_s)));
   const std::string text =
-      options.json ? StatusJson(cluster).dump() + "\n" : RenderStatus(cluster, terminal);
+      options.json ? StatusText(cluster) + "\n" : RenderStatus(cluster, terminal);
   // Home, the new text over the old, and what is left of the old cleared: no flicker.
   const bool redraw = options.watch && terminal.interactive && !options.json;
   std::printf("%s%s%s", redraw ? "\x1b[H\x1b[2J" : "", text.c_str(),
@@ -93,14 +98,15 @@ std::string RenderStatus(const ClusterState& cluster, const Terminal& terminal) 
   for (const WorkerState& worker : workers) {
     const std::string state = worker.state == "loading"
                                   ? absl::StrFormat("loading %.0f %%", 100 * worker.load_fraction)
-                                  : worker.state;
-    table.AddRow(
-        {Cell(worker.worker_id, Color::kBold),
-         worker.rank < 0 ? std::string("-") : absl::StrCat(worker.rank),
-         Cell(state, ColorOf(worker.state)), ExpertRange(worker), FormatBytes(worker.weight_bytes),
-         FormatBytes(worker.heap_bytes), FormatBytes(worker.resident_bytes),
-         FormatCount(worker.batches), FormatCount(worker.expert_rows), Load(worker, all_rows),
-         absl::StrCat(worker.ms_since_heartbeat, " ms"), worker.node, absl::StrCat(worker.pid)});
+                                  : Printable(worker.state);
+    table.AddRow({Cell(Printable(worker.worker_id), Color::kBold),
+                  worker.rank < 0 ? std::string("-") : absl::StrCat(worker.rank),
+                  Cell(state, ColorOf(worker.state)), ExpertRange(worker),
+                  FormatBytes(worker.weight_bytes), FormatBytes(worker.heap_bytes),
+                  FormatBytes(worker.resident_bytes), FormatCount(worker.batches),
+                  FormatCount(worker.expert_rows), Load(worker, all_rows),
+                  absl::StrCat(worker.ms_since_heartbeat, " ms"), Printable(worker.node),
+                  absl::StrCat(worker.pid)});
   }
   return Heading(cluster, terminal) + table.Render(terminal);
 }
@@ -149,7 +155,7 @@ absl::Status RunStatus(const StatusOptions& options) {
     absl::SleepFor(absl::Seconds(options.watch_interval_s));
     // The service may restart under a watcher, who wants to see it come back.
     const absl::Status status = ShowOnce(admin, options, terminal);
-    if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
+    if (!status.ok()) std::fprintf(stderr, "%s\n", Printable(status.ToString()).c_str());
   }
   return absl::OkStatus();
 }

@@ -28,16 +28,27 @@ constexpr std::size_t kLastLines = 5;
 constexpr std::size_t kMaxLineBytes = 64 << 10;
 constexpr std::size_t kNameColumns = 11;
 
+// A directory that logs can be written to, created where its parent exists.
+absl::Status PrepareLogDirectory(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  int error = mkdir(path.c_str(), 0755) == 0 || errno == EEXIST ? 0 : errno;
+  struct stat info {};
+  if (error == 0 && stat(path.c_str(), &info) != 0) error = errno;
+  if (error == 0 && !S_ISDIR(info.st_mode)) error = ENOTDIR;
+  if (error == 0 && access(path.c_str(), W_OK | X_OK) != 0) error = errno;
+  if (error == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--log-dir '", path, "': ", strerror(error),
+      "; name a directory that can be written, or one to create in a directory that exists"));
+}
+
 }  // namespace
 
 Supervisor::Supervisor(Config config)
     : config_(std::move(config)), terminal_(Terminal::Of(stderr)) {}
 
 absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Create(Config config) {
-  if (!config.log_dir.empty() && mkdir(config.log_dir.c_str(), 0755) != 0 && errno != EEXIST) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--log-dir '", config.log_dir, "': ", strerror(errno)));
-  }
+  EPC_RETURN_IF_ERROR(PrepareLogDirectory(config.log_dir));
   std::unique_ptr<Supervisor> supervisor(new Supervisor(std::move(config)));
   sigset_t set;
   sigemptyset(&set);

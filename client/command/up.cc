@@ -1,5 +1,6 @@
 #include "client/command/up.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -26,6 +27,7 @@
 #include "client/command/readiness_watch.h"
 #include "client/command/supervisor.h"
 #include "client/command/terminal.h"
+#include "client/cpp/safetensors_file.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -71,6 +73,8 @@ std::optional<int> ReadPort(const std::string& path) {
   if (!std::getline(file, line) || !absl::SimpleAtoi(line, &port) || port <= 0) return std::nullopt;
   return port;
 }
+
+std::string PartialPath(const std::string& ready_file) { return ready_file + ".partial"; }
 
 struct Restart {
   absl::Time at = absl::InfiniteFuture();
@@ -216,7 +220,7 @@ void Session::ShowProgress() {
     bytes += worker.weight_bytes;
   }
   std::string detail = absl::StrCat(latest.cluster->workers.size(), " of ", options_.num_workers,
-                                    " workers joined, ", latest.cluster->state);
+                                    " workers joined, ", Printable(latest.cluster->state));
   if (bytes > 0) absl::StrAppend(&detail, ", ", FormatBytes(bytes), " of weights");
   progress_->Update(loaded / options_.num_workers, detail);
 }
@@ -245,7 +249,8 @@ void Session::PrintEndpoints(absl::Duration took) {
     std::printf("  %-9s %s\n", name, value.c_str());
   };
   std::printf("%s\n", out_.Paint(Color::kBold, "epserve " EPSERVE_VERSION).c_str());
-  line("model", absl::StrCat(cluster.model, ", ", cluster.num_experts, " experts a layer"));
+  line("model",
+       absl::StrCat(Printable(cluster.model), ", ", cluster.num_experts, " experts a layer"));
   line("workers", absl::StrCat(cluster.workers.size(), " of ", cluster.expected_workers, ", ",
                                FormatBytes(weights), " of weights"));
   line("gRPC", address_);
@@ -257,7 +262,7 @@ void Session::PrintEndpoints(absl::Duration took) {
 
 absl::Status Session::WriteReadyFile() const {
   if (options_.ready_file.empty()) return absl::OkStatus();
-  const std::string partial = options_.ready_file + ".partial";
+  const std::string partial = PartialPath(options_.ready_file);
   {
     std::ofstream file(partial, std::ios::trunc);
     file << "grpc=" << address_ << "\nmetrics=" << metrics_address_ << "\nup_pid=" << getpid()
@@ -400,6 +405,23 @@ absl::Status Session::Run() {
   return status;
 }
 
+// Says now what would else be found out only when everything runs.
+absl::Status CheckReadyFile(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  const auto refuse = [&](int error) {
+    return absl::InvalidArgumentError(absl::StrCat("--ready-file '", path, "': ", strerror(error),
+                                                   "; name a file in a directory that exists and "
+                                                   "can be written"));
+  };
+  struct stat info {};
+  if (stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode)) return refuse(EISDIR);
+  const std::string partial = PartialPath(path);
+  const FileHandle file(open(partial.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
+  if (file.get() < 0) return refuse(errno);
+  unlink(partial.c_str());
+  return absl::OkStatus();
+}
+
 absl::Status CheckProgram(const std::string& path) {
   if (access(path.c_str(), X_OK) == 0) return absl::OkStatus();
   return absl::NotFoundError(absl::StrCat("program '", path, "': ", strerror(errno),
@@ -428,6 +450,7 @@ absl::Status RunUp(const UpOptions& options) {
   }
   EPC_RETURN_IF_ERROR(CheckProgram(program_dir + "/epserve-coordinator"));
   EPC_RETURN_IF_ERROR(CheckProgram(program_dir + "/epserve-worker"));
+  EPC_RETURN_IF_ERROR(CheckReadyFile(options.ready_file));
   return Session(options, program_dir).Run();
 }
 

@@ -34,8 +34,9 @@ WorkerState FromMessage(const v1::WorkerStatus& message) {
 
 }  // namespace
 
-AdminClient::AdminClient(const std::string& target) : core_(std::make_unique<Core>()) {
-  core_->stub = v1::Admin::NewStub(CreateServiceChannel(target));
+AdminClient::AdminClient(const std::string& target, absl::Duration max_reconnect_backoff)
+    : core_(std::make_unique<Core>()) {
+  core_->stub = v1::Admin::NewStub(CreateServiceChannel(target, max_reconnect_backoff));
 }
 
 AdminClient::~AdminClient() = default;

@@ -62,7 +62,9 @@ struct PlacementRange {
 
 class AdminClient {
  public:
-  explicit AdminClient(const std::string& target);
+  // `max_reconnect_backoff` as in ClientOptions.
+  explicit AdminClient(const std::string& target,
+                       absl::Duration max_reconnect_backoff = absl::Seconds(1));
   ~AdminClient();
   AdminClient(const AdminClient&) = delete;
   AdminClient& operator=(const AdminClient&) = delete;

@@ -4,22 +4,25 @@
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "absl/strings/str_cat.h"
 
 namespace epserve::client {
 
-std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target) {
+std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
+                                                    absl::Duration max_reconnect_backoff) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(INT_MAX);
   arguments.SetMaxSendMessageSize(INT_MAX);
   // A machine-wide http_proxy must not swallow a call to a loopback address.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   // The service restarts within a second or two; gRPC's own first backoff is one second.
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  const auto max_ms = static_cast<int>(absl::ToInt64Milliseconds(max_reconnect_backoff));
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, std::min(100, max_ms));
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, std::min(100, max_ms));
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, max_ms);
   // Retries are this library's business, where they are counted and can be cancelled.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
   return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);

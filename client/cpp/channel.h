@@ -16,8 +16,10 @@
 namespace epserve::client {
 
 // A channel to "host:port" or "unix:/path", without a limit on messages but the protocol's, without
-// proxies, and quick to reconnect. Connecting happens on first use.
-std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target);
+// proxies, and quick to reconnect: attempts are at most `max_reconnect_backoff` apart, give or take
+// a fifth. Connecting happens on first use.
+std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
+                                                    absl::Duration max_reconnect_backoff);
 
 // The same code and message.
 absl::Status FromGrpcStatus(const grpc::Status& status);

@@ -37,6 +37,8 @@ namespace epserve::client {
 struct ClientOptions {
   std::string target = "127.0.0.1:8001";  // "host:port" or "unix:/path"
   RetryPolicy retry;
+  // Between attempts to reach a server that is away. A link slower than this is not reached.
+  absl::Duration max_reconnect_backoff = absl::Seconds(1);
 };
 
 struct InferRequest {

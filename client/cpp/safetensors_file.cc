@@ -30,6 +30,9 @@ absl::Status Damaged(const std::string& path, const std::string& what) {
 absl::Status FileError(const std::string& verb, const std::string& path, int error) {
   const std::string message =
       absl::StrCat("safetensors: ", verb, " '", path, "': ", strerror(error));
+  if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
+    return absl::ResourceExhaustedError(message + "; make room, or write elsewhere");
+  }
   return error == ENOENT ? absl::NotFoundError(message) : absl::UnknownError(message);
 }
 
