@@ -122,7 +122,7 @@ absl::Status InitLog(std::string_view program, std::string_view level, std::stri
 }
 
 std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view program,
-                          std::string_view event, LogFields fields) {
+                          std::string_view event, std::span<const LogField> fields) {
   std::string line;
   if (format == LogFormat::kText) {
     line = absl::StrCat(std::string(LevelName(level)), " ", std::string(program), " ",
@@ -141,7 +141,7 @@ std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view pro
   return line;
 }
 
-void Log(LogLevel level, std::string_view event, LogFields fields) {
+void Log(LogLevel level, std::string_view event, std::span<const LogField> fields) {
   LogState& state = State();
   const spdlog::level::level_enum spdlog_level = SpdlogLevel(level);
   if (!state.logger->should_log(spdlog_level)) return;

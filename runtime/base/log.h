@@ -8,6 +8,7 @@
 #include <concepts>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -40,7 +41,10 @@ struct LogField {
 
 using LogFields = std::initializer_list<LogField>;
 
-void Log(LogLevel level, std::string_view event, LogFields fields);
+void Log(LogLevel level, std::string_view event, std::span<const LogField> fields);
+inline void Log(LogLevel level, std::string_view event, LogFields fields) {
+  Log(level, event, std::span<const LogField>(fields.begin(), fields.size()));
+}
 inline void LogDebug(std::string_view event, LogFields fields = {}) {
   Log(LogLevel::kDebug, event, fields);
 }
@@ -56,7 +60,7 @@ inline void LogError(std::string_view event, LogFields fields = {}) {
 
 // The line that Log would write, without its time stamp; for tests.
 std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view program,
-                          std::string_view event, LogFields fields);
+                          std::string_view event, std::span<const LogField> fields);
 
 }  // namespace epserve::runtime
 

@@ -130,6 +130,11 @@ class AdminService final : public v1::Admin::CallbackService {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
     runtime::LogInfo("drain_worker_asked",
                      {{"worker", request->worker_id()}, {"peer", context->peer()}});
+    if (request->worker_id().empty()) {
+      reactor->Finish(server::ToGrpcStatus(absl::InvalidArgumentError(
+          "drain: worker_id is empty; name a worker, see epserve status")));
+      return reactor;
+    }
     host_->DrainWorker(request->worker_id(), [reactor](const absl::Status& status) {
       reactor->Finish(server::ToGrpcStatus(status));
     });

@@ -1,8 +1,10 @@
 #include "server/coordinator/control_service.h"
 
+#include <grpcpp/alarm.h>
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <chrono>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -37,6 +39,12 @@ class ControlStream final : public Reactor, public WorkerStream {
 
   // Takes the reference that gRPC holds until OnDone, and begins to read.
   void Begin(std::shared_ptr<ControlStream> self) {
+    hello_alarm_.Set(
+        std::chrono::system_clock::now() + std::chrono::milliseconds(policy_->hello_timeout_ms),
+        [weak = std::weak_ptr<ControlStream>(self)](bool expired) {
+          const std::shared_ptr<ControlStream> stream = weak.lock();
+          if (expired && stream != nullptr) stream->HelloIsLate();
+        });
     self_ = std::move(self);
     StartRead(&incoming_);
   }
@@ -110,7 +118,18 @@ class ControlStream final : public Reactor, public WorkerStream {
   }
 
  private:
+  void HelloIsLate() {
+    {
+      std::lock_guard<std::mutex> lock(mu_);
+      if (joined_) return;
+    }
+    Close(absl::DeadlineExceededError(
+              absl::StrCat("control: no Hello within ", policy_->hello_timeout_ms, " ms")),
+          /*flush=*/false);
+  }
+
   absl::Status Join() {
+    hello_alarm_.Cancel();
     if (!incoming_.has_hello()) {
       return absl::FailedPreconditionError("control: the first message is no Hello");
     }
@@ -171,6 +190,8 @@ class ControlStream final : public Reactor, public WorkerStream {
 
   // Of the read in flight; gRPC orders its callbacks.
   v1::WorkerMessage incoming_;
+
+  grpc::Alarm hello_alarm_;  // set before the first callback, until the first message
 
   std::mutex mu_;
   std::shared_ptr<ControlStream> self_;         // set before the first callback, cleared at OnDone

@@ -6,16 +6,22 @@
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <ctime>
 #include <mutex>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "runtime/base/unique_fd.h"
 #include "server/coordinator/admin_service.h"
 #include "server/coordinator/control_service.h"
 #include "server/coordinator/front_door/infer_service.h"
@@ -90,12 +96,38 @@ FrontDoorOptions MakeFrontDoorOptions(const Options& options, const runtime::Mod
   return out;
 }
 
-HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& model) {
+// gRPC puts its own socket in the place of one that is there, whoever serves it. A file that nobody
+// answers at is what a killed server left, and may be replaced. Other addresses: OK.
+absl::Status CheckNobodyAnswersAt(std::string_view address) {
+  constexpr std::string_view kScheme = "unix:";
+  if (!address.starts_with(kScheme)) return absl::OkStatus();
+  std::string_view path = address.substr(kScheme.size());
+  if (path.starts_with("//")) path.remove_prefix(2);
+  sockaddr_un peer{};
+  peer.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(peer.sun_path)) return absl::OkStatus();  // gRPC refuses it.
+  std::copy(path.begin(), path.end(), peer.sun_path);
+  const runtime::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd.valid()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("listen: no file descriptor (", std::strerror(errno), ")"));
+  }
+  const int result = ::connect(fd.get(), reinterpret_cast<sockaddr*>(&peer), sizeof(peer));
+  // EAGAIN: somebody listens, and more wait there than it has accepted.
+  if (result != 0 && errno != EAGAIN) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("listen: address ", std::string(address),
+                                             " is served by another process; stop it or give "
+                                             "another --listen"));
+}
+
+HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& model,
+                            const Coordinator::Pace& pace) {
   HelloPolicy policy;
   policy.version = EPSERVE_VERSION;
   policy.fingerprint = model.fingerprint;
   policy.max_batch_tokens = options.max_batch_tokens;
   policy.cluster_id = options.cluster_id;
+  policy.hello_timeout_ms = pace.hello_timeout_ms;
   return policy;
 }
 
@@ -114,6 +146,9 @@ struct Coordinator::Parts {
   std::once_flag stopped;
 
   absl::Status StartServer(const Options& options) {
+    for (const std::string& address : options.listen) {
+      EPS_RETURN_IF_ERROR(CheckNobodyAnswersAt(address));
+    }
     grpc::ServerBuilder builder;
     ApplyServerLimits(static_cast<int>(options.max_message_bytes), builder);
     // Without this a second coordinator would share the port silently.
@@ -173,7 +208,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
                                        parts->metrics.get(), std::move(hooks));
   parts->infer = MakeInferService(MakeFrontDoorOptions(options, model), parts->regions.get(),
                                   parts->host.get());
-  parts->control = CreateControlService(parts->host.get(), MakeHelloPolicy(options, model));
+  parts->control = CreateControlService(parts->host.get(), MakeHelloPolicy(options, model, pace));
   parts->admin = CreateAdminService(parts->host.get(),
                                     {options.cluster_id, EPSERVE_VERSION, options.model_name});
   EPS_RETURN_IF_ERROR(parts->StartServer(options));

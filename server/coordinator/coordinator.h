@@ -24,10 +24,12 @@ class Coordinator {
     // See Config::epoch_pace_us and Config::probe_backoff_us.
     std::int64_t epoch_pace_us = 1'000'000;
     std::int64_t probe_backoff_us = 1'000'000;
+    // A control stream that has said no Hello by then is closed.
+    std::int64_t hello_timeout_ms = 5000;
   };
 
   // Binds and serves. `on_drained` is called once after Drain(), from another thread.
-  // UNAVAILABLE: an address cannot be bound.
+  // UNAVAILABLE: an address cannot be bound, or another server answers at a Unix socket.
   static absl::StatusOr<std::unique_ptr<Coordinator>> Create(const Options& options,
                                                              const runtime::ModelInfo& model,
                                                              std::function<void()> on_drained,

@@ -3,14 +3,25 @@
 #include <algorithm>
 #include <string_view>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "server/coordinator/front_door/quote.h"
 
 namespace epserve::coordinator {
 namespace {
 
 // Identifiers go into logs, metrics and messages; longer ones are an accident or an attack.
 constexpr std::size_t kMaxIdBytes = 256;
+constexpr std::size_t kMaxWorkerIdBytes = 64;
+
+bool IsWorkerId(std::string_view id) {
+  const auto allowed = [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '-';
+  };
+  return !id.empty() && id.size() <= kMaxWorkerIdBytes &&
+         std::all_of(id.begin(), id.end(), allowed);
+}
 
 // "1.2" of "1.2.3"; empty where there is none.
 std::string_view MajorMinor(std::string_view version) {
@@ -29,10 +40,12 @@ absl::Status Differs(const HelloInfo& hello, const std::string& name, const std:
 }  // namespace
 
 absl::Status CheckHello(const HelloInfo& hello, const HelloPolicy& policy) {
-  if (hello.worker_id.empty() || hello.worker_id.size() > kMaxIdBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("join: worker_id of ", hello.worker_id.size(),
-                                                   " bytes is outside [1, ", kMaxIdBytes,
-                                                   "]; give the worker an id"));
+  if (!IsWorkerId(hello.worker_id)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("join: worker_id ", Quoted(hello.worker_id), " of ", hello.worker_id.size(),
+                     " bytes is not 1 to ", kMaxWorkerIdBytes,
+                     " of the characters A-Z, a-z, 0-9, '_', '.' and '-'; give another "
+                     "--worker-id"));
   }
   if (hello.incarnation.empty() || hello.incarnation.size() > kMaxIdBytes) {
     return absl::InvalidArgumentError(absl::StrCat("join: incarnation of ",

@@ -1,6 +1,9 @@
 // How the host carries out each command of the state machine. All in the host's turn.
 #include <algorithm>
+#include <span>
 #include <utility>
+#include <variant>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
@@ -12,6 +15,18 @@ namespace {
 
 constexpr double kSecondsPerNs = 1e-9;
 constexpr double kSecondsPerUs = 1e-6;
+
+runtime::LogLevel LogLevelOf(Notice::Level level) {
+  switch (level) {
+    case Notice::Level::kInfo:
+      return runtime::LogLevel::kInfo;
+    case Notice::Level::kWarning:
+      return runtime::LogLevel::kWarning;
+    case Notice::Level::kError:
+      return runtime::LogLevel::kError;
+  }
+  return runtime::LogLevel::kError;
+}
 
 // The outputs of a probe (fp32 rows) in one piece.
 absl::StatusOr<std::vector<float>> JoinProbeOutput(const KeptBatch& batch) {
@@ -210,17 +225,11 @@ void Host::Execute(ClusterDrained&) {
 }
 
 void Host::Execute(Notice& command) {
-  switch (command.level) {
-    case Notice::Level::kInfo:
-      runtime::LogInfo(command.event, {{"detail", command.message}});
-      break;
-    case Notice::Level::kWarning:
-      runtime::LogWarning(command.event, {{"detail", command.message}});
-      break;
-    case Notice::Level::kError:
-      runtime::LogError(command.event, {{"detail", command.message}});
-      break;
+  std::vector<runtime::LogField> fields;
+  for (const NoticeField& field : command.fields) {
+    std::visit([&](const auto& value) { fields.emplace_back(field.key, value); }, field.value);
   }
+  runtime::Log(LogLevelOf(command.level), command.event, std::span(fields));
 }
 
 }  // namespace epserve::coordinator

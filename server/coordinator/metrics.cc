@@ -30,6 +30,9 @@ constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
     "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
+// Scrapes come every few seconds; the rest is for connections that say nothing.
+constexpr const char* kNumScrapeThreads = "4";
+constexpr const char* kScrapeTimeoutMs = "1000";
 // The highest status code (UNAUTHENTICATED) has the number 16.
 constexpr int kNumStatusCodes = 17;
 
@@ -147,10 +150,12 @@ absl::StatusOr<std::unique_ptr<Metrics>> Metrics::Create(const std::string& list
                                                          std::int64_t num_experts) {
   auto state = std::make_unique<State>(num_experts);
   if (listen != "off") {
-    // The web server reports a failure to bind by exception; it ends here. One thread: a scrape
-    // every few seconds is all its work.
+    // The web server reports a failure to bind by exception; it ends here. A connection keeps a
+    // thread until it has been answered or was silent too long.
     try {
-      state->exposer = std::make_unique<prometheus::Exposer>(listen, 1);
+      state->exposer = std::make_unique<prometheus::Exposer>(std::vector<std::string>{
+          "listening_ports", listen, "num_threads", kNumScrapeThreads, "request_timeout_ms",
+          kScrapeTimeoutMs, "enable_keep_alive", "no"});
     } catch (const std::exception& error) {
       return absl::UnavailableError(absl::StrCat("metrics: address ", listen, " cannot be bound (",
                                                  error.what(),

@@ -1,14 +1,33 @@
 #include "server/coordinator/front_door/server_limits.h"
 
 #include <grpc/compression.h>
+#include <grpcpp/resource_quota.h>
+
+#include <algorithm>
+#include <cstdint>
 
 namespace epserve::coordinator {
+namespace {
+
+// Far above what a client of ordinary make has open; the next waits inside the client.
+constexpr int kMaxStreamsPerConnection = 1024;
+
+// What gRPC's own buffers may hold, over all connections, before it holds senders back.
+constexpr std::int64_t kMinBufferBytes = std::int64_t{1} << 30;
+constexpr std::int64_t kMessagesBuffered = 4;
+
+}  // namespace
 
 void ApplyServerLimits(int max_message_bytes, grpc::ServerBuilder& builder) {
   builder.SetMaxReceiveMessageSize(max_message_bytes);
   builder.SetMaxSendMessageSize(max_message_bytes);
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
   builder.SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreamsPerConnection);
+  grpc::ResourceQuota quota("epserve");
+  quota.Resize(static_cast<std::size_t>(
+      std::max(kMinBufferBytes, kMessagesBuffered * std::int64_t{max_message_bytes})));
+  builder.SetResourceQuota(quota);
 }
 
 }  // namespace epserve::coordinator

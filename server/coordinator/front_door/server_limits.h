@@ -7,7 +7,8 @@
 namespace epserve::coordinator {
 
 // Bounds a message's size both ways, and refuses compressed messages (UNIMPLEMENTED): a message's
-// size would be known only after it had been unpacked, and tensors hardly compress.
+// size would be known only after it had been unpacked, and tensors hardly compress. Bounds the
+// streams of one connection, and the memory of all connections' buffers.
 void ApplyServerLimits(int max_message_bytes, grpc::ServerBuilder& builder);
 
 }  // namespace epserve::coordinator

@@ -236,8 +236,7 @@ void StateMachine::Impl::On(const BatchDone& event) {
     const std::string message =
         absl::StrCat(session->Name(), " failed batch ", event.batch, ": ",
                      absl::StatusCodeToString(event.code), ": ", event.message);
-    Log(Notice::Level::kError, "batch_failed",
-        absl::StrCat("epoch=", epoch_, " message=\"", message, "\""));
+    Log(Notice::Level::kError, "batch_failed", {{"epoch", epoch_}, {"message", message}});
     if (batch->probe) BackOff();
     if (batch->probe || EndsEpoch(event.code)) return EndEpoch(message);
     FailBatch(*batch, absl::StatusCode::kInternal, absl::StrCat("infer: ", message));

@@ -172,12 +172,17 @@ struct DrainWorkerDone {
 // Nothing accepted is left; the host may exit.
 struct ClusterDrained {};
 
+struct NoticeField {
+  const char* key;  // a literal
+  std::variant<std::int64_t, std::uint64_t, std::string> value;
+};
+
 // Something an operator wants in the log.
 struct Notice {
   enum class Level { kInfo, kWarning, kError };
   Level level = Level::kInfo;
-  std::string event;    // one word or two, snake_case: "worker_lost", "epoch_started"
-  std::string message;  // key=value pairs
+  std::string event;  // one word or two, snake_case: "worker_lost", "epoch_started"
+  std::vector<NoticeField> fields;
 };
 
 using Command =

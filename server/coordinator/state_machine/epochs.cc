@@ -33,7 +33,7 @@ void StateMachine::Impl::TryStartEpoch() {
   stage_ = Stage::kCreatingHeaps;
   stage_since_us_ = now_us_;
   next_batch_ = 1;
-  Log(Notice::Level::kInfo, "epoch_forming", absl::StrCat("epoch=", epoch_));
+  Log(Notice::Level::kInfo, "epoch_forming", {{"epoch", epoch_}});
   for (int rank = 0; rank < config_.num_workers; ++rank) {
     Session& session = *membership_.AtRank(rank);
     session.epoch = epoch_;
@@ -97,8 +97,7 @@ void StateMachine::Impl::On(const ProbeVerified& event) {
   if (stage_ != Stage::kProbing || event.epoch != epoch_ || !probe_answered_) return Stale();
   if (!event.ok) {
     BackOff();
-    Log(Notice::Level::kError, "probe_failed",
-        absl::StrCat("epoch=", epoch_, " message=\"", event.message, "\""));
+    Log(Notice::Level::kError, "probe_failed", {{"epoch", epoch_}, {"message", event.message}});
     EndEpoch(absl::StrCat("its probe came back wrong: ", event.message));
     return;
   }
@@ -106,7 +105,7 @@ void StateMachine::Impl::On(const ProbeVerified& event) {
   stage_ = Stage::kServing;
   stage_since_us_ = now_us_;
   Emit(SetServing{true, epoch_});
-  Log(Notice::Level::kInfo, "epoch_serving", absl::StrCat("epoch=", epoch_));
+  Log(Notice::Level::kInfo, "epoch_serving", {{"epoch", epoch_}});
 }
 
 void StateMachine::Impl::On(const EpochQuiesced& event) {
@@ -125,8 +124,7 @@ void StateMachine::Impl::EndEpoch(const std::string& reason) {
   stage_ = Stage::kNone;
   epoch_closing_ = false;
   probe_answered_ = false;
-  Log(Notice::Level::kWarning, "epoch_ended",
-      absl::StrCat("epoch=", epoch_, " reason=\"", reason, "\""));
+  Log(Notice::Level::kWarning, "epoch_ended", {{"epoch", epoch_}, {"reason", reason}});
   if (was_serving) Emit(SetServing{false, epoch_});
   for (auto& [stream, session] : membership_.sessions()) {
     if (session.epoch != epoch_) continue;

@@ -34,8 +34,9 @@ StateMachine::Impl::Impl(const Config& config)
       next_epoch_(std::max<EpochId>(config.initial_epoch, 1)),
       queue_(config.batch_window_us, config.max_batch_tokens) {}
 
-void StateMachine::Impl::Log(Notice::Level level, std::string event, std::string message) {
-  Emit(Notice{level, std::move(event), std::move(message)});
+void StateMachine::Impl::Log(Notice::Level level, std::string event,
+                             std::vector<NoticeField> fields) {
+  Emit(Notice{level, std::move(event), std::move(fields)});
 }
 
 std::vector<Command> StateMachine::Impl::Apply(const Event& event, TimeUs now_us) {

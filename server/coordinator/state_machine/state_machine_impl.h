@@ -32,7 +32,7 @@ class StateMachine::Impl {
   enum class Stage { kNone, kCreatingHeaps, kOpeningPeers, kProbing, kServing };
 
   void Emit(Command command) { out_.push_back(std::move(command)); }
-  void Log(Notice::Level level, std::string event, std::string message);
+  void Log(Notice::Level level, std::string event, std::vector<NoticeField> fields);
   void Stale() { ++stale_messages_; }
 
   // state_machine.cc

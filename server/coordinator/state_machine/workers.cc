@@ -3,10 +3,16 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "server/coordinator/state_machine/state_machine_impl.h"
 
 namespace epserve::coordinator {
+namespace {
+
+constexpr std::size_t kMaxShownBytes = 64;  // of a name that a caller gave
+
+}  // namespace
 
 void StateMachine::Impl::On(const WorkerHello& event) {
   if (membership_.Find(event.stream) != nullptr) return Stale();
@@ -15,10 +21,14 @@ void StateMachine::Impl::On(const WorkerHello& event) {
                       "hello: worker_id or incarnation is empty; give the worker a --worker-id"});
     return;
   }
-  if (event.last_epoch > (EpochId{1} << 62)) {
+  // Epoch numbers follow the unix seconds, so one far ahead of them is no epoch that ever was, and
+  // those after it would be numbered from there. Its own epochs a coordinator always knows again.
+  const auto seconds_up = static_cast<EpochId>((now_us_ - config_.start_us) / 1'000'000);
+  const EpochId limit = std::max(config_.initial_epoch + seconds_up + (EpochId{1} << 31), epoch_);
+  if (event.last_epoch > limit) {
     Emit(RejectWorker{event.stream, absl::StatusCode::kInvalidArgument,
-                      absl::StrCat("hello: last_epoch ", event.last_epoch, " exceeds ",
-                                   EpochId{1} << 62, "; restart the worker")});
+                      absl::StrCat("hello: last_epoch ", event.last_epoch, " exceeds ", limit,
+                                   "; restart the worker")});
     return;
   }
   if (Session* older = membership_.FindWorker(event.worker_id)) {
@@ -29,7 +39,8 @@ void StateMachine::Impl::On(const WorkerHello& event) {
           absl::StrCat("worker id ", event.worker_id,
                        " is held by another process that is alive; give every worker a "
                        "--worker-id of its own");
-      Log(Notice::Level::kWarning, "worker_turned_away", absl::StrCat("reason=\"", reason, "\""));
+      Log(Notice::Level::kWarning, "worker_turned_away",
+          {{"worker", event.worker_id}, {"reason", reason}});
       Emit(CloseStream{event.stream, reason});
       return;
     }
@@ -50,8 +61,9 @@ void StateMachine::Impl::On(const WorkerHello& event) {
   session.last_heartbeat_us = now_us_;
   membership_.Add(std::move(session));
   Log(Notice::Level::kInfo, "worker_joined",
-      absl::StrCat("worker=", event.worker_id, " held_rank=", same_placement ? event.held_rank : -1,
-                   " last_epoch=", event.last_epoch));
+      {{"worker", event.worker_id},
+       {"held_rank", same_placement ? event.held_rank : -1},
+       {"last_epoch", event.last_epoch}});
 }
 
 // At a fresh start the ranks of those who still hold weights are kept for them for one lease. If R
@@ -71,9 +83,10 @@ void StateMachine::Impl::AssignRanks() {
     session->total_bytes = 0;
     Emit(AssignRank{session->stream, session->rank, placement_});
     Log(Notice::Level::kInfo, "rank_assigned",
-        absl::StrCat("worker=", session->worker_id, " rank=", session->rank,
-                     " first_expert=", placement_.first_expert[session->rank],
-                     " num_experts=", placement_.num_local_experts(session->rank)));
+        {{"worker", session->worker_id},
+         {"rank", session->rank},
+         {"first_expert", placement_.first_expert[session->rank]},
+         {"num_experts", placement_.num_local_experts(session->rank)}});
   }
   for (auto& [stream, session] : membership_.sessions()) {
     if (session.state != WorkerState::kStandby || session.told_standby) continue;
@@ -102,8 +115,9 @@ void StateMachine::Impl::On(const WorkerLoaded& event) {
   session->heap_bytes = event.heap_bytes;
   session->loaded_bytes = std::max(session->loaded_bytes, session->total_bytes);
   Log(Notice::Level::kInfo, "worker_loaded",
-      absl::StrCat("worker=", session->worker_id, " rank=", session->rank,
-                   " weight_bytes=", event.weight_bytes));
+      {{"worker", session->worker_id},
+       {"rank", session->rank},
+       {"weight_bytes", event.weight_bytes}});
 }
 
 void StateMachine::Impl::On(const Heartbeat& event) {
@@ -145,8 +159,7 @@ void StateMachine::Impl::LoseWorker(Session& session, const std::string& reason,
   const bool was_member = IsMember(session);
   const bool left = session.state == WorkerState::kLeaving;
   Log(left ? Notice::Level::kInfo : Notice::Level::kWarning, left ? "worker_left" : "worker_lost",
-      absl::StrCat("worker=", session.worker_id, " rank=", session.rank, " reason=\"", reason,
-                   "\""));
+      {{"worker", session.worker_id}, {"rank", session.rank}, {"reason", reason}});
   for (const std::uint64_t token : session.drain_tokens) {
     Emit(DrainWorkerDone{token, absl::StatusCode::kOk, ""});
   }
@@ -212,7 +225,8 @@ void StateMachine::Impl::On(const DrainWorker& event) {
   if (session == nullptr) {
     Emit(DrainWorkerDone{
         event.token, absl::StatusCode::kNotFound,
-        absl::StrCat("drain: worker ", event.worker_id, " is not connected; see epserve status")});
+        absl::StrCat("drain: worker '", absl::CHexEscape(event.worker_id.substr(0, kMaxShownBytes)),
+                     "' is not connected; see epserve status")});
     return;
   }
   session->drain_tokens.push_back(event.token);
@@ -225,7 +239,7 @@ void StateMachine::Impl::BeginDrain(Session& session, std::string reason) {
   session.drain_reason = std::move(reason);
   session.drain_deadline_us = now_us_ + config_.drain_timeout_us;
   Log(Notice::Level::kInfo, "worker_draining",
-      absl::StrCat("worker=", session.worker_id, " reason=\"", session.drain_reason, "\""));
+      {{"worker", session.worker_id}, {"reason", session.drain_reason}});
   if (!IsMember(session)) return;
   if (stage_ != Stage::kServing) {
     EndEpoch(absl::StrCat(session.Name(), " is leaving"));

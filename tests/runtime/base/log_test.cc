@@ -4,17 +4,20 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <span>
 #include <string>
 
 namespace epserve::runtime {
 namespace {
 
+std::span<const LogField> SpanOf(LogFields fields) { return {fields.begin(), fields.size()}; }
+
 std::string Text(LogFields fields) {
-  return FormatLogLine(LogFormat::kText, LogLevel::kInfo, "prog", "event", fields);
+  return FormatLogLine(LogFormat::kText, LogLevel::kInfo, "prog", "event", SpanOf(fields));
 }
 
 std::string Json(LogFields fields) {
-  return FormatLogLine(LogFormat::kJson, LogLevel::kWarning, "prog", "event", fields);
+  return FormatLogLine(LogFormat::kJson, LogLevel::kWarning, "prog", "event", SpanOf(fields));
 }
 
 TEST(LogLineTest, TextIsEventThenKeyValuePairs) {

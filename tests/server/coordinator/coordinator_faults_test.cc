@@ -28,6 +28,8 @@ TEST_F(CoordinatorFaultsTest, HelloThatDiffersIsRejectedByNameOfWhatDiffers) {
       {"max_batch_tokens", [](v1::Hello& hello) { hello.set_max_batch_tokens(13); }},
       {"backend", [](v1::Hello& hello) { hello.set_backend("abacus"); }},
       {"worker_id", [](v1::Hello& hello) { hello.clear_worker_id(); }},
+      {"worker_id 'w\\n0'", [](v1::Hello& hello) { hello.set_worker_id("w\n0"); }},
+      {"of 65 bytes", [](v1::Hello& hello) { hello.set_worker_id(std::string(65, 'w')); }},
       {"incarnation", [](v1::Hello& hello) { hello.clear_incarnation(); }},
   };
   for (const auto& [name, change] : cases) {
@@ -65,6 +67,30 @@ TEST_F(CoordinatorFaultsTest, StreamThatDoesNotBeginWithHelloIsClosed) {
   v1::CoordinatorMessage answer;
   EXPECT_FALSE(stream->Read(&answer));
   EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+}
+
+TEST_F(CoordinatorFaultsTest, StreamWithoutHelloIsClosedInTimeAndJoinedOnesStay) {
+  pace_.hello_timeout_ms = 1000;
+  ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
+  auto stub = v1::Control::NewStub(channel_);
+  grpc::ClientContext context;
+  auto stream = stub->Connect(&context);
+  v1::CoordinatorMessage answer;
+  EXPECT_FALSE(stream->Read(&answer));
+  const grpc::Status status = stream->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(status.error_message(), HasSubstr("no Hello"));
+  // The workers' streams are older.
+  EXPECT_TRUE(Infer(MakeCase(3, 1)).status.ok());
+}
+
+TEST_F(CoordinatorFaultsTest, LostWorkerIsLoggedFieldByField) {
+  ::testing::internal::CaptureStderr();
+  ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
+  workers_[1]->Kill();
+  EXPECT_TRUE(readiness_->WaitFor(false));
+  EXPECT_THAT(::testing::internal::GetCapturedStderr(),
+              HasSubstr(" worker_lost worker=w1 rank=1 reason=\"its stream closed\"\n"));
 }
 
 TEST_F(CoordinatorFaultsTest, SecondHelloOnOneStreamClosesIt) {

@@ -3,6 +3,9 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include <latch>
 #include <memory>
@@ -10,6 +13,7 @@
 #include <tuple>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/unique_fd.h"
 #include "tests/support/coordinator_fixture.h"
 
 namespace epserve::testing {
@@ -178,11 +182,14 @@ TEST_F(CoordinatorTest, DrainedWorkerIsShutDownAndTheServiceCeasesToBeReady) {
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
   v1::DrainWorkerResponse response;
   v1::DrainWorkerRequest request;
+  grpc::ClientContext unnamed_context;
+  EXPECT_EQ(admin_->DrainWorker(&unnamed_context, request, &response).error_code(),
+            grpc::StatusCode::INVALID_ARGUMENT);
   request.set_worker_id("nobody");
   grpc::ClientContext unknown_context;
   const grpc::Status unknown = admin_->DrainWorker(&unknown_context, request, &response);
   EXPECT_EQ(unknown.error_code(), grpc::StatusCode::NOT_FOUND);
-  EXPECT_THAT(unknown.error_message(), HasSubstr("nobody"));
+  EXPECT_THAT(unknown.error_message(), HasSubstr("'nobody'"));
 
   request.set_worker_id("w2");
   grpc::ClientContext context;
@@ -241,6 +248,36 @@ TEST_F(CoordinatorTest, StopAnswersWhatIsInFlight) {
   coordinator_->Stop();
   EXPECT_EQ(in_flight.get().status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_TRUE(workers_[0]->WaitClosed());
+}
+
+TEST_F(CoordinatorTest, UnixSocketThatIsServedIsRefusedAndItsServerServesOn) {
+  const std::string address = absl::StrCat("unix:", ::testing::TempDir(), "eps-", ::getpid());
+  options_.listen = {"127.0.0.1:0", address};
+  ASSERT_NO_FATAL_FAILURE(StartCoordinator());
+  auto second = coordinator::Coordinator::Create(
+      options_, model_, [] {}, pace_);
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(second.status().message()), HasSubstr(address));
+  EXPECT_THAT(std::string(second.status().message()), HasSubstr("served by another process"));
+  EXPECT_EQ(
+      CheckHealth(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()), "liveness"), 1);
+}
+
+TEST_F(CoordinatorTest, UnixSocketThatADeadServerLeftIsTakenOver) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "eps-stale-", ::getpid());
+  sockaddr_un stale{};
+  stale.sun_family = AF_UNIX;
+  ASSERT_LT(path.size(), sizeof(stale.sun_path));
+  path.copy(stale.sun_path, path.size());
+  {
+    const runtime::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    ASSERT_EQ(::bind(fd.get(), reinterpret_cast<sockaddr*>(&stale), sizeof(stale)), 0);
+  }
+  const std::string address = absl::StrCat("unix:", path);
+  options_.listen = {"127.0.0.1:0", address};
+  ASSERT_NO_FATAL_FAILURE(StartCoordinator());
+  EXPECT_EQ(
+      CheckHealth(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()), "liveness"), 1);
 }
 
 TEST_F(CoordinatorTest, TakenPortsAreRefusedByName) {

@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/unique_fd.h"
@@ -17,14 +19,22 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// GET /metrics over a plain socket; empty on any failure.
-std::string Scrape(int port) {
-  const runtime::UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+// Not valid on failure. Reading waits ten seconds at most.
+runtime::UniqueFd Connect(int port) {
+  runtime::UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  const timeval patience{10, 0};
+  ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<std::uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  if (::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) return "";
+  if (::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) return {};
+  return fd;
+}
+
+// GET /metrics over a plain socket; empty on any failure.
+std::string Scrape(int port) {
+  const runtime::UniqueFd fd = Connect(port);
   const std::string request = "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
   if (::send(fd.get(), request.data(), request.size(), 0) < 0) return "";
   std::string answer;
@@ -56,6 +66,18 @@ TEST(MetricsTest, EndpointOffersEveryName) {
         "epserve_request_seconds_count 0"}) {
     EXPECT_THAT(text, HasSubstr(line));
   }
+}
+
+TEST(MetricsTest, SilentConnectionsDoNotHoldAScrapeUp) {
+  auto metrics = Metrics::Create("127.0.0.1:0", 1);
+  ASSERT_TRUE(metrics.ok()) << metrics.status();
+  const int port = (*metrics)->port();
+  std::vector<runtime::UniqueFd> silent;
+  for (int i = 0; i < 2; ++i) silent.push_back(Connect(port));
+  EXPECT_THAT(Scrape(port), HasSubstr("200 OK"));
+  // More of them than threads: the first are sent away.
+  for (int i = 0; i < 6; ++i) silent.push_back(Connect(port));
+  EXPECT_THAT(Scrape(port), HasSubstr("200 OK"));
 }
 
 TEST(MetricsTest, NumbersFollowWhatIsCounted) {

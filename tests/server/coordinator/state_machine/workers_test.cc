@@ -73,6 +73,43 @@ TEST(WorkersTest, HelloWithAnImpossibleEpochIsRejected) {
   EXPECT_TRUE(Has<RejectWorker>(commands));
 }
 
+TEST(WorkersTest, HelloWithAnEpochOfTheFarFutureIsRejectedAndMovesNoEpoch) {
+  TestCluster cluster;  // Two seconds after the start.
+  const EpochId furthest = cluster.config.initial_epoch + 2 + (EpochId{1} << 31);
+  const auto rejected = First<RejectWorker>(cluster.Join("w0", {.last_epoch = furthest + 1}));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->code, absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(rejected->message, HasSubstr("last_epoch"));
+  cluster.JoinAndLoadAll();
+  EXPECT_EQ(cluster.snapshot().epoch, cluster.config.initial_epoch);
+}
+
+TEST(WorkersTest, EpochsThatTheCoordinatorItselfBeganAreNeverTooFarAhead) {
+  TestCluster cluster(TestConfig(1));
+  const EpochId furthest = cluster.config.initial_epoch + 2 + (EpochId{1} << 31);
+  EXPECT_FALSE(Has<RejectWorker>(cluster.Join("w0", {.last_epoch = furthest})));
+  cluster.Load(0, 0);
+  const EpochId begun = cluster.snapshot().epoch;
+  EXPECT_EQ(begun, furthest + 1);
+  EXPECT_FALSE(Has<RejectWorker>(cluster.Join("w0", {.last_epoch = begun})));
+}
+
+TEST(WorkersTest, NoticeOfALostWorkerTellsItsFieldsOneByOne) {
+  TestCluster cluster;
+  cluster.Serve();
+  const Commands commands = cluster.Do(StreamClosed{cluster.stream(2)});
+  const auto notice = First<Notice>(commands);
+  ASSERT_TRUE(notice);
+  EXPECT_EQ(notice->event, "worker_lost");
+  ASSERT_EQ(notice->fields.size(), 3u);
+  EXPECT_STREQ(notice->fields[0].key, "worker");
+  EXPECT_EQ(std::get<std::string>(notice->fields[0].value), "w2");
+  EXPECT_STREQ(notice->fields[1].key, "rank");
+  EXPECT_EQ(std::get<std::int64_t>(notice->fields[1].value), 2);
+  EXPECT_STREQ(notice->fields[2].key, "reason");
+  EXPECT_EQ(std::get<std::string>(notice->fields[2].value), "its stream closed");
+}
+
 TEST(WorkersTest, SecondHelloOnAStreamIsIgnored) {
   TestCluster cluster;
   cluster.Join("w0");

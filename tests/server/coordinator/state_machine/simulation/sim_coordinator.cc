@@ -345,7 +345,13 @@ void SimCoordinator::On(const ClusterDrained&) {
 }
 
 void SimCoordinator::On(const Notice& c) {
-  if (world_.tracing()) world_.Trace(absl::StrCat("  ", c.event, " ", c.message));
+  if (!world_.tracing()) return;
+  std::string line = absl::StrCat("  ", c.event);
+  for (const NoticeField& field : c.fields) {
+    std::visit([&](const auto& value) { absl::StrAppend(&line, " ", field.key, "=", value); },
+               field.value);
+  }
+  world_.Trace(line);
 }
 
 }  // namespace epserve::coordinator::sim
