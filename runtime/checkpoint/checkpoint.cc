@@ -16,6 +16,11 @@ constexpr std::string_view kConfigFile = "config.json";
 constexpr std::uint64_t kMaxConfigBytes = 1 << 20;  // Published ones have a few KiB.
 constexpr std::size_t kFloatAlignment = 64;
 
+// How much of the weights goes into the fingerprint. Fine-tuning moves nearly every weight, so a
+// few of each tensor tell; models of more expert tensors are sampled at even distances.
+constexpr std::uint64_t kSampleBytes = 64;
+constexpr std::size_t kMaxSampledExpertTensors = 4096;
+
 std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // FNV-1a, 64 bit: stable across builds and machines.
@@ -25,13 +30,23 @@ class Fingerprint {
     for (const char c : text) {
       hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
     }
-    hash_ = (hash_ ^ 0xffu) * 0x100000001b3u;  // No UTF-8 text holds it: ends a part.
+    // Ends a part: no UTF-8 text holds it, and the length of what is no text follows from the text.
+    hash_ = (hash_ ^ 0xffu) * 0x100000001b3u;
   }
   std::string Hex() const { return absl::StrFormat("%016x", hash_); }
 
  private:
   std::uint64_t hash_ = 0xcbf29ce484222325u;
 };
+
+// Reads a part of the tensor `name`, from `offset` in `file`.
+absl::Status ReadPart(const InputFile& file, const std::string& name, std::uint64_t offset,
+                      void* out, std::uint64_t bytes) {
+  const absl::Status status = file.ReadAt(offset, out, bytes);
+  if (status.ok()) return status;
+  return absl::Status(status.code(),
+                      absl::StrCat(std::string(status.message()), " (tensor \"", name, "\")"));
+}
 
 }  // namespace
 
@@ -74,6 +89,7 @@ class Checkpoint::Builder {
       }
     }
     EPS_RETURN_IF_ERROR(FindRouters());
+    EPS_RETURN_IF_ERROR(SampleContent());
     out_.info_ = {.fingerprint = fingerprint_.Hex(),
                   .architecture = std::string(ArchitectureName(config.architecture)),
                   .hidden = config.hidden,
@@ -164,6 +180,38 @@ class Checkpoint::Builder {
     return Stored{entry.offset, tensor->file, *dtype};
   }
 
+  // Adds the first bytes of tensors, in the order of layers and experts, so that how they are
+  // spread over files makes no difference.
+  absl::Status SampleContent() {
+    const std::size_t num_tensors = 3 * out_.experts_.size();
+    const std::size_t num_samples = std::min(num_tensors, kMaxSampledExpertTensors);
+    const auto num_experts = static_cast<std::size_t>(out_.config_.num_experts);
+    for (std::size_t sample = 0; sample < num_samples; ++sample) {
+      const std::size_t tensor = sample * num_tensors / num_samples;
+      const std::size_t expert = tensor / 3;
+      const auto projection = static_cast<Projection>(tensor % 3);
+      EPS_RETURN_IF_ERROR(AddSample(out_.ExpertName(
+          expert / num_experts, static_cast<std::int64_t>(expert % num_experts), projection)));
+    }
+    for (std::size_t layer = 0; layer < out_.routers_.size(); ++layer) {
+      EPS_RETURN_IF_ERROR(AddSample(out_.GateName(layer)));
+      if (out_.routers_[layer].bias.file < 0) continue;
+      EPS_RETURN_IF_ERROR(AddSample(out_.BiasName(layer)));
+    }
+    return absl::OkStatus();
+  }
+
+  // REQUIRES: Find has found `name`.
+  absl::Status AddSample(const std::string& name) {
+    const TensorTable::Tensor& tensor = *table_.Find(name);
+    std::array<char, kSampleBytes> sample;
+    const std::uint64_t bytes = std::min(tensor.entry.bytes, kSampleBytes);
+    EPS_RETURN_IF_ERROR(ReadPart(table_.files()[static_cast<std::size_t>(tensor.file)], name,
+                                 tensor.entry.offset, sample.data(), bytes));
+    fingerprint_.Add(std::string_view(sample.data(), bytes));
+    return absl::OkStatus();
+  }
+
   std::string FileOf(const std::string& name) const {
     const TensorTable::Tensor* tensor = table_.Find(name);
     return tensor == nullptr ? table_.source()
@@ -223,11 +271,7 @@ class Checkpoint::Loader {
   absl::Status ReadBytes(const Stored& stored, const std::string& name, std::uint64_t offset,
                          void* out, std::uint64_t bytes) {
     const InputFile& file = checkpoint_.files_[static_cast<std::size_t>(stored.file)];
-    const absl::Status status = file.ReadAt(stored.offset + offset, out, bytes);
-    if (!status.ok()) {
-      return absl::Status(status.code(),
-                          absl::StrCat(std::string(status.message()), " (tensor \"", name, "\")"));
-    }
+    EPS_RETURN_IF_ERROR(ReadPart(file, name, stored.offset + offset, out, bytes));
     loaded_bytes_ += bytes;
     if (progress_) progress_(loaded_bytes_, total_bytes_);
     return absl::OkStatus();

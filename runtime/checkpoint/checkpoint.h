@@ -1,8 +1,8 @@
 // A HuggingFace checkpoint directory as a source of expert weights: config.json, then
 // model.safetensors or the shards of its index. Opening checks the presence, type and shape of
-// every expert tensor of every layer from the headers alone; loading reads only the bytes of the
-// experts asked for, in bounded pieces, and converts them to fp32, the type that weights are held
-// in.
+// every expert tensor of every layer from the headers, and reads no weights but the few bytes that
+// ModelInfo::fingerprint is made of; loading reads only the bytes of the experts asked for, in
+// bounded pieces, and converts them to fp32, the type that weights are held in.
 //
 // fp32 because the GEMM of the machines this backend runs on is fp32, and because holding BF16
 // would widen the weights again on every batch; it costs twice the memory of a BF16 checkpoint.

@@ -1,4 +1,4 @@
-// The served model as its checkpoint's headers give it; the same for every rank. A plain value.
+// The served model as its checkpoint gives it; the same for every rank. A plain value.
 #ifndef EPSERVE_RUNTIME_CHECKPOINT_MODEL_INFO_H_
 #define EPSERVE_RUNTIME_CHECKPOINT_MODEL_INFO_H_
 
@@ -9,7 +9,11 @@
 namespace epserve::runtime {
 
 struct ModelInfo {
-  std::string fingerprint;           // hex; differs where shape, tensor names or byte sizes differ
+  // Hex. Made of the shape, the router's rules, the names, types and sizes of the expert and router
+  // tensors, and a sample of their content: the first 64 bytes of every expert tensor (of 4096 at
+  // even distances, where there are more) and of every router tensor. So a base model and its
+  // fine-tune differ, while the same tensors in other files are the same.
+  std::string fingerprint;
   std::string architecture;          // "mixtral", "qwen3_moe", "deepseek_v3"
   std::int64_t hidden = 0;           // H
   std::int64_t intermediate = 0;     // I

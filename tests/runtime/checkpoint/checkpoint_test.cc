@@ -4,9 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <fstream>
 #include <string>
 #include <vector>
 
+#include "runtime/checkpoint/tensor_table.h"
 #include "tests/support/checkpoint_writer.h"
 
 namespace epserve::runtime {
@@ -148,7 +150,9 @@ TEST(CheckpointTest, FingerprintIsStableAndTellsModelsApart) {
   wider.intermediate = 64;
   CheckpointSpec other_k = specs[0];
   other_k.topk = 3;
-  specs.insert(specs.end(), {wider, other_k});
+  CheckpointSpec tuned = specs[0];  // The same shape with other weights.
+  tuned.seed = 2;
+  specs.insert(specs.end(), {wider, other_k, tuned});
   std::vector<std::string> fingerprints;
   for (std::size_t i = 0; i < specs.size(); ++i) {
     const auto path = directory.path() / std::to_string(i);
@@ -163,6 +167,32 @@ TEST(CheckpointTest, FingerprintIsStableAndTellsModelsApart) {
   sharded.shards = 4;
   WriteCheckpoint(directory.path() / "sharded", sharded);
   EXPECT_EQ(ReadModelInfo((directory.path() / "sharded").string())->fingerprint, fingerprints[0]);
+  std::sort(fingerprints.begin(), fingerprints.end());
+  EXPECT_EQ(std::unique(fingerprints.begin(), fingerprints.end()), fingerprints.end());
+}
+
+// Each tensor's own bytes count, in one expert or router alone.
+TEST(CheckpointTest, FingerprintTellsOneTensorsOtherContent) {
+  TempDirectory directory;
+  const CheckpointSpec spec{.layout = "deepseek_v3", .moe_layers = 1};
+  WriteCheckpoint(directory.path() / "c", spec);
+  const std::string path = (directory.path() / "c").string();
+  const std::string file = path + "/model.safetensors";
+  const auto table = TensorTable::Open(path);
+  ASSERT_TRUE(table.ok()) << table.status();
+  std::vector<std::string> fingerprints = {ReadModelInfo(path)->fingerprint};
+  const std::string mlp = "model.layers." + std::to_string(spec.first_moe_layer) + ".mlp.";
+  for (const std::string name :
+       {"experts.0.gate_proj.weight", "experts.3.up_proj.weight", "experts.7.down_proj.weight",
+        "gate.weight", "gate.e_score_correction_bias"}) {
+    const TensorTable::Tensor* tensor = table->Find(mlp + name);
+    ASSERT_NE(tensor, nullptr) << name;
+    std::fstream stream(file, std::ios::in | std::ios::out | std::ios::binary);
+    stream.seekp(static_cast<std::streamoff>(tensor->entry.offset + 5));
+    stream.put('\x5a');
+    ASSERT_TRUE(stream.flush().good());
+    fingerprints.push_back(ReadModelInfo(path)->fingerprint);
+  }
   std::sort(fingerprints.begin(), fingerprints.end());
   EXPECT_EQ(std::unique(fingerprints.begin(), fingerprints.end()), fingerprints.end());
 }
