@@ -130,7 +130,8 @@ class CudaExchangeTest : public ::testing::Test {
     // Loading a kernel at its first launch waits for the device, where another rank's may be
     // waiting.
     setenv("CUDA_MODULE_LOADING", "EAGER", 1);
-    // With fewer hardware queues than streams, one rank's waiting kernel may stand before another's.
+    // With fewer hardware queues than streams, one rank's waiting kernel may stand before
+    // another's.
     setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
     if (cudaGetDeviceCount(&num_devices_) != cudaSuccess || num_devices_ == 0) {
       GTEST_SKIP() << "the cuda backend needs a GPU, and this machine has none";
