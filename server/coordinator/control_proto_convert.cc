@@ -174,6 +174,7 @@ HelloInfo FromProto(const v1::Hello& hello) {
   info.pid = hello.pid();
   info.max_batch_tokens = hello.max_batch_tokens();
   info.cluster_id = hello.cluster_id();
+  info.num_slots = hello.num_slots();
   return info;
 }
 

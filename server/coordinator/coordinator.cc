@@ -126,6 +126,7 @@ HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& mo
   policy.version = EPSERVE_VERSION;
   policy.fingerprint = model.fingerprint;
   policy.max_batch_tokens = options.max_batch_tokens;
+  policy.num_slots = options.num_slots;
   policy.cluster_id = options.cluster_id;
   policy.hello_timeout_ms = pace.hello_timeout_ms;
   return policy;

@@ -69,12 +69,16 @@ absl::Status CheckHello(const HelloInfo& hello, const HelloPolicy& policy) {
   }
   if (hello.fingerprint != policy.fingerprint) {
     return Differs(hello, "model fingerprint", hello.fingerprint, policy.fingerprint,
-                   "give both the same checkpoint");
+                   "give both the same checkpoint, weights included");
   }
   if (hello.max_batch_tokens != policy.max_batch_tokens) {
     return Differs(hello, "max_batch_tokens", std::to_string(hello.max_batch_tokens),
                    std::to_string(policy.max_batch_tokens),
                    "give both the same --max-batch-tokens");
+  }
+  if (hello.num_slots != policy.num_slots) {
+    return Differs(hello, "num_slots", std::to_string(hello.num_slots),
+                   std::to_string(policy.num_slots), "give both the same --slots");
   }
   return absl::OkStatus();
 }

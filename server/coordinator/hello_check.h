@@ -15,6 +15,7 @@ struct HelloPolicy {
   std::string version;  // the coordinator's own; workers need the same major.minor
   std::string fingerprint;
   std::int64_t max_batch_tokens = 0;
+  int num_slots = 0;
   std::string cluster_id;
   std::int64_t hello_timeout_ms = 5000;  // from a stream's opening to its Hello
   std::vector<std::string> backends = {"host", "cuda", "nccl"};

@@ -79,7 +79,7 @@ void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger) {
       ->envname("EPSERVE_QUEUE_CAPACITY")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1'000'000}))
       ->capture_default_str();
-  app.add_option("--slots", options.num_slots, "Batches in flight")
+  app.add_option("--slots", options.num_slots, "Batches in flight; the same everywhere")
       ->envname("EPSERVE_SLOTS")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();

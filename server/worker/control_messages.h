@@ -112,6 +112,7 @@ struct Hello {
   std::int64_t pid = 0;
   std::int64_t max_batch_tokens = 0;
   std::string cluster_id;
+  int num_slots = 0;
 };
 
 struct Heartbeat {

@@ -118,6 +118,7 @@ struct ProtoWriter {
     out.set_pid(m.pid);
     out.set_max_batch_tokens(m.max_batch_tokens);
     out.set_cluster_id(std::move(m.cluster_id));
+    out.set_num_slots(m.num_slots);
   }
   void operator()(Heartbeat&& m) {
     v1::Heartbeat& out = *proto.mutable_heartbeat();

@@ -452,6 +452,7 @@ Hello Worker::MakeHello() const {
   hello.pid = getpid();
   hello.max_batch_tokens = config_.max_batch_tokens;
   hello.cluster_id = config_.cluster_id;
+  hello.num_slots = config_.num_slots;
   return hello;
 }
 

@@ -38,6 +38,16 @@ def test_worker_with_another_checkpoint_is_rejected_and_ends(cluster, checkpoint
     check_refusal(cluster, result, "stranger", "checkpoint")
 
 
+def test_worker_with_other_weights_of_the_same_shape_is_rejected_and_ends(cluster, checkpoint):
+    result = join(cluster, checkpoint=checkpoint(seed=2).path)
+    check_refusal(cluster, result, "fingerprint", "give both the same checkpoint, weights included")
+
+
+def test_worker_with_another_number_of_slots_is_rejected_with_both_and_ends(cluster):
+    result = join(cluster, slots=5)
+    check_refusal(cluster, result, "num_slots 5", "coordinator's 2", "--slots")
+
+
 def test_worker_with_another_batch_limit_is_rejected_with_both_and_ends(cluster):
     result = join(cluster, **{"max-batch-tokens": 128})
     check_refusal(cluster, result, 128, 4096, "--max-batch-tokens")

@@ -73,6 +73,7 @@ FakeWorkerOptions CoordinatorFixture::WorkerOptions(int index) const {
   worker.hello.set_pid(1000 + index);
   worker.hello.set_max_batch_tokens(options_.max_batch_tokens);
   worker.hello.set_cluster_id(options_.cluster_id);
+  worker.hello.set_num_slots(options_.num_slots);
   return worker;
 }
 

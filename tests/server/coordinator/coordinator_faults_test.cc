@@ -26,6 +26,8 @@ TEST_F(CoordinatorFaultsTest, HelloThatDiffersIsRejectedByNameOfWhatDiffers) {
       {"cluster_id", [](v1::Hello& hello) { hello.set_cluster_id("other"); }},
       {"fingerprint", [](v1::Hello& hello) { hello.mutable_model()->set_fingerprint("bad"); }},
       {"max_batch_tokens", [](v1::Hello& hello) { hello.set_max_batch_tokens(13); }},
+      {"num_slots", [](v1::Hello& hello) { hello.set_num_slots(5); }},
+      {"give both the same --slots", [](v1::Hello& hello) { hello.clear_num_slots(); }},
       {"backend", [](v1::Hello& hello) { hello.set_backend("abacus"); }},
       {"worker_id", [](v1::Hello& hello) { hello.clear_worker_id(); }},
       {"worker_id 'w\\n0'", [](v1::Hello& hello) { hello.set_worker_id("w\n0"); }},

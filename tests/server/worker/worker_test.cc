@@ -29,6 +29,7 @@ TEST_F(WorkerTest, JoinsLoadsAndServesTheFirstEpochInOrder) {
   EXPECT_EQ(hello.cluster_id(), "test");
   EXPECT_EQ(hello.backend(), "host");
   EXPECT_EQ(hello.max_batch_tokens(), 16);
+  EXPECT_EQ(hello.num_slots(), 2);
   EXPECT_EQ(hello.held_rank(), -1);
   EXPECT_EQ(hello.last_epoch(), 0u);
   EXPECT_FALSE(hello.incarnation().empty());
