@@ -11,6 +11,7 @@ namespace epserve::worker {
 namespace {
 
 constexpr std::int64_t kRedrawUs = 100'000;
+constexpr std::int64_t kLogUs = 1'000'000;
 constexpr int kBarCells = 30;
 
 int Percent(std::uint64_t loaded, std::uint64_t total) {
@@ -22,12 +23,13 @@ int Percent(std::uint64_t loaded, std::uint64_t total) {
 }  // namespace
 
 LoadProgressDisplay::LoadProgressDisplay(std::FILE* out, bool is_terminal,
-                                         std::function<std::int64_t()> now_us, LogTenth log)
+                                         std::function<std::int64_t()> now_us, LogLine log)
     : out_(out),
       is_terminal_(is_terminal),
       now_us_(std::move(now_us)),
       log_(std::move(log)),
-      start_us_(now_us_()) {}
+      start_us_(now_us_()),
+      logged_us_(start_us_) {}
 
 LoadProgressDisplay::~LoadProgressDisplay() {
   if (drawn_) std::fputc('\n', out_);
@@ -35,16 +37,18 @@ LoadProgressDisplay::~LoadProgressDisplay() {
 
 void LoadProgressDisplay::Update(std::uint64_t loaded, std::uint64_t total) {
   const int percent = Percent(loaded, total);
+  const std::int64_t now_us = now_us_();
   if (is_terminal_) {
-    const std::int64_t now_us = now_us_();
     if (!drawn_ || percent == 100 || now_us - drawn_us_ >= kRedrawUs) {
       DrawLine(loaded, total, now_us);
     }
     return;
   }
-  if (percent / 10 > logged_tenths_) {
-    logged_tenths_ = percent / 10;
-    log_(logged_tenths_ * 10, loaded, total);
+  const bool ends = percent == 100 && logged_percent_ < 100;
+  if (ends || (percent > logged_percent_ && now_us - logged_us_ >= kLogUs)) {
+    logged_percent_ = percent;
+    logged_us_ = now_us;
+    log_(percent, loaded, total);
   }
 }
 

@@ -1,5 +1,5 @@
-// Shows how far loading is: one line that rewrites itself on a terminal, a log line every tenth
-// elsewhere. Used by one thread, the one that loads.
+// Shows how far loading is: one line that rewrites itself on a terminal, elsewhere a log
+// line a second at most, and one at the end. Used by one thread, the one that loads.
 #ifndef EPSERVE_SERVER_WORKER_LOAD_PROGRESS_H_
 #define EPSERVE_SERVER_WORKER_LOAD_PROGRESS_H_
 
@@ -12,9 +12,9 @@ namespace epserve::worker {
 class LoadProgressDisplay {
  public:
   // `out` takes the terminal's line; `log` is called with percent, loaded and total bytes.
-  using LogTenth = std::function<void(int percent, std::uint64_t loaded, std::uint64_t total)>;
+  using LogLine = std::function<void(int percent, std::uint64_t loaded, std::uint64_t total)>;
   LoadProgressDisplay(std::FILE* out, bool is_terminal, std::function<std::int64_t()> now_us,
-                      LogTenth log);
+                      LogLine log);
   // Ends the terminal's line where one was begun.
   ~LoadProgressDisplay();
   LoadProgressDisplay(const LoadProgressDisplay&) = delete;
@@ -28,11 +28,12 @@ class LoadProgressDisplay {
   std::FILE* const out_;
   const bool is_terminal_;
   const std::function<std::int64_t()> now_us_;
-  const LogTenth log_;
+  const LogLine log_;
   const std::int64_t start_us_;
   std::int64_t drawn_us_ = 0;
   bool drawn_ = false;
-  int logged_tenths_ = 0;
+  std::int64_t logged_us_;
+  int logged_percent_ = 0;
 };
 
 }  // namespace epserve::worker

@@ -5,16 +5,26 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <string_view>
+#include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
 
 namespace epserve::worker {
 namespace {
 
-// Names of segments and sockets are made from the cluster's id.
-constexpr std::size_t kMaxClusterIdBytes = 64;
-constexpr std::size_t kMaxWorkerIdBytes = 256;
+// Names of segments and sockets are made from the cluster's id; both ids go into logs and metrics.
+constexpr std::size_t kMaxIdBytes = 64;
+
+bool IsIdChar(char c) {
+  return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
+         c == '.' || c == '-';
+}
+
+bool IsId(std::string_view id) {
+  return !id.empty() && id.size() <= kMaxIdBytes && std::all_of(id.begin(), id.end(), IsIdChar);
+}
 
 void AddClusterFlags(CLI::App& app, Options& options) {
   app.add_option("--coordinator", options.coordinator,
@@ -26,8 +36,8 @@ void AddClusterFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_CHECKPOINT")
       ->required();
   app.add_option("--worker-id", options.worker_id,
-                 "Name of this worker, unique in the cluster; keep it over restarts "
-                 "(default: <host name>-<process id>)")
+                 "Name of this worker, [A-Za-z0-9_.-]{1,64}, unique in the cluster; keep it over "
+                 "restarts (default: <host name>-<process id>)")
       ->envname("EPSERVE_WORKER_ID");
   app.add_option("--cluster-id", options.cluster_id,
                  "Name that coordinator and workers of one cluster share, [A-Za-z0-9_.-]{1,64}")
@@ -91,19 +101,12 @@ absl::Status ValidateOptions(const Options& options) {
         absl::StrCat("options: --coordinator \"", options.coordinator,
                      "\" is no address; give HOST:PORT or unix:PATH"));
   }
-  const auto allowed = [](char c) {
-    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '.' || c == '-';
-  };
-  if (options.cluster_id.empty() || options.cluster_id.size() > kMaxClusterIdBytes ||
-      !std::all_of(options.cluster_id.begin(), options.cluster_id.end(), allowed)) {
-    return absl::InvalidArgumentError(absl::StrCat("options: --cluster-id \"", options.cluster_id,
+  for (const auto& [flag, id] :
+       {std::pair<std::string, std::string>{"--cluster-id", options.cluster_id},
+        {"--worker-id", options.worker_id}}) {
+    if (IsId(id)) continue;
+    return absl::InvalidArgumentError(absl::StrCat("options: ", flag, " \"", absl::CHexEscape(id),
                                                    "\" is not of [A-Za-z0-9_.-]{1,64}"));
-  }
-  if (options.worker_id.size() > kMaxWorkerIdBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("options: --worker-id has ",
-                                                   options.worker_id.size(), " bytes, above ",
-                                                   kMaxWorkerIdBytes, "; give a shorter name"));
   }
   if (options.backend != "host") {
     return absl::InvalidArgumentError(absl::StrCat("options: --backend ", options.backend,
@@ -118,6 +121,15 @@ std::string HostName() {
   return name;
 }
 
+// The host's name may be longer than an id, and hold what an id may not.
+std::string DefaultWorkerId(std::string_view node) {
+  const std::string suffix = absl::StrCat("-", getpid());
+  std::string id(node.substr(0, kMaxIdBytes - suffix.size()));
+  std::replace_if(
+      id.begin(), id.end(), [](char c) { return !IsIdChar(c); }, '_');
+  return id + suffix;
+}
+
 }  // namespace
 
 absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
@@ -129,6 +141,7 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   AddClusterFlags(app, options);
   AddEngineFlags(app, options);
   AddLogFlags(app, options);
+  CLI::Option* const worker_id = app.get_option("--worker-id");
   // CLI11 reports by exception; they end here.
   try {
     app.parse(argc, argv);
@@ -141,7 +154,7 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
         absl::StrCat("options: ", error.what(), "; see epserve-worker --help"));
   }
   options.node = HostName();
-  if (options.worker_id.empty()) options.worker_id = absl::StrCat(options.node, "-", getpid());
+  if (worker_id->count() == 0) options.worker_id = DefaultWorkerId(options.node);
   EPS_RETURN_IF_ERROR(ValidateOptions(options));
   return ParsedOptions{std::move(options), ""};
 }

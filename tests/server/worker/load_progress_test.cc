@@ -21,19 +21,31 @@ std::string Contents(std::FILE* file) {
   return text;
 }
 
-TEST(LoadProgressDisplayTest, ElsewhereThanOnATerminalEveryTenthIsLoggedOnce) {
+// What is logged of a load of 1000 bytes in steps of 5, each of which takes `step_us`.
+std::vector<int> LoggedPercents(std::int64_t step_us) {
   std::FILE* const out = std::tmpfile();
   std::vector<int> logged;
+  std::int64_t now_us = 7;
   {
     LoadProgressDisplay display(
-        out, false, [] { return 0; },
+        out, false, [&] { return now_us; },
         [&](int percent, std::uint64_t, std::uint64_t) { logged.push_back(percent); });
-    for (std::uint64_t loaded = 0; loaded <= 1000; loaded += 5) display.Update(loaded, 1000);
+    for (std::uint64_t loaded = 0; loaded <= 1000; loaded += 5, now_us += step_us) {
+      display.Update(loaded, 1000);
+    }
     display.Update(1000, 1000);
   }
-  EXPECT_THAT(logged, ElementsAre(10, 20, 30, 40, 50, 60, 70, 80, 90, 100));
   EXPECT_THAT(Contents(out), IsEmpty());
   std::fclose(out);
+  return logged;
+}
+
+TEST(LoadProgressDisplayTest, ElsewhereThanOnATerminalALineASecondAndTheEndAreLogged) {
+  EXPECT_THAT(LoggedPercents(25'000), ElementsAre(20, 40, 60, 80, 100));
+}
+
+TEST(LoadProgressDisplayTest, LoadOfAMillisecondLogsItsEndAlone) {
+  EXPECT_THAT(LoggedPercents(5), ElementsAre(100));
 }
 
 TEST(LoadProgressDisplayTest, OnATerminalOneLineIsRewrittenTenTimesASecondAtMost) {

@@ -14,6 +14,8 @@ namespace {
 using testing::EndsWith;
 using testing::HasSubstr;
 
+constexpr char kIdChars[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-";
+
 absl::StatusOr<ParsedOptions> Parse(std::vector<const char*> args) {
   args.insert(args.begin(), "epserve-worker");
   return ParseOptions(static_cast<int>(args.size()), args.data());
@@ -32,6 +34,8 @@ TEST(OptionsTest, DefaultsAreTheDocumentedOnes) {
   EXPECT_EQ(options.coordinator, "127.0.0.1:8001");
   EXPECT_EQ(options.checkpoint_dir, "/models/m");
   EXPECT_THAT(options.worker_id, EndsWith("-" + std::to_string(getpid())));
+  EXPECT_EQ(options.worker_id.find_first_not_of(kIdChars), std::string::npos) << options.worker_id;
+  EXPECT_LE(options.worker_id.size(), 64u);
   EXPECT_FALSE(options.node.empty());
   EXPECT_EQ(options.cluster_id, "epserve");
   EXPECT_EQ(options.max_batch_tokens, 4096);
@@ -58,6 +62,13 @@ TEST(OptionsTest, FlagsAreTaken) {
   EXPECT_EQ(options.log_level, "debug");
 }
 
+TEST(OptionsTest, LongestWorkerIdOfEveryKindOfCharacterIsTaken) {
+  const std::string id = std::string(59, 'w') + "Z_.-9";
+  const auto parsed = Parse({"--checkpoint=/m", "--worker-id", id.c_str()});
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  EXPECT_EQ(parsed->options->worker_id, id);
+}
+
 TEST(OptionsTest, EnvironmentStandsInForAFlagAndTheFlagWins) {
   setenv("EPSERVE_WORKER_ID", "from-env", 1);
   setenv("EPSERVE_CHECKPOINT", "/env", 1);
@@ -82,6 +93,11 @@ TEST(OptionsTest, WrongValuesAreRefusedNamingTheFlag) {
   ExpectRefused({"--checkpoint=/m", "--coordinator=unix:"}, "--coordinator");
   ExpectRefused({"--checkpoint=/m", "--cluster-id=a/b"}, "--cluster-id");
   ExpectRefused({"--checkpoint=/m", "--cluster-id="}, "--cluster-id");
+  ExpectRefused({"--checkpoint=/m", "--worker-id=a b"}, "--worker-id");
+  ExpectRefused({"--checkpoint=/m", "--worker-id=w\n1"}, "--worker-id \"w\\n1\"");
+  ExpectRefused({"--checkpoint=/m", "--worker-id=w\"1"}, "--worker-id");
+  ExpectRefused({"--checkpoint=/m", "--worker-id="}, "--worker-id");
+  ExpectRefused({"--checkpoint=/m", "--worker-id", std::string(65, 'w').c_str()}, "{1,64}");
   ExpectRefused({"--checkpoint=/m", "--log-format=xml"}, "--log-format");
   ExpectRefused({"--checkpoint=/m", "--unknown"}, "--unknown");
 }
