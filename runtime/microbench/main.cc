@@ -20,15 +20,17 @@ int RunAsRank(const MicrobenchOptions& options) {
   const absl::Status status =
       coordination.ok() ? RunBenchRank(*coordination, options.rank) : coordination.status();
   if (status.ok()) return EXIT_SUCCESS;
-  if (!coordination.ok()) std::fprintf(stderr, "error: %s\n", status.ToString().c_str());
+  if (!coordination.ok()) {
+    std::fprintf(stderr, "epserve-microbench: %s\n", status.ToString().c_str());
+  }
   return EXIT_FAILURE;  // Where there is a block, the launcher finds the error in it.
 }
 
 int RunAsLauncher(const MicrobenchOptions& options) {
   const auto report = RunAllToAllV(options.params);
   if (!report.ok()) {
-    std::fprintf(stderr, "error: %s\n", report.status().ToString().c_str());
-    return EXIT_FAILURE;
+    std::fprintf(stderr, "epserve-microbench: %s\n", report.status().ToString().c_str());
+    return absl::IsInvalidArgument(report.status()) ? kUsageExitCode : EXIT_FAILURE;
   }
   const std::string text = options.json ? FormatJson(*report) + "\n" : FormatTable(*report);
   return std::fputs(text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0 ? EXIT_SUCCESS

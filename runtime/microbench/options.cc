@@ -1,7 +1,8 @@
 #include "runtime/microbench/options.h"
 
 #include <CLI/CLI.hpp>
-#include <map>
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "runtime/alltoallv/exchange.h"
@@ -77,11 +78,16 @@ void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
       ->envname("EPSERVE_EXPERTS")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  const std::map<std::string, DataType> types = {
-      {"fp32", DataType::kFp32}, {"fp16", DataType::kFp16}, {"bf16", DataType::kBf16}};
-  app->add_option("--dtype", p.dtype, "Element type: bf16, fp16 or fp32")
+  app->add_option_function<std::string>(
+         "--dtype",
+         [&p](const std::string& name) {
+           p.dtype = name == "fp32"   ? DataType::kFp32
+                     : name == "fp16" ? DataType::kFp16
+                                      : DataType::kBf16;
+         },
+         "Element type")
       ->envname("EPSERVE_DTYPE")
-      ->transform(CLI::CheckedTransformer(types))
+      ->check(CLI::IsMember({"bf16", "fp16", "fp32"}))
       ->default_str("bf16");
   app->add_option("--iterations", p.iterations, "Measured iterations")
       ->envname("EPSERVE_ITERATIONS")
@@ -121,8 +127,18 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
   rank->add_option("--control-fd", options.control_fd)->required();
   try {
     app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {  // The one place where a library throws at us.
-    *exit_code = app.exit(error);
+  } catch (const CLI::CallForHelp&) {  // CLI11 reports by exception; they end here.
+    std::fputs(app.help().c_str(), stdout);
+    *exit_code = EXIT_SUCCESS;
+    return std::nullopt;
+  } catch (const CLI::CallForVersion&) {
+    std::puts("epserve-microbench " EPSERVE_VERSION);
+    *exit_code = EXIT_SUCCESS;
+    return std::nullopt;
+  } catch (const CLI::ParseError& error) {
+    std::fprintf(stderr, "epserve-microbench: options: %s; see epserve-microbench %s--help\n",
+                 error.what(), app.get_subcommands().empty() ? "" : "alltoallv ");
+    *exit_code = kUsageExitCode;
     return std::nullopt;
   }
   options.is_rank = rank->parsed();

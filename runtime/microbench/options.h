@@ -8,6 +8,9 @@
 
 namespace epserve::runtime {
 
+// What the program exits with where its flags are wrong.
+inline constexpr int kUsageExitCode = 2;
+
 struct MicrobenchOptions {
   BenchParams params;
   bool json = false;
@@ -18,7 +21,7 @@ struct MicrobenchOptions {
 };
 
 // Nothing where the program is to end at once, with `exit_code`: after --help and --version (0) and
-// after a usage error (not 0), both of which have been printed.
+// after a usage error (kUsageExitCode), all of which have been printed.
 std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, int* exit_code);
 
 }  // namespace epserve::runtime

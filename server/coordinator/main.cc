@@ -26,6 +26,8 @@
 namespace epserve::coordinator {
 namespace {
 
+constexpr int kUsageExitCode = 2;
+
 // The port as one line; renamed into place, so that a reader never sees half of it.
 absl::Status WritePortFile(const std::string& path, int port) {
   if (path.empty()) return absl::OkStatus();
@@ -137,7 +139,7 @@ int Main(int argc, const char* const* argv) {
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-coordinator: %s\n",
                  std::string(parsed.status().message()).c_str());
-    return 1;
+    return kUsageExitCode;
   }
   if (!parsed->options.has_value()) {
     return std::fputs(parsed->text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0 ? 0 : 1;

@@ -44,7 +44,8 @@ def test_unknown_flag_is_named_and_fails(program, tmp_path):
         "epserve-microbench": ["alltoallv"],
     }
     result = run_program(program, *required[program], "--no-such-flag")
-    assert result.returncode > 0
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{program}: ")
     assert "no-such-flag" in result.stderr
 
 
