@@ -37,6 +37,10 @@ Clock::time_point EarlierOf(Clock::time_point deadline, Clock::time_point now,
   return std::min(deadline, now + std::chrono::microseconds(timeout_us));
 }
 
+absl::Status TooLate() {
+  return absl::DeadlineExceededError("infer: the deadline had passed when the request arrived");
+}
+
 // Held by gRPC's side (through Reactor) until the call has finished, and by the sink's
 // PendingInfer.
 class InferCall final : public std::enable_shared_from_this<InferCall> {
@@ -133,16 +137,20 @@ void InferCall::Start(const grpc::ByteBuffer* bytes) {
 }
 
 absl::Status InferCall::Submit(const grpc::ByteBuffer* bytes) {
+  deadline_ = DeadlineOf(*context_, arrival_);
+  if (deadline_ <= Clock::now()) return TooLate();
+  // A call that ended on its way comes without its message.
+  if (!bytes->Valid() || context_->IsCancelled()) {
+    return absl::CancelledError("infer: the caller cancelled the request before it had arrived");
+  }
   EPS_ASSIGN_OR_RETURN(message_, ParseInferRequest(*bytes, shared_.options.limits));
   // The parsed message holds all that is needed; the wire's bytes would double the memory.
   context_->GetRpcAllocatorState()->FreeRequest();
   EPS_ASSIGN_OR_RETURN(ValidatedRequest request,
                        ValidateRequest(message_.view, shared_.options.model, shared_.options.limits,
                                        shared_.regions));
-  deadline_ = EarlierOf(DeadlineOf(*context_, arrival_), arrival_, request.timeout_us);
-  if (deadline_ <= Clock::now()) {
-    return absl::DeadlineExceededError("infer: the deadline had passed when the request arrived");
-  }
+  deadline_ = EarlierOf(deadline_, arrival_, request.timeout_us);
+  if (deadline_ <= Clock::now()) return TooLate();
   id_ = shared_.next_id.fetch_add(1, std::memory_order_relaxed);
   shared_.sink.Submit(std::make_unique<PendingInfer>(id_, arrival_, deadline_, std::move(request),
                                                      shared_from_this()));

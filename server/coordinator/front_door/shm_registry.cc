@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -213,6 +214,11 @@ absl::Status ShmRegistry::Register(std::string_view name, std::string_view key,
   if (size_bytes == 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("register: region ", Quoted(name), " has byte_size 0; give at least 1"));
+  }
+  if (!Fits(offset_bytes, size_bytes, std::numeric_limits<off_t>::max())) {
+    return absl::InvalidArgumentError(absl::StrCat("register: region ", Quoted(name), " offset ",
+                                                   offset_bytes, " and byte_size ", size_bytes,
+                                                   " reach past every file's end"));
   }
   // Stripped before anything looks at the key: a slash must not carry it past the prefix check.
   const std::string stripped(key.substr(std::min(key.find_first_not_of('/'), key.size())));

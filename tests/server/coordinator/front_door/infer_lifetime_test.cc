@@ -2,6 +2,7 @@
 #include "server/coordinator/front_door/infer_service.h"
 
 #include <gmock/gmock.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
@@ -69,6 +70,27 @@ TEST_F(InferServiceTest, DeadlineReachesTheSinkAndEndsTheCall) {
               Contains(testing::AnyOf(StatusCode::kDeadlineExceeded, StatusCode::kCancelled)));
 }
 
+TEST_F(InferServiceTest, CallThatExpiresBeforeItsMessageCameIsNoBadRequest) {
+  grpc::GenericStub generic(channel_);
+  ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(300));
+  grpc::CompletionQueue queue;
+  // Its headers go out, and no message ever.
+  const auto call =
+      generic.PrepareCall(&context, "/inference.GRPCInferenceService/ModelInfer", &queue);
+  call->StartCall(nullptr);
+  void* tag = nullptr;
+  bool ok = false;
+  ASSERT_TRUE(queue.Next(&tag, &ok));
+  grpc::Status status;
+  call->Finish(&status, &status);
+  ASSERT_TRUE(queue.Next(&tag, &ok));
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  // The client's own clock may cancel the call a moment before the server's sees the deadline.
+  EXPECT_THAT(sink_.WaitForAnswers(1),
+              ElementsAre(testing::AnyOf(StatusCode::kDeadlineExceeded, StatusCode::kCancelled)));
+}
+
 TEST_F(InferServiceTest, TimeoutParameterShortensTheDeadline) {
   PendingRequest::Clock::time_point none, with;
   PendingRequest::Clock::time_point arrival;
@@ -77,6 +99,7 @@ TEST_F(InferServiceTest, TimeoutParameterShortensTheDeadline) {
     Echo(std::move(request));
   });
   ASSERT_TRUE(Infer(ValidMessage()).ok());
+  ASSERT_EQ(sink_.WaitForAnswers(1).size(), 1u);
   EXPECT_EQ(none, PendingRequest::Clock::time_point::max());
   sink_.HandleBy([&](std::unique_ptr<PendingRequest> request) {
     with = request->deadline;
@@ -86,6 +109,7 @@ TEST_F(InferServiceTest, TimeoutParameterShortensTheDeadline) {
   ModelInferRequest request = ValidMessage();
   (*request.mutable_parameters())["timeout"].set_int64_param(5'000'000);
   ASSERT_TRUE(Infer(request).ok());
+  ASSERT_EQ(sink_.WaitForAnswers(2).size(), 2u);
   EXPECT_EQ(with, arrival + std::chrono::seconds(5));
 }
 

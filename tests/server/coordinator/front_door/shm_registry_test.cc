@@ -10,6 +10,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "tests/server/coordinator/front_door/test_request.h"
@@ -262,6 +263,19 @@ TEST(ShmRegistryTest, RegionsAndBytesAreCapped) {
   const absl::Status count = registry.Register("c", object.key(), 0, 1);
   EXPECT_EQ(count.code(), StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(count.message()), HasSubstr("2 regions"));
+}
+
+TEST(ShmRegistryTest, WindowPastEveryFilesEndIsInvalidBeforeAnyCapIsLookedAt) {
+  ShmOptions options = Allowed();
+  options.max_total_bytes = 100;
+  ShmRegistry registry(options);
+  const ShmObject object(64);
+  constexpr std::uint64_t kMax = std::numeric_limits<std::uint64_t>::max();
+  for (const auto& [offset, size] : {std::pair{std::uint64_t{1}, kMax}, std::pair{kMax, kMax},
+                                     std::pair{kMax / 2, std::uint64_t{101}}}) {
+    const absl::Status status = registry.Register("a", object.key(), offset, size);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << status;
+  }
 }
 
 TEST(ShmRegistryTest, NamesOutsideTheRulesAreRefused) {
