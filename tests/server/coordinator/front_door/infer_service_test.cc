@@ -370,6 +370,7 @@ TEST_F(InferServiceTest, IdsAreUniqueAndFromOne) {
     Echo(std::move(request));
   });
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(Infer(ValidMessage()).ok());
+  ASSERT_EQ(sink_.WaitForAnswers(3).size(), 3u);
   EXPECT_THAT(ids, ElementsAre(1, 2, 3));
 }
 
