@@ -49,13 +49,18 @@ export EPSERVE_REQUIRE_PYTHON=1
 summary=()
 failed=0
 
-# Runs a step, says how long it took, and goes on after a failure to what does not depend on it.
+log="$(mktemp "${TMPDIR:-/tmp}/epserve-tests-XXXXXX")"
+trap 'rm -f "$log"' EXIT
+
+# Runs a step, keeps how long it took and what ctest or pytest made of it, and goes on after a
+# failure to what does not depend on it.
 step() {
-  local name="$1" began=$SECONDS result=ok
+  local name="$1" began=$SECONDS result=ok counts
   shift
   printf '\n==> %s\n' "$name"
-  "$@" || { result=FAILED; failed=1; }
-  summary+=("$(printf '%-28s %-7s %5d s' "$name" "$result" $((SECONDS - began)))")
+  "$@" 2>&1 | tee "$log" || { result=FAILED; failed=1; }
+  counts="$(grep -E '^[0-9]+% tests passed|^[0-9]+ (passed|failed)' "$log" | tail -n 1 || true)"
+  summary+=("$(printf '%-28s %-7s %5d s  %s' "$name" "$result" $((SECONDS - began)) "$counts")")
   [[ "$result" == ok ]]
 }
 

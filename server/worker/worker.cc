@@ -28,8 +28,7 @@ constexpr absl::Duration kLeastHeartbeat = absl::Milliseconds(5);
 // A coordinator that answers no heartbeat of an epoch for so many leases has long given this worker
 // up, or is gone; a new connection finds out. It may be paused for less and go on.
 constexpr std::int64_t kSilentLeases = 4;
-// A restarted coordinator is found within the longest of these, which is the larger part of what
-// its restart may cost.
+// A restarted coordinator is found within the longest of these: most of what its restart costs.
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(50);
 constexpr absl::Duration kLongestBackoff = absl::Milliseconds(300);
 constexpr absl::Duration kUnreachableLogPeriod = absl::Seconds(10);
