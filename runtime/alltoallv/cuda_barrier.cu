@@ -29,6 +29,8 @@ __global__ void BarrierKernel(const __grid_constant__ BarrierArgs args) {
 
 }  // namespace
 
+absl::Status LoadBarrierKernel() { return LoadKernel(BarrierKernel); }
+
 absl::Status LaunchBarrier(std::byte* const* heaps, int rank, int num_ranks,
                            std::int64_t barrier_offset, std::uint64_t* device_use,
                            const WaitControl& wait, cudaStream_t stream) {

@@ -210,7 +210,19 @@ cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <typename Element>
+absl::Status LoadKernels() {
+  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<Element, RowTeam::kWarp>));
+  return LoadKernel(CombineKernel<Element, RowTeam::kBlock>);
+}
+
 }  // namespace
+
+absl::Status LoadCombineKernels() {
+  EPS_RETURN_IF_ERROR(LoadKernels<__nv_bfloat16>());
+  EPS_RETURN_IF_ERROR(LoadKernels<__half>());
+  return LoadKernels<float>();
+}
 
 absl::Status LaunchCombine(const CudaCombineArgs& args, cudaStream_t stream) {
   if (args.push_blocks < 1 || args.reduce_blocks < 1) {

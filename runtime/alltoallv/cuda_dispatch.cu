@@ -340,6 +340,13 @@ cudaError_t Launch(const CudaDispatchArgs& args, int threads, cudaStream_t strea
 
 }  // namespace
 
+absl::Status LoadDispatchKernels() {
+  EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowTeam::kWarp, RowPayload::kCopy>));
+  EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowTeam::kWarp, RowPayload::kFp8>));
+  EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowTeam::kBlock, RowPayload::kCopy>));
+  return LoadKernel(DispatchKernel<RowTeam::kBlock, RowPayload::kFp8>);
+}
+
 absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
   if (args.topk < 1 || args.topk > kMaxCudaTopk) {
     return absl::InvalidArgumentError(

@@ -101,6 +101,10 @@ absl::StatusOr<std::unique_ptr<CudaExchange>> CudaExchange::Create(
 
 absl::Status CudaExchange::Initialize() {
   const ExchangeConfig& base = config_.base;
+  EPS_RETURN_IF_ERROR(LoadDispatchKernels());
+  EPS_RETURN_IF_ERROR(LoadCombineKernels());
+  EPS_RETURN_IF_ERROR(LoadBarrierKernel());
+  EPS_RETURN_IF_ERROR(LoadExpertLayoutKernels());
   EPS_ASSIGN_OR_RETURN(host_words_,
                        PinnedBuffer::Create(sizeof(std::uint64_t) + sizeof(WaitReport)));
   std::memset(host_words_.as<std::byte>(), 0, sizeof(std::uint64_t) + sizeof(WaitReport));

@@ -141,6 +141,11 @@ __global__ void __launch_bounds__(512) GatherKernel(const __grid_constant__ Gath
 
 }  // namespace
 
+absl::Status LoadExpertLayoutKernels() {
+  EPS_RETURN_IF_ERROR(LoadKernel(ExpertLayoutKernel));
+  return LoadKernel(GatherKernel);
+}
+
 absl::Status LaunchExpertLayout(const ExpertLayoutArgs& args, cudaStream_t stream) {
   if (args.num_local_experts < 0) {
     return absl::InvalidArgumentError(

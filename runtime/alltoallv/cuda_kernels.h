@@ -66,6 +66,14 @@ struct CudaDispatchArgs {
   WaitControl wait;
 };
 
+// Loads the kernels of this header into the current device. CUDA loads a kernel at its first launch
+// otherwise, and that waits for the device: for ever, where a kernel is running that waits for a
+// peer which shares the device, and long in the first batch in any case.
+absl::Status LoadDispatchKernels();
+absl::Status LoadCombineKernels();
+absl::Status LoadBarrierKernel();
+absl::Status LoadExpertLayoutKernels();
+
 // Sends every token once to each rank that owns any of its experts, then waits for all sources.
 // Rows for this rank itself stay in `x`; only their metadata is written.
 absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream);

@@ -32,6 +32,14 @@ inline absl::Status DriverStatus(CUresult result, const char* call, const char* 
                                             : absl::InternalError(message);
 }
 
+// Loads a kernel into the current device; looking at its attributes does that.
+template <typename Kernel>
+absl::Status LoadKernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return CudaStatus(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+                    "cudaFuncGetAttributes", __FILE__, __LINE__);
+}
+
 }  // namespace epserve::runtime
 
 #define EPS_CUDA_RETURN_IF_ERROR(call) \
