@@ -1,5 +1,6 @@
 #include "tests/support/fake_worker.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <utility>
@@ -136,10 +137,15 @@ grpc::Status FakeWorker::status() const {
   return status_;
 }
 
-std::int64_t FakeWorker::NumReceived(v1::CoordinatorMessage::MessageCase kind) const {
-  std::lock_guard<std::mutex> lock(mu_);
+std::int64_t FakeWorker::NumReceived(v1::CoordinatorMessage::MessageCase kind,
+                                     std::int64_t expected) {
+  std::unique_lock<std::mutex> lock(mu_);
   std::int64_t count = 0;
-  for (const auto& message : received_) count += message.message_case() == kind ? 1 : 0;
+  changed_.wait_for(lock, kWaitLimit, [&] {
+    count = std::count_if(received_.begin(), received_.end(),
+                          [kind](const auto& message) { return message.message_case() == kind; });
+    return count >= expected || closed_;
+  });
   return count;
 }
 

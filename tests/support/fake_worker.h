@@ -47,7 +47,9 @@ class FakeWorker {
   bool WaitFor(v1::CoordinatorMessage::MessageCase kind, v1::CoordinatorMessage* out = nullptr);
   bool WaitClosed();
   grpc::Status status() const;  // REQUIRES: WaitClosed() returned true
-  std::int64_t NumReceived(v1::CoordinatorMessage::MessageCase kind) const;
+  // Messages of that kind so far, once there are `expected` of them or 10 s have passed: an answer
+  // can be acted on before the message that it answers is counted here.
+  std::int64_t NumReceived(v1::CoordinatorMessage::MessageCase kind, std::int64_t expected);
 
  private:
   void Read();

@@ -35,7 +35,7 @@ TEST_F(CoordinatorTest, IsReadyOnceEveryWorkerHasJoinedAndTheProbeWasRight) {
   EXPECT_EQ(CheckHealth(channel_, ""), 1);
   EXPECT_THAT(readiness_->seen(), ElementsAre(false, true));
   for (auto& worker : workers_) {
-    EXPECT_EQ(worker->NumReceived(v1::CoordinatorMessage::kShard), 1) << "the probe";
+    EXPECT_EQ(worker->NumReceived(v1::CoordinatorMessage::kShard, 1), 1) << "the probe";
     EXPECT_TRUE(worker->WaitFor(v1::CoordinatorMessage::kLease));
   }
 }
@@ -66,7 +66,7 @@ TEST_F(CoordinatorTest, WrongProbeEndsItsEpochAndTheNextRightOneServes) {
   ASSERT_TRUE(wrong.WaitFor(v1::CoordinatorMessage::kEpochEnded, &ended));
   EXPECT_THAT(ended.epoch_ended().reason(), HasSubstr("probe"));
   ASSERT_TRUE(readiness_->WaitFor(true));
-  EXPECT_EQ(wrong.NumReceived(v1::CoordinatorMessage::kShard), 2);
+  EXPECT_EQ(wrong.NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
 }
 
 class CoordinatorRoutingTest : public CoordinatorFixture,
@@ -106,7 +106,8 @@ TEST_F(CoordinatorTest, MergedRequestsEachGetTheirOwnRows) {
   EXPECT_EQ(first_reply.output, Expected(first));
   EXPECT_EQ(second_reply.output, Expected(second));
   EXPECT_EQ(third_reply.output, Expected(third));
-  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard), 2) << "probe and one batch";
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 2), 2)
+      << "probe and one batch";
 }
 
 TEST_F(CoordinatorTest, ReplyTellsTheTimesAndTheEpoch) {
@@ -226,7 +227,7 @@ TEST_F(CoordinatorTest, DrainFinishesWhatIsInFlightAndRefusesWhatComes) {
   EXPECT_TRUE(reply.status.ok()) << reply.status.error_message();
   EXPECT_EQ(reply.output, Expected(request));
   drained_.get_future().wait();
-  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShutdown), 0)
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShutdown, 0), 0)
       << "workers outlive their coordinator";
 }
 
