@@ -108,8 +108,9 @@ class Engine {
   virtual absl::Status Dispatch(int slot, const CountMatrix& counts) = 0;
   virtual absl::Status RunExperts(int slot) = 0;
   virtual absl::Status Combine(int slot) = 0;
-  // Waits until the slot's work is done. `output` is [T, H] in the input's type, overwritten;
-  // `local_expert_rows` [E_local] receives the rows each local expert took. Frees the slot.
+  // Waits until the slot's work is done. `output` is [T, H] in the input's type, overwritten; it
+  // may be the place of the input's rows; `local_expert_rows` [E_local] receives the rows each
+  // local expert took. Frees the slot.
   virtual absl::Status Finish(int slot, void* output, BatchTimes* times,
                               std::vector<std::int64_t>* local_expert_rows) = 0;
   // Drops a staged or failed batch and frees the slot; safe in any state of it.

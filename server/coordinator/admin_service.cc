@@ -1,16 +1,18 @@
 #include "server/coordinator/admin_service.h"
 
-#include <grpcpp/server_context.h>
-#include <grpcpp/support/server_callback.h>
-
+#include <memory>
 #include <utility>
+#include <vector>
 
-#include "epserve/v1/admin.grpc.pb.h"
+#include "epserve/v1/admin.pb.h"
 #include "runtime/base/log.h"
-#include "server/common/grpc_status.h"
+#include "server/rpc/unary_call.h"
 
 namespace epserve::coordinator {
 namespace {
+
+using server::UnaryCall;
+using server::UnaryHandler;
 
 const char* ClusterStateName(ClusterState state) {
   switch (state) {
@@ -85,71 +87,63 @@ void FillPlacement(const ClusterView& in, v1::Placement* out) {
   }
 }
 
-class AdminService final : public v1::Admin::CallbackService {
- public:
-  AdminService(Host* host, AdminInfo info) : host_(host), info_(std::move(info)) {}
-
-  grpc::ServerUnaryReactor* GetClusterStatus(grpc::CallbackServerContext* context,
-                                             const v1::GetClusterStatusRequest*,
-                                             v1::ClusterStatus* response) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    host_->QueryCluster([this, reactor, response](const absl::StatusOr<ClusterView>& view) {
-      if (view.ok()) FillCluster(*view, info_, response);
-      reactor->Finish(server::ToGrpcStatus(view.status()));
-    });
-    return reactor;
-  }
-
-  grpc::ServerUnaryReactor* GetPlacement(grpc::CallbackServerContext* context,
-                                         const v1::GetPlacementRequest*,
-                                         v1::Placement* response) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    host_->QueryCluster([reactor, response](const absl::StatusOr<ClusterView>& view) {
-      if (view.ok()) FillPlacement(*view, response);
-      reactor->Finish(server::ToGrpcStatus(view.status()));
-    });
-    return reactor;
-  }
-
-  grpc::ServerUnaryReactor* GetExpertLoad(grpc::CallbackServerContext* context,
-                                          const v1::GetExpertLoadRequest* request,
-                                          v1::ExpertLoad* response) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    host_->QueryExpertLoad(
-        request->layer(),
-        [reactor, response](const absl::StatusOr<std::vector<std::uint64_t>>& rows) {
-          if (rows.ok()) response->mutable_rows()->Assign(rows->begin(), rows->end());
-          reactor->Finish(server::ToGrpcStatus(rows.status()));
-        });
-    return reactor;
-  }
-
-  grpc::ServerUnaryReactor* DrainWorker(grpc::CallbackServerContext* context,
-                                        const v1::DrainWorkerRequest* request,
-                                        v1::DrainWorkerResponse*) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    runtime::LogInfo("drain_worker_asked",
-                     {{"worker", request->worker_id()}, {"peer", context->peer()}});
-    if (request->worker_id().empty()) {
-      reactor->Finish(server::ToGrpcStatus(absl::InvalidArgumentError(
-          "drain: worker_id is empty; name a worker, see epserve status")));
-      return reactor;
-    }
-    host_->DrainWorker(request->worker_id(), [reactor](const absl::Status& status) {
-      reactor->Finish(server::ToGrpcStatus(status));
-    });
-    return reactor;
-  }
-
- private:
-  Host* const host_;
-  const AdminInfo info_;
-};
-
 }  // namespace
 
-std::unique_ptr<grpc::Service> CreateAdminService(Host* host, AdminInfo info) {
-  return std::make_unique<AdminService>(host, std::move(info));
+void AddAdminService(Host* host, AdminInfo admin_info, server::RpcServer* server) {
+  // The host's callbacks must be copyable, so each holds its call through a shared pointer.
+  const auto info = std::make_shared<const AdminInfo>(std::move(admin_info));
+  server->Handle("/epserve.v1.Admin/GetClusterStatus",
+                 UnaryHandler([host, info](UnaryCall call, const grpc::ByteBuffer&) {
+                   auto held = std::make_shared<UnaryCall>(std::move(call));
+                   host->QueryCluster([info, held](const absl::StatusOr<ClusterView>& view) {
+                     if (!view.ok()) return held->Fail(view.status());
+                     v1::ClusterStatus response;
+                     FillCluster(*view, *info, &response);
+                     held->Reply(response);
+                   });
+                 }));
+  server->Handle("/epserve.v1.Admin/GetPlacement",
+                 UnaryHandler([host](UnaryCall call, const grpc::ByteBuffer&) {
+                   auto held = std::make_shared<UnaryCall>(std::move(call));
+                   host->QueryCluster([held](const absl::StatusOr<ClusterView>& view) {
+                     if (!view.ok()) return held->Fail(view.status());
+                     v1::Placement response;
+                     FillPlacement(*view, &response);
+                     held->Reply(response);
+                   });
+                 }));
+  server->Handle("/epserve.v1.Admin/GetExpertLoad",
+                 UnaryHandler([host](UnaryCall call, const grpc::ByteBuffer& bytes) {
+                   v1::GetExpertLoadRequest request;
+                   const absl::Status parsed = server::ParseMessage(bytes, &request);
+                   if (!parsed.ok()) return call.Fail(parsed);
+                   auto held = std::make_shared<UnaryCall>(std::move(call));
+                   host->QueryExpertLoad(
+                       request.layer(),
+                       [held](const absl::StatusOr<std::vector<std::uint64_t>>& rows) {
+                         if (!rows.ok()) return held->Fail(rows.status());
+                         v1::ExpertLoad response;
+                         response.mutable_rows()->Assign(rows->begin(), rows->end());
+                         held->Reply(response);
+                       });
+                 }));
+  server->Handle("/epserve.v1.Admin/DrainWorker",
+                 UnaryHandler([host](UnaryCall call, const grpc::ByteBuffer& bytes) {
+                   v1::DrainWorkerRequest request;
+                   const absl::Status parsed = server::ParseMessage(bytes, &request);
+                   if (!parsed.ok()) return call.Fail(parsed);
+                   runtime::LogInfo("drain_worker_asked",
+                                    {{"worker", request.worker_id()}, {"peer", call.peer()}});
+                   if (request.worker_id().empty()) {
+                     return call.Fail(absl::InvalidArgumentError(
+                         "drain: worker_id is empty; name a worker, see epserve status"));
+                   }
+                   auto held = std::make_shared<UnaryCall>(std::move(call));
+                   host->DrainWorker(request.worker_id(), [held](const absl::Status& status) {
+                     if (!status.ok()) return held->Fail(status);
+                     held->Reply(v1::DrainWorkerResponse());
+                   });
+                 }));
 }
 
 }  // namespace epserve::coordinator

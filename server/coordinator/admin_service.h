@@ -3,12 +3,10 @@
 #ifndef EPSERVE_SERVER_COORDINATOR_ADMIN_SERVICE_H_
 #define EPSERVE_SERVER_COORDINATOR_ADMIN_SERVICE_H_
 
-#include <grpcpp/impl/service_type.h>
-
-#include <memory>
 #include <string>
 
 #include "server/coordinator/host.h"
+#include "server/rpc/rpc_server.h"
 
 namespace epserve::coordinator {
 
@@ -18,8 +16,8 @@ struct AdminInfo {
   std::string model_name;
 };
 
-// `host` outlives the service and the server that it is registered with.
-std::unique_ptr<grpc::Service> CreateAdminService(Host* host, AdminInfo info);
+// `host` outlives the server's Stop().
+void AddAdminService(Host* host, AdminInfo info, server::RpcServer* server);
 
 }  // namespace epserve::coordinator
 

@@ -9,68 +9,12 @@
 namespace epserve::coordinator {
 namespace {
 
-// One request's tensors, as bytes, and its place among the batch's rows.
-struct Segment {
-  runtime::RowRange rows;
-  std::span<const char> hidden;
-  std::span<const std::int32_t> topk_ids;
-  std::span<const float> topk_weights;
-};
-
+// Copies elements [begin, end) of `values` to `out` and moves it on.
 template <typename T>
-void AppendBytes(std::string& out, std::span<const T> values, std::int64_t begin,
-                 std::int64_t end) {
-  const T* first = values.data() + begin;
-  out.append(reinterpret_cast<const char*>(first),
-             static_cast<std::size_t>(end - begin) * sizeof(T));
-}
-
-// Fills a shard's tensors with its rows of the segments.
-void CutRows(std::span<const Segment> segments, runtime::RowRange rows, std::int64_t row_bytes,
-             int topk, ShardMessage& shard) {
-  shard.hidden.reserve(static_cast<std::size_t>(rows.size() * row_bytes));
-  for (const Segment& segment : segments) {
-    const std::int64_t begin = std::max(rows.begin, segment.rows.begin);
-    const std::int64_t end = std::min(rows.end, segment.rows.end);
-    if (begin >= end) continue;
-    const std::int64_t from = begin - segment.rows.begin;
-    const std::int64_t to = end - segment.rows.begin;
-    AppendBytes(shard.hidden, segment.hidden, from * row_bytes, to * row_bytes);
-    if (shard.routed) {
-      AppendBytes(shard.topk_ids, segment.topk_ids, from * topk, to * topk);
-      AppendBytes(shard.topk_weights, segment.topk_weights, from * topk, to * topk);
-    }
-  }
-}
-
-std::shared_ptr<const runtime::CountMatrix> CountRows(std::span<const Segment> segments,
-                                                      std::int64_t num_tokens, int topk,
-                                                      const runtime::Placement& placement) {
-  std::vector<std::int32_t> joined;
-  std::span<const std::int32_t> ids;
-  if (segments.size() == 1) {
-    ids = segments[0].topk_ids;
-  } else {
-    joined.reserve(static_cast<std::size_t>(num_tokens * topk));
-    for (const Segment& segment : segments) {
-      joined.insert(joined.end(), segment.topk_ids.begin(), segment.topk_ids.end());
-    }
-    ids = joined;
-  }
-  return std::make_shared<const runtime::CountMatrix>(
-      runtime::ComputeCountMatrix(ids, num_tokens, topk, placement));
-}
-
-std::vector<ShardMessage> MakeShards(const ShardMessage& common, std::span<const ShardPlan> plans,
-                                     std::span<const Segment> segments, std::int64_t row_bytes) {
-  std::vector<ShardMessage> shards;
-  shards.reserve(plans.size());
-  for (const ShardPlan& plan : plans) {
-    ShardMessage& shard = shards.emplace_back(common);
-    shard.num_tokens = plan.rows.size();
-    CutRows(segments, plan.rows, row_bytes, common.topk, shard);
-  }
-  return shards;
+void Append(std::span<const T> values, std::int64_t begin, std::int64_t end, char** out) {
+  const auto bytes = static_cast<std::size_t>(end - begin) * sizeof(T);
+  if (bytes > 0) std::memcpy(*out, values.data() + begin, bytes);
+  *out += bytes;
 }
 
 void KeepMost(const WorkerTimes& times, WorkerTimes& most) {
@@ -83,48 +27,153 @@ void KeepMost(const WorkerTimes& times, WorkerTimes& most) {
 
 }  // namespace
 
+// One request's tensors, as bytes, and its place among the batch's rows.
+struct BatchStore::Segment {
+  runtime::RowRange rows;
+  std::span<const char> hidden;
+  std::span<const std::int32_t> topk_ids;
+  std::span<const float> topk_weights;
+};
+
+namespace {
+
+std::shared_ptr<const runtime::CountMatrix> CountRows(
+    std::span<const std::span<const std::int32_t>> ids_of_segments, std::int64_t num_tokens,
+    int topk, const runtime::Placement& placement) {
+  std::vector<std::int32_t> joined;
+  std::span<const std::int32_t> ids;
+  if (ids_of_segments.size() == 1) {
+    ids = ids_of_segments[0];
+  } else {
+    joined.reserve(static_cast<std::size_t>(num_tokens * topk));
+    for (const auto& part : ids_of_segments) joined.insert(joined.end(), part.begin(), part.end());
+    ids = joined;
+  }
+  return std::make_shared<const runtime::CountMatrix>(
+      runtime::ComputeCountMatrix(ids, num_tokens, topk, placement));
+}
+
+}  // namespace
+
 std::int64_t RowTypeBytes(RowType type) { return type == RowType::kFp32 ? 4 : 2; }
 
 BatchStore::BatchStore(runtime::Placement placement, std::int64_t hidden, int topk)
     : placement_(std::move(placement)), hidden_(hidden), topk_(topk) {}
 
+void BatchStore::OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> arena) {
+  arena_epoch_ = epoch;
+  arena_ = std::move(arena);
+  arena_streams_.clear();
+}
+
+void BatchStore::UseArena(EpochId epoch, StreamId stream) {
+  if (arena_ != nullptr && epoch == arena_epoch_) arena_streams_.insert(stream);
+}
+
+void BatchStore::SealArena(EpochId epoch) {
+  if (arena_ != nullptr && epoch == arena_epoch_) arena_->Seal();
+}
+
+void BatchStore::CloseArena(EpochId epoch) {
+  if (epoch == arena_epoch_) OpenArena(0, nullptr);
+}
+
+KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
+                            const std::vector<ShardPlan>& plans, TimeUs now_us) {
+  KeptBatch& batch = batches_[{epoch, id}];
+  batch.slot = slot;
+  batch.shards = plans;
+  batch.outputs.resize(plans.size());
+  batch.taken.assign(plans.size(), false);
+  batch.in_arena.assign(plans.size(), false);
+  batch.started_us = now_us;
+  if (arena_ == nullptr || epoch != arena_epoch_) return batch;
+  batch.arena = arena_;
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    batch.in_arena[i] = arena_streams_.contains(plans[i].stream);
+  }
+  return batch;
+}
+
+// Puts the shard's rows of the segments into the arena, or into the message.
+void BatchStore::CutRows(std::span<const Segment> segments, const ShardPlan& plan,
+                         const KeptBatch& batch, ShardMessage& shard) {
+  const std::int64_t first = plan.rows.begin;
+  const std::int64_t row_bytes = batch.row_bytes;
+  const int topk = shard.routed ? shard.topk : 0;
+  char* hidden;
+  char* ids;
+  char* weights;
+  if (shard.in_arena) {
+    hidden = reinterpret_cast<char*>(batch.arena->rows(batch.slot)) + first * row_bytes;
+    ids = reinterpret_cast<char*>(batch.arena->topk_ids(batch.slot) + first * topk);
+    weights = reinterpret_cast<char*>(batch.arena->topk_weights(batch.slot) + first * topk);
+  } else {
+    const auto index_bytes = static_cast<std::size_t>(plan.rows.size() * topk) * 4;
+    shard.hidden.resize(static_cast<std::size_t>(plan.rows.size() * row_bytes));
+    shard.topk_ids.resize(index_bytes);
+    shard.topk_weights.resize(index_bytes);
+    hidden = shard.hidden.data();
+    ids = shard.topk_ids.data();
+    weights = shard.topk_weights.data();
+  }
+  for (const Segment& segment : segments) {
+    const std::int64_t begin = std::max(plan.rows.begin, segment.rows.begin);
+    const std::int64_t end = std::min(plan.rows.end, segment.rows.end);
+    if (begin >= end) continue;
+    const std::int64_t from = begin - segment.rows.begin;
+    const std::int64_t to = end - segment.rows.begin;
+    Append(segment.hidden, from * row_bytes, to * row_bytes, &hidden);
+    Append(segment.topk_ids, from * topk, to * topk, &ids);
+    Append(segment.topk_weights, from * topk, to * topk, &weights);
+  }
+}
+
+std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, const KeptBatch& batch,
+                                                 std::span<const Segment> segments) {
+  std::vector<ShardMessage> shards;
+  shards.reserve(batch.shards.size());
+  for (std::size_t i = 0; i < batch.shards.size(); ++i) {
+    ShardMessage& shard = shards.emplace_back(common);
+    shard.slot = batch.slot;
+    shard.num_tokens = batch.shards[i].rows.size();
+    shard.in_arena = batch.in_arena[i];
+    shard.first_row = shard.in_arena ? batch.shards[i].rows.begin : 0;
+    CutRows(segments, batch.shards[i], batch, shard);
+  }
+  return shards;
+}
+
 std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
                                             std::span<const ValidatedRequest* const> requests,
                                             TimeUs now_us) {
-  KeptBatch& batch = batches_[{start.epoch, start.batch}];
+  KeptBatch& batch = Keep(start.epoch, start.batch, start.slot, start.shards, now_us);
   batch.layer = start.layer;
   batch.row_bytes = hidden_ * RowTypeBytes(start.row_type);
-  batch.shards = start.shards;
-  batch.outputs.resize(start.shards.size());
-  batch.taken.assign(start.shards.size(), false);
-  batch.started_us = now_us;
 
   std::vector<Segment> segments;
+  std::vector<std::span<const std::int32_t>> ids;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     segments.push_back({start.requests[i].rows, requests[i]->hidden, requests[i]->topk_ids,
                         requests[i]->topk_weights});
+    ids.push_back(segments.back().topk_ids);
   }
   ShardMessage common;
   common.epoch = start.epoch;
   common.batch = start.batch;
-  common.slot = start.slot;
   common.layer = start.layer;
   common.row_type = start.row_type;
   common.topk = topk_;
   common.routed = start.routed;
   common.trigger = start.trigger;
-  if (start.routed) common.counts = CountRows(segments, start.num_tokens, topk_, placement_);
-  return MakeShards(common, start.shards, segments, batch.row_bytes);
+  if (start.routed) common.counts = CountRows(ids, start.num_tokens, topk_, placement_);
+  return MakeShards(common, batch, segments);
 }
 
 std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_us) {
-  KeptBatch& batch = batches_[{start.epoch, start.batch}];
+  KeptBatch& batch = Keep(start.epoch, start.batch, start.slot, start.shards, now_us);
   batch.layer = start.layer;
   batch.row_bytes = hidden_ * RowTypeBytes(RowType::kFp32);
-  batch.shards = start.shards;
-  batch.outputs.resize(start.shards.size());
-  batch.taken.assign(start.shards.size(), false);
-  batch.started_us = now_us;
   batch.is_probe = true;
   batch.probe = server::MakeProbeBatch(placement_, hidden_, topk_);
 
@@ -134,15 +183,15 @@ std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_
       std::span<const char>(reinterpret_cast<const char*>(rows.data()), rows.size_bytes()),
       batch.probe.topk_ids,
       batch.probe.topk_weights};
+  const std::span<const std::int32_t> ids = segment.topk_ids;
   ShardMessage common;
   common.epoch = start.epoch;
   common.batch = start.batch;
-  common.slot = start.slot;
   common.layer = start.layer;
   common.topk = topk_;
   common.trigger = start.trigger;
-  common.counts = CountRows({&segment, 1}, batch.probe.num_tokens, topk_, placement_);
-  return MakeShards(common, start.shards, {&segment, 1}, batch.row_bytes);
+  common.counts = CountRows({&ids, 1}, batch.probe.num_tokens, topk_, placement_);
+  return MakeShards(common, batch, {&segment, 1});
 }
 
 absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
@@ -155,7 +204,7 @@ absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
   if (plan == batch->shards.end()) return absl::OkStatus();
   const std::size_t index = static_cast<std::size_t>(plan - batch->shards.begin());
   if (batch->taken[index]) return absl::OkStatus();
-  const std::int64_t expected = plan->rows.size() * batch->row_bytes;
+  const std::int64_t expected = batch->in_arena[index] ? 0 : plan->rows.size() * batch->row_bytes;
   if (static_cast<std::int64_t>(output.size()) != expected) {
     return absl::InternalError(absl::StrCat("batch: output of rank ", plan->rank, " has ",
                                             output.size(), " bytes, which differs from the ",
@@ -182,8 +231,12 @@ absl::Status BatchStore::CopyRows(const KeptBatch& batch, runtime::RowRange rows
     const std::int64_t begin = std::max(rows.begin, part.begin);
     const std::int64_t end = std::min(rows.end, part.end);
     if (begin >= end || !batch.taken[i]) continue;
+    const char* const output = batch.in_arena[i]
+                                   ? reinterpret_cast<const char*>(batch.arena->rows(batch.slot)) +
+                                         part.begin * batch.row_bytes
+                                   : batch.outputs[i].data();
     std::memcpy(out.data() + (begin - rows.begin) * batch.row_bytes,
-                batch.outputs[i].data() + (begin - part.begin) * batch.row_bytes,
+                output + (begin - part.begin) * batch.row_bytes,
                 static_cast<std::size_t>((end - begin) * batch.row_bytes));
     num_copied += end - begin;
   }

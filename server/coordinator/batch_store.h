@@ -1,5 +1,6 @@
 // What the host keeps of batches in flight: it cuts requests into shards, takes in the shards'
-// output rows, and puts them together again.
+// output rows, and puts them together again. Rows go through the epoch's arena to the workers that
+// have it mapped, and within the messages to the others.
 //
 // Thread safety: none; whoever has the host's turn.
 // Invariants: a batch is kept from its start until Erase(); a shard's rows are taken once and only
@@ -9,6 +10,8 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -16,6 +19,7 @@
 
 #include "absl/status/status.h"
 #include "runtime/routing/count_matrix.h"
+#include "runtime/symmetric/row_arena.h"
 #include "server/common/probe.h"
 #include "server/coordinator/front_door/validated_request.h"
 #include "server/coordinator/state_machine/commands.h"
@@ -27,9 +31,12 @@ struct KeptBatch {
   std::int64_t layer = 0;
   std::int64_t row_bytes = 0;  // H * size of the row type
   std::vector<ShardPlan> shards;
-  std::vector<std::string> outputs;  // by rank; empty until taken
+  std::vector<std::string> outputs;  // by rank; empty until taken, and where the arena has them
   std::vector<bool> taken;           // by rank
-  WorkerTimes times;                 // of each phase the most that any worker took
+  std::vector<bool> in_arena;        // by rank
+  int slot = 0;
+  std::shared_ptr<runtime::RowArena> arena;  // null where no rank's rows are in one
+  WorkerTimes times;                         // of each phase the most that any worker took
   TimeUs started_us = 0;
   TimeUs last_done_us = 0;
   bool is_probe = false;
@@ -40,6 +47,14 @@ class BatchStore {
  public:
   // `hidden` is H, `topk` K.
   BatchStore(runtime::Placement placement, std::int64_t hidden, int topk);
+
+  // From now on batches of `epoch` may go through `arena`, which replaces that of older epochs.
+  void OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> arena);
+  // This worker has the epoch's arena mapped. Of no effect where there is none.
+  void UseArena(EpochId epoch, StreamId stream);
+  // Every worker that will ever use it has opened it.
+  void SealArena(EpochId epoch);
+  void CloseArena(EpochId epoch);
 
   // Keeps the batch; gives the shards, by rank. `requests` are those of `start`, in its order.
   std::vector<ShardMessage> Start(const StartBatch& start,
@@ -60,9 +75,21 @@ class BatchStore {
   void Erase(EpochId epoch, BatchId batch);
 
  private:
+  struct Segment;
+
+  KeptBatch& Keep(EpochId epoch, BatchId id, int slot, const std::vector<ShardPlan>& plans,
+                  TimeUs now_us);
+  static std::vector<ShardMessage> MakeShards(const ShardMessage& common, const KeptBatch& batch,
+                                              std::span<const Segment> segments);
+  static void CutRows(std::span<const Segment> segments, const ShardPlan& plan,
+                      const KeptBatch& batch, ShardMessage& shard);
+
   const runtime::Placement placement_;
   const std::int64_t hidden_;
   const int topk_;
+  EpochId arena_epoch_ = 0;  // of arena_
+  std::shared_ptr<runtime::RowArena> arena_;
+  std::set<StreamId> arena_streams_;
   std::map<std::pair<EpochId, BatchId>, KeptBatch> batches_;
 };
 

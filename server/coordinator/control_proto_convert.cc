@@ -94,8 +94,9 @@ void Fill(SendStandby& in, v1::CoordinatorMessage& out) {
   out.mutable_standby()->set_reason(std::move(in.reason));
 }
 
-void Fill(SendCreateHeap& in, v1::CoordinatorMessage& out) {
+void Fill(CreateHeapMessage& in, v1::CoordinatorMessage& out) {
   out.mutable_create_heap()->set_epoch(in.epoch);
+  out.mutable_create_heap()->set_row_arena(std::move(in.row_arena));
 }
 
 void Fill(SendOpenPeers& in, v1::CoordinatorMessage& out) {
@@ -140,6 +141,8 @@ void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   shard->set_routed(in.routed);
   shard->set_topk_ids(std::move(in.topk_ids));
   shard->set_topk_weights(std::move(in.topk_weights));
+  shard->set_in_arena(in.in_arena);
+  shard->set_first_row(in.first_row);
   shard->set_trigger(ToProto(in.trigger));
   if (in.counts != nullptr) FillCounts(in.epoch, in.batch, *in.counts, shard->mutable_counts());
 }
@@ -202,6 +205,7 @@ absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& messa
     case v1::WorkerMessage::kHeapCreated: {
       v1::HeapCreated& in = *message.mutable_heap_created();
       report.event = HeapCreated{stream, in.epoch(), std::move(*in.mutable_handle())};
+      report.row_arena_mapped = in.row_arena_mapped();
       return report;
     }
     case v1::WorkerMessage::kPeersOpened: {

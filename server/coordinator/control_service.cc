@@ -1,9 +1,6 @@
 #include "server/coordinator/control_service.h"
 
 #include <grpcpp/alarm.h>
-#include <grpcpp/server_context.h>
-#include <grpcpp/support/server_callback.h>
-
 #include <chrono>
 #include <deque>
 #include <memory>
@@ -12,10 +9,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "epserve/v1/control.grpc.pb.h"
+#include "epserve/v1/control.pb.h"
 #include "runtime/base/log.h"
 #include "server/common/grpc_status.h"
 #include "server/coordinator/control_proto_convert.h"
+#include "server/rpc/messages.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -24,18 +22,16 @@ namespace {
 // the leases of one lease time ever put there.
 constexpr std::size_t kMaxWaitingMessages = 1024;
 
-using Reactor = grpc::ServerBidiReactor<v1::WorkerMessage, v1::CoordinatorMessage>;
-
-// The stream of one worker. gRPC calls the On... methods, the host the WorkerStream methods, each
-// from any thread, and the host may do so from within what an On... method reports. Lives until
-// both have let go: gRPC at OnDone, the host at StreamClosed.
+// The stream of one worker. the call's queue calls the On... methods, the host the WorkerStream
+// methods, each from any thread, and the host may do so from within what an On... method reports.
+// Lives until both have let go: the call at OnDone, the host at StreamClosed.
 //
 // gRPC allows one read and one write at a time, and one Finish. Finish waits for the write in
 // flight; where the peer does not read, TryCancel makes that write fail.
-class ControlStream final : public Reactor, public WorkerStream {
+class ControlStream final : public server::CallHandler, public WorkerStream {
  public:
-  ControlStream(grpc::CallbackServerContext* context, Host* host, const HelloPolicy* policy)
-      : context_(context), host_(host), policy_(policy), id_(host->NewStreamId()) {}
+  ControlStream(server::ServerCall* call, Host* host, const HelloPolicy* policy)
+      : call_(call), host_(host), policy_(policy), id_(host->NewStreamId()) {}
 
   // Takes the reference that gRPC holds until OnDone, and begins to read.
   void Begin(std::shared_ptr<ControlStream> self) {
@@ -46,7 +42,7 @@ class ControlStream final : public Reactor, public WorkerStream {
           if (expired && stream != nullptr) stream->HelloIsLate();
         });
     self_ = std::move(self);
-    StartRead(&incoming_);
+    call_->StartRead(&received_);
   }
 
   void OnReadDone(bool ok) override {
@@ -54,13 +50,15 @@ class ControlStream final : public Reactor, public WorkerStream {
       EndReading();
       return;
     }
+    absl::Status status = server::ParseMessage(received_, &incoming_);
+    received_.Clear();
     // This flag is written by this callback alone; others read it under the lock.
-    absl::Status status = joined_ ? Take() : Join();
+    if (status.ok()) status = joined_ ? Take() : Join();
     if (!status.ok()) {
       Close(std::move(status), /*flush=*/true);
       return;
     }
-    StartRead(&incoming_);
+    call_->StartRead(&received_);
   }
 
   void OnWriteDone(bool ok) override {
@@ -78,7 +76,9 @@ class ControlStream final : public Reactor, public WorkerStream {
   }
 
   void Send(StreamMessage message) override {
-    v1::CoordinatorMessage converted = ToProto(std::move(message));
+    grpc::ByteBuffer converted;
+    absl::Status status = server::SerializeMessage(ToProto(std::move(message)), &converted);
+    if (!status.ok()) return Close(std::move(status), /*flush=*/false);
     bool overrun = false;
     {
       std::unique_lock<std::mutex> lock(mu_);
@@ -111,7 +111,7 @@ class ControlStream final : public Reactor, public WorkerStream {
       Continue(lock);
     }
     if (!cancel) return;
-    context_->TryCancel();
+    call_->TryCancel();
     std::unique_lock<std::mutex> lock(mu_);
     cancelling_ = false;
     Continue(lock);
@@ -165,8 +165,8 @@ class ControlStream final : public Reactor, public WorkerStream {
     if (tell) host_->Report({StreamClosed{id_}});
   }
 
-  // Starts the next write, or Finish where it is due. Unlocks around either, because both may call
-  // back at once.
+  // Starts the next write, or Finish where it is due, after the lock: the call's queue may report
+  // its end to another thread before this one goes on.
   void Continue(std::unique_lock<std::mutex>& lock) {
     if (writing_ || cancelling_ || finished_) return;
     if (!broken_ && !waiting_.empty()) {
@@ -174,59 +174,50 @@ class ControlStream final : public Reactor, public WorkerStream {
       waiting_.pop_front();
       writing_ = true;
       lock.unlock();
-      StartWrite(&outgoing_);
+      call_->StartWrite(outgoing_);
     } else if (broken_ || ending_.has_value()) {
       finished_ = true;
       const absl::Status status = ending_.value_or(absl::OkStatus());
       lock.unlock();
-      Finish(server::ToGrpcStatus(status));
+      call_->Finish(server::ToGrpcStatus(status));
     }
   }
 
-  grpc::CallbackServerContext* const context_;
+  server::ServerCall* const call_;
   Host* const host_;
   const HelloPolicy* const policy_;
   const StreamId id_;
 
-  // Of the read in flight; gRPC orders its callbacks.
+  // Of the read in flight; the queue orders its callbacks.
+  grpc::ByteBuffer received_;
   v1::WorkerMessage incoming_;
 
   grpc::Alarm hello_alarm_;  // set before the first callback, until the first message
 
   std::mutex mu_;
-  std::shared_ptr<ControlStream> self_;         // set before the first callback, cleared at OnDone
-  std::deque<v1::CoordinatorMessage> waiting_;  // guarded by mu_
-  v1::CoordinatorMessage outgoing_;             // of the write in flight
-  std::optional<absl::Status> ending_;          // guarded by mu_
-  bool joined_ = false;                         // guarded by mu_
-  bool writing_ = false;                        // guarded by mu_
-  bool cancelling_ = false;   // guarded by mu_; holds back Finish, after which context_ may go
+  std::shared_ptr<ControlStream> self_;   // set before the first callback, cleared at OnDone
+  std::deque<grpc::ByteBuffer> waiting_;  // guarded by mu_
+  grpc::ByteBuffer outgoing_;             // of the write in flight
+  std::optional<absl::Status> ending_;    // guarded by mu_
+  bool joined_ = false;                   // guarded by mu_
+  bool writing_ = false;                  // guarded by mu_
+  bool cancelling_ = false;   // guarded by mu_; holds back Finish, after which call_ may go
   bool broken_ = false;       // guarded by mu_; nothing more can be read or written
   bool finished_ = false;     // guarded by mu_
   bool told_closed_ = false;  // guarded by mu_
 };
 
-class ControlService final : public v1::Control::CallbackService {
- public:
-  ControlService(Host* host, HelloPolicy policy) : host_(host), policy_(std::move(policy)) {}
-
-  Reactor* Connect(grpc::CallbackServerContext* context) override {
-    auto stream = std::make_shared<ControlStream>(context, host_, &policy_);
-    Reactor* reactor = stream.get();
-    ControlStream* begun = stream.get();
-    begun->Begin(std::move(stream));
-    return reactor;
-  }
-
- private:
-  Host* const host_;
-  const HelloPolicy policy_;
-};
-
 }  // namespace
 
-std::unique_ptr<grpc::Service> CreateControlService(Host* host, HelloPolicy policy) {
-  return std::make_unique<ControlService>(host, std::move(policy));
+void AddControlService(Host* host, HelloPolicy policy, server::RpcServer* server) {
+  server->Handle("/epserve.v1.Control/Connect",
+                 [host, shared = std::make_shared<const HelloPolicy>(std::move(policy))](
+                     server::ServerCall* call) -> server::CallHandler* {
+                   auto stream = std::make_shared<ControlStream>(call, host, shared.get());
+                   ControlStream* const begun = stream.get();
+                   begun->Begin(std::move(stream));
+                   return begun;
+                 });
 }
 
 }  // namespace epserve::coordinator

@@ -3,17 +3,14 @@
 #ifndef EPSERVE_SERVER_COORDINATOR_CONTROL_SERVICE_H_
 #define EPSERVE_SERVER_COORDINATOR_CONTROL_SERVICE_H_
 
-#include <grpcpp/impl/service_type.h>
-
-#include <memory>
-
 #include "server/coordinator/hello_check.h"
 #include "server/coordinator/host.h"
+#include "server/rpc/rpc_server.h"
 
 namespace epserve::coordinator {
 
-// `host` outlives the service and the server that it is registered with.
-std::unique_ptr<grpc::Service> CreateControlService(Host* host, HelloPolicy policy);
+// `host` outlives the server's Stop().
+void AddControlService(Host* host, HelloPolicy policy, server::RpcServer* server);
 
 }  // namespace epserve::coordinator
 

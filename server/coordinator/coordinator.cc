@@ -1,10 +1,7 @@
 #include "server/coordinator/coordinator.h"
 
 #include <grpc/support/log.h>
-#include <grpcpp/ext/channelz_service_plugin.h>
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/security/server_credentials.h>
-#include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -22,12 +19,16 @@
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 #include "runtime/base/unique_fd.h"
+#include "runtime/symmetric/stale_heaps.h"
 #include "server/coordinator/admin_service.h"
 #include "server/coordinator/control_service.h"
 #include "server/coordinator/front_door/infer_service.h"
 #include "server/coordinator/front_door/server_limits.h"
-#include "server/coordinator/health.h"
 #include "server/coordinator/host.h"
+#include "server/rpc/channelz_service.h"
+#include "server/rpc/health_service.h"
+#include "server/rpc/reflection_service.h"
+#include "server/rpc/rpc_server.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -37,13 +38,18 @@ namespace {
 constexpr int kKeepaliveTimeMs = 10'000;
 constexpr int kKeepaliveTimeoutMs = 5'000;
 
-// Tensors of ordinary size pass without waiting for the receiver to widen its window, which gRPC's
-// own estimate does only after some round trips, by extra pings.
+// A stream's tensors of ordinary size pass without waiting for the receiver to widen its window.
+// The connection's window, 64 KiB at first, is widened by gRPC's own estimate alone, which
+// therefore stays on: without it a request of 66 KB waited 50 us for a window update on its way.
 constexpr int kStreamWindowBytes = 8 << 20;
 constexpr int kMaxFrameBytes = 1 << 20;
 
 // What is still being answered when the server stops gets so long to leave.
 constexpr auto kStopGrace = std::chrono::seconds(1);
+
+// One thread reads, parses and answers for every connection: with a second, gRPC passes the polling
+// from one to the other at each event, which costs more than it gains until a core is full.
+constexpr int kIoThreads = 1;
 
 // gRPC's own lines would otherwise stand on stderr beside ours, and twice where we report the same.
 void LogGrpcLine(gpr_log_func_args* args) {
@@ -53,12 +59,7 @@ void LogGrpcLine(gpr_log_func_args* args) {
 // Once in a process, before its first server.
 void PrepareGrpc() {
   static std::once_flag once;
-  std::call_once(once, [] {
-    gpr_set_log_function(LogGrpcLine);
-    EnableHealthService();
-    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-    grpc::channelz::experimental::InitChannelzService();
-  });
+  std::call_once(once, [] { gpr_set_log_function(LogGrpcLine); });
 }
 
 Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
@@ -139,10 +140,9 @@ struct Coordinator::Parts {
   std::unique_ptr<Metrics> metrics;
   std::unique_ptr<ShmRegistry> regions;
   std::unique_ptr<Host> host;
-  std::unique_ptr<grpc::Service> infer;
-  std::unique_ptr<grpc::Service> control;
-  std::unique_ptr<grpc::Service> admin;
-  std::unique_ptr<grpc::Server> server;
+  std::unique_ptr<InferService> infer;
+  server::Health health;
+  server::RpcServer server;
   std::vector<int> ports;
   std::once_flag stopped;
 
@@ -157,30 +157,30 @@ struct Coordinator::Parts {
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
     builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
-    builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
     builder.AddChannelArgument(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kStreamWindowBytes);
     builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kMaxFrameBytes);
     ports.assign(options.listen.size(), -1);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       builder.AddListeningPort(options.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
     }
-    for (grpc::Service* service : {infer.get(), control.get(), admin.get()}) {
-      builder.RegisterService(service);
-    }
-    server = builder.BuildAndStart();
+    const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       // gRPC gives 0 for an address that it could not bind, and 1 for a Unix socket that it could.
-      if (server == nullptr || ports[i] <= 0) {
+      if (!started || ports[i] <= 0) {
         const bool this_one = ports[i] == 0;
-        if (server == nullptr && !this_one && i + 1 < options.listen.size()) continue;
+        if (!started && !this_one && i + 1 < options.listen.size()) continue;
         return absl::UnavailableError(absl::StrCat("listen: address ", options.listen[i],
                                                    " cannot be bound; free it or give another "
                                                    "--listen"));
       }
       if (options.listen[i].starts_with("unix:")) ports[i] = 0;
     }
-    StartHealth(server.get());
     return absl::OkStatus();
+  }
+
+  void SetReady(bool ready) {
+    health.Set("", ready);
+    health.Set("readiness", ready);
   }
 };
 
@@ -202,16 +202,26 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
 
   HostHooks hooks;
   hooks.on_drained = std::move(on_drained);
-  hooks.on_serving = [raw = parts.get()](bool serving) {
-    SetHealthReady(raw->server.get(), serving);
-  };
+  hooks.on_serving = [raw = parts.get()](bool serving) { raw->SetReady(serving); };
+  EPS_ASSIGN_OR_RETURN(const int reclaimed, runtime::ReclaimStaleHeaps(options.cluster_id));
+  if (reclaimed > 0) {
+    runtime::LogInfo("stale_segments_reclaimed",
+                     {{"cluster_id", options.cluster_id}, {"count", reclaimed}});
+  }
   parts->host = std::make_unique<Host>(MakeConfig(options, model, pace), model.hidden,
+                                       RowTransport{options.shared_rows, options.cluster_id},
                                        parts->metrics.get(), std::move(hooks));
-  parts->infer = MakeInferService(MakeFrontDoorOptions(options, model), parts->regions.get(),
-                                  parts->host.get());
-  parts->control = CreateControlService(parts->host.get(), MakeHelloPolicy(options, model, pace));
-  parts->admin = CreateAdminService(parts->host.get(),
-                                    {options.cluster_id, EPSERVE_VERSION, options.model_name});
+  parts->infer = std::make_unique<InferService>(MakeFrontDoorOptions(options, model),
+                                                parts->regions.get(), parts->host.get());
+  parts->infer->AddTo(&parts->server);
+  AddControlService(parts->host.get(), MakeHelloPolicy(options, model, pace), &parts->server);
+  AddAdminService(parts->host.get(), {options.cluster_id, EPSERVE_VERSION, options.model_name},
+                  &parts->server);
+  parts->health.AddTo(&parts->server);
+  parts->health.Set("liveness", true);
+  parts->SetReady(false);
+  server::AddChannelz(&parts->server);
+  server::AddReflection(&parts->server);
   EPS_RETURN_IF_ERROR(parts->StartServer(options));
   parts->host->Start();  // What came in between has waited in the inbox.
   return std::unique_ptr<Coordinator>(new Coordinator(std::move(parts)));
@@ -221,10 +231,9 @@ void Coordinator::Drain() { parts_->host->DrainCluster(); }
 
 void Coordinator::Stop() {
   std::call_once(parts_->stopped, [this] {
-    EndHealth(parts_->server.get());
+    parts_->health.ShutDown();
     parts_->host->Stop();
-    parts_->server->Shutdown(std::chrono::system_clock::now() + kStopGrace);
-    parts_->server->Wait();
+    parts_->server.Stop(kStopGrace);
   });
 }
 

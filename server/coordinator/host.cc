@@ -31,8 +31,13 @@ TimeUs ToUs(Host::Clock::time_point time) {
 
 }  // namespace
 
-Host::Host(const Config& config, std::int64_t hidden, Metrics* metrics, HostHooks hooks)
-    : config_(config), hidden_(hidden), metrics_(metrics), hooks_(std::move(hooks)) {
+Host::Host(const Config& config, std::int64_t hidden, RowTransport row_transport, Metrics* metrics,
+           HostHooks hooks)
+    : config_(config),
+      hidden_(hidden),
+      row_transport_(std::move(row_transport)),
+      metrics_(metrics),
+      hooks_(std::move(hooks)) {
   expert_rows_.assign(config.layers.size(),
                       std::vector<std::uint64_t>(static_cast<std::size_t>(config.num_experts), 0));
 }
@@ -260,6 +265,9 @@ void Host::Handle(Drain&) { ApplyEvent(coordinator::DrainCluster{}); }
 
 void Host::Handle(WorkerReport& report) {
   if (auto* done = std::get_if<BatchDone>(&report.event)) return HandleBatchDone(report, *done);
+  if (auto* created = std::get_if<HeapCreated>(&report.event)) {
+    if (report.row_arena_mapped) batches_->UseArena(created->epoch, created->stream);
+  }
   if (auto* opened = std::get_if<PeersOpened>(&report.event)) {
     const auto it = streams_.find(opened->stream);
     if (it != streams_.end()) {

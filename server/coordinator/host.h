@@ -59,6 +59,12 @@ struct ClusterView {
   std::int64_t uptime_ms = 0;
 };
 
+// How rows reach the workers: through memory that those of this machine map, or within messages.
+struct RowTransport {
+  bool shared = false;     // make an arena for each epoch
+  std::string cluster_id;  // that the arena is named after
+};
+
 struct HostHooks {
   std::function<void(bool serving)> on_serving;
   std::function<void()> on_drained;  // nothing accepted is left after DrainCluster()
@@ -73,7 +79,8 @@ class Host : public RequestSink {
 
   // `config.start_us` is set by Start(). REQUIRES: config.max_batch_tokens is at least
   // NumProbeTokens(num_workers); `metrics` outlives the host.
-  Host(const Config& config, std::int64_t hidden, Metrics* metrics, HostHooks hooks);
+  Host(const Config& config, std::int64_t hidden, RowTransport row_transport, Metrics* metrics,
+       HostHooks hooks);
   ~Host() override;  // Stops.
 
   void Start();
@@ -152,6 +159,9 @@ class Host : public RequestSink {
   template <typename StreamCommand>
   void Execute(StreamCommand& command);  // commands that go to one stream as they are
   void Execute(AssignRank& command);
+  void Execute(SendCreateHeap& command);
+  void Execute(SendEpochStarted& command);
+  void Execute(SendEpochEnded& command);
   void Execute(RejectWorker& command);
   void Execute(CloseStream& command);
   void Execute(StartProbe& command);
@@ -168,6 +178,7 @@ class Host : public RequestSink {
   void Execute(ClusterDrained& command);
   void Execute(Notice& command);
 
+  void OpenArena(EpochId epoch);
   InferTimes TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us) const;
   void ObserveBatch(const KeptBatch& batch);
   void UpdateGauges();
@@ -176,6 +187,9 @@ class Host : public RequestSink {
 
   Config config_;
   const std::int64_t hidden_;
+  const RowTransport row_transport_;
+  EpochId arena_epoch_ = 0;   // the last epoch that an arena was made for, or tried
+  std::string arena_handle_;  // of arena_epoch_; empty: there is none
   Metrics* const metrics_;
   const HostHooks hooks_;
   std::atomic<bool> ready_{false};

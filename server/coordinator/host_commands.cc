@@ -55,10 +55,7 @@ void Host::Execute(StreamCommand& command) {
   Send(stream, std::move(command));
 }
 template void Host::Execute(SendStandby&);
-template void Host::Execute(SendCreateHeap&);
 template void Host::Execute(SendOpenPeers&);
-template void Host::Execute(SendEpochStarted&);
-template void Host::Execute(SendEpochEnded&);
 template void Host::Execute(GrantLease&);
 template void Host::Execute(SendShutdown&);
 
@@ -67,6 +64,45 @@ void Host::Execute(AssignRank& command) {
   if (it == streams_.end()) return;
   it->second.rank = command.rank;
   it->second.stream->Send(std::move(command));
+}
+
+// Without one the rows travel in the messages; the log says so.
+void Host::OpenArena(EpochId epoch) {
+  arena_epoch_ = epoch;
+  arena_handle_.clear();
+  if (!row_transport_.shared) return;
+  runtime::RowArenaSpec spec;
+  spec.cluster_id = row_transport_.cluster_id;
+  spec.epoch = epoch;
+  spec.num_slots = config_.num_slots;
+  spec.max_batch_tokens = config_.max_batch_tokens;
+  spec.hidden = hidden_;
+  spec.topk = config_.topk;
+  absl::StatusOr<std::shared_ptr<runtime::RowArena>> arena = runtime::RowArena::Create(spec);
+  if (!arena.ok()) {
+    runtime::LogWarning("row_arena_unavailable",
+                        {{"epoch", epoch},
+                         {"error", arena.status()},
+                         {"effect", "rows travel within messages, which is slower"}});
+    return;
+  }
+  arena_handle_ = (*arena)->handle();
+  batches_->OpenArena(epoch, *std::move(arena));
+}
+
+void Host::Execute(SendCreateHeap& command) {
+  if (command.epoch != arena_epoch_) OpenArena(command.epoch);
+  Send(command.stream, CreateHeapMessage{command.epoch, arena_handle_});
+}
+
+void Host::Execute(SendEpochStarted& command) {
+  batches_->SealArena(command.epoch);
+  Send(command.stream, std::move(command));
+}
+
+void Host::Execute(SendEpochEnded& command) {
+  batches_->CloseArena(command.epoch);
+  Send(command.stream, std::move(command));
 }
 
 void Host::Execute(RejectWorker& command) {

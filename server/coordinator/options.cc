@@ -63,7 +63,8 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->allow_extra_args(false);
 }
 
-void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger) {
+void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger,
+                   std::string& row_transport) {
   app.add_option("--max-batch-tokens", options.max_batch_tokens,
                  "Most tokens of one request and of one batch; the same on every worker")
       ->envname("EPSERVE_MAX_BATCH_TOKENS")
@@ -88,6 +89,12 @@ void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger) {
                  "together, separate")
       ->envname("EPSERVE_TRIGGER")
       ->check(CLI::IsMember({"together", "separate"}))
+      ->capture_default_str();
+  app.add_option("--row-transport", row_transport,
+                 "How rows reach the workers: shared (through memory that the workers of this "
+                 "machine map; within messages to others) or messages (always within them)")
+      ->envname("EPSERVE_ROW_TRANSPORT")
+      ->check(CLI::IsMember({"shared", "messages"}))
       ->capture_default_str();
 }
 
@@ -207,13 +214,14 @@ absl::Status ValidateAddress(std::string_view flag, std::string_view address) {
 absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   Options options;
   std::string trigger = "together";
+  std::string row_transport = "shared";
   CLI::App app(
       "epserve-coordinator: queues and batches requests, keeps the membership of the workers, and "
       "serves the front door. Every flag can also be given as the environment variable named.");
   app.set_version_flag("--version", std::string("epserve-coordinator ") + EPSERVE_VERSION);
   AddModelFlags(app, options);
   AddListenFlags(app, options);
-  AddBatchFlags(app, options, trigger);
+  AddBatchFlags(app, options, trigger, row_transport);
   AddTimeFlags(app, options);
   AddLogFlags(app, options);
   // CLI11 reports by exception; they end here.
@@ -230,6 +238,7 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   if (options.listen.empty()) options.listen = {"127.0.0.1:8001"};
   if (options.model_name.empty()) options.model_name = BaseName(options.checkpoint_dir);
   options.separate_triggers = trigger == "separate";
+  options.shared_rows = row_transport == "shared";
   EPS_RETURN_IF_ERROR(ValidateOptions(options));
   return ParsedOptions{std::move(options), ""};
 }

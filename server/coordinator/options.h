@@ -25,6 +25,7 @@ struct Options {
   std::int64_t queue_capacity = 256;
   int num_slots = 2;
   bool separate_triggers = false;
+  bool shared_rows = true;
   std::int64_t lease_ms = 1000;
   std::int64_t formation_timeout_ms = 30000;
   std::int64_t batch_timeout_ms = 60000;

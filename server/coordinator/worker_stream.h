@@ -19,6 +19,11 @@ namespace epserve::coordinator {
 
 // ---- to a worker, beside the state machine's own commands
 
+struct CreateHeapMessage {
+  EpochId epoch = 0;
+  std::string row_arena;  // handle; empty: none
+};
+
 struct ShardMessage {
   EpochId epoch = 0;
   BatchId batch = 0;
@@ -31,6 +36,9 @@ struct ShardMessage {
   bool routed = true;
   std::string topk_ids;      // [T, K] int32 little-endian, empty unless routed
   std::string topk_weights;  // [T, K] fp32 little-endian, empty unless routed
+  // These three are empty where the rows are in the epoch's arena, from first_row on.
+  bool in_arena = false;
+  std::int64_t first_row = 0;
   TriggerMode trigger = TriggerMode::kTogether;
   std::shared_ptr<const runtime::CountMatrix> counts;  // set where routed
 };
@@ -52,7 +60,7 @@ struct CombineTriggerMessage {
 };
 
 using StreamMessage =
-    std::variant<AssignRank, SendStandby, SendCreateHeap, SendOpenPeers, SendEpochStarted,
+    std::variant<AssignRank, SendStandby, CreateHeapMessage, SendOpenPeers, SendEpochStarted,
                  SendEpochEnded, GrantLease, SendShutdown, RejectWorker, ShardMessage,
                  CountMatrixMessage, DispatchTriggerMessage, CombineTriggerMessage>;
 
@@ -99,8 +107,9 @@ struct WorkerTimes {
 // One message of a worker: what the state machine is told, and the payload that it is not.
 struct WorkerReport {
   Event event;                                  // never WorkerHello
+  bool row_arena_mapped = false;                // HeapCreated
   std::vector<float> probe_output;              // PeersOpened: [H]
-  std::string output;                           // BatchDone: [T, H] of the shard
+  std::string output;                           // BatchDone: [T, H] of the shard, or in the arena
   WorkerTimes times;                            // BatchDone
   std::vector<std::int64_t> local_expert_rows;  // BatchDone: [E_local]
 };

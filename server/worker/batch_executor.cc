@@ -41,8 +41,10 @@ BatchExecutor::~BatchExecutor() {
   for (auto& slot : slots_) slot->thread.join();
 }
 
-void BatchExecutor::OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank) {
+void BatchExecutor::OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank,
+                              std::shared_ptr<runtime::RowArena> row_arena) {
   std::lock_guard<std::mutex> lock(mutex_);
+  row_arena_ = std::move(row_arena);
   epoch_ = epoch;
   placement_ = placement;
   rank_ = rank;
@@ -83,6 +85,7 @@ void BatchExecutor::Drain() {
   idle_changed_.wait(lock, [this] { return Idle(); });
   state_ = EpochState::kClosed;
   epoch_ = 0;
+  row_arena_ = nullptr;
 }
 
 bool BatchExecutor::Idle() const {
@@ -239,12 +242,66 @@ absl::Status BatchExecutor::CheckShard(const Shard& shard) const {
     return absl::InvalidArgumentError(
         absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
   }
-  const auto row_bytes =
-      static_cast<std::int64_t>(runtime::DataTypeBytes(shard.dtype)) * engine_->model().hidden;
-  EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), shard.num_tokens * row_bytes));
-  const std::int64_t index_bytes = shard.routed ? shard.num_tokens * shard.topk * 4 : 0;
+  if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard));
+  const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
+  EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), in_message * RowBytes(shard)));
+  const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
   EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
   return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
+}
+
+absl::Status BatchExecutor::CheckInArena(const Shard& shard) const {
+  if (row_arena_ == nullptr) {
+    return absl::InternalError("shard: its rows are in an arena, but this worker has none mapped");
+  }
+  if (shard.first_row < 0 || shard.first_row > config_.max_batch_tokens - shard.num_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("shard: first_row ", shard.first_row, " with ",
+                                                   shard.num_tokens, " rows passes the arena's ",
+                                                   config_.max_batch_tokens, " rows"));
+  }
+  if (shard.topk != engine_->model().topk) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: topk ", shard.topk, " is not the arena's ", engine_->model().topk));
+  }
+  return absl::OkStatus();
+}
+
+std::int64_t BatchExecutor::RowBytes(const Shard& shard) const {
+  return static_cast<std::int64_t>(runtime::DataTypeBytes(shard.dtype)) * engine_->model().hidden;
+}
+
+runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
+  runtime::ShardInput input{.slot = shard.slot,
+                            .sequence = shard.batch,
+                            .layer = shard.layer,
+                            .dtype = shard.dtype,
+                            .num_tokens = shard.num_tokens,
+                            .topk = shard.topk,
+                            .hidden = shard.hidden.data()};
+  if (shard.in_arena)
+    input.hidden = row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard);
+  if (!shard.routed) return input;
+  if (shard.in_arena) {
+    input.topk_ids = row_arena_->topk_ids(shard.slot) + shard.first_row * shard.topk;
+    input.topk_weights = row_arena_->topk_weights(shard.slot) + shard.first_row * shard.topk;
+  } else {
+    input.topk_ids = reinterpret_cast<const std::int32_t*>(shard.topk_ids.data());
+    input.topk_weights = reinterpret_cast<const float*>(shard.topk_weights.data());
+  }
+  return input;
+}
+
+// The output takes the place of the shard's rows in the arena, or goes into the message.
+absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
+  void* output;
+  if (shard.in_arena) {
+    output = row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard);
+  } else {
+    done.output.resize(shard.hidden.size());
+    output = done.output.data();
+  }
+  done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
+  return engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows);
 }
 
 absl::Status BatchExecutor::CheckLease(std::string_view phase) const {
@@ -297,20 +354,9 @@ absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   const Shard& shard = batch.shard;
   Slot& slot = *slots_[index];
   EPS_RETURN_IF_ERROR(CheckShard(shard));
-  runtime::ShardInput input{.slot = index,
-                            .sequence = shard.batch,
-                            .layer = shard.layer,
-                            .dtype = shard.dtype,
-                            .num_tokens = shard.num_tokens,
-                            .topk = shard.topk,
-                            .hidden = shard.hidden.data()};
-  if (shard.routed) {
-    input.topk_ids = reinterpret_cast<const std::int32_t*>(shard.topk_ids.data());
-    input.topk_weights = reinterpret_cast<const float*>(shard.topk_weights.data());
-  }
   // Asked once: the coordinator may send the matrix unasked, while this thread is staging.
   const bool counts_came_along = CountsKnownNow(batch);
-  EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(input));
+  EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(shard)));
   const std::int64_t staged_ns = SteadyNowNs();
   done.times.assign_ns = staged_ns - shard.received_ns;
   if (!counts_came_along) {
@@ -332,9 +378,7 @@ absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   }
   EPS_RETURN_IF_ERROR(CheckLease("combine"));
   EPS_RETURN_IF_ERROR(engine_->Combine(index));
-  done.output.resize(shard.hidden.size());
-  done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
-  return engine_->Finish(index, done.output.data(), &done.times.engine, &done.local_expert_rows);
+  return Finish(shard, done);
 }
 
 bool BatchExecutor::CountsKnownNow(const Batch& batch) const {

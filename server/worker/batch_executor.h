@@ -24,6 +24,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "runtime/engine/engine.h"
+#include "runtime/symmetric/row_arena.h"
 #include "server/worker/control_messages.h"
 #include "server/worker/lease.h"
 
@@ -57,8 +58,9 @@ class BatchExecutor {
   BatchExecutor(const BatchExecutor&) = delete;
   BatchExecutor& operator=(const BatchExecutor&) = delete;
 
-  // REQUIRES: closed.
-  void OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank);
+  // `row_arena`: where shards that say so have their rows; null: none may say so. REQUIRES: closed.
+  void OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank,
+                 std::shared_ptr<runtime::RowArena> row_arena);
   void StartEpoch(std::uint64_t epoch);
   // Ends every wait here and in the engine. False, and nothing done, where `epoch` is not the
   // present one.
@@ -100,6 +102,10 @@ class BatchExecutor {
   absl::Status RunBatch(int index, Batch& batch, BatchDone& done);
   absl::Status CheckSlot(const Shard& shard) const;
   absl::Status CheckShard(const Shard& shard) const;
+  absl::Status CheckInArena(const Shard& shard) const;
+  std::int64_t RowBytes(const Shard& shard) const;
+  runtime::ShardInput InputOf(const Shard& shard) const;
+  absl::Status Finish(const Shard& shard, BatchDone& done);
   absl::Status CheckLease(std::string_view phase) const;
   absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;
   bool CountsKnownNow(const Batch& batch) const;
@@ -121,6 +127,7 @@ class BatchExecutor {
   // Written while closed only, so slot threads read them without the lock.
   runtime::Placement placement_;
   int rank_ = 0;
+  std::shared_ptr<runtime::RowArena> row_arena_;
   bool refusing_ = false;
   bool stopping_ = false;
   std::uint64_t batches_done_ = 0;

@@ -30,6 +30,7 @@ struct Standby {
 
 struct CreateHeap {
   std::uint64_t epoch = 0;
+  std::string row_arena;  // handle; empty: none
 };
 
 struct OpenPeers {
@@ -64,6 +65,9 @@ struct Shard {
   bool routed = false;
   std::string topk_ids;      // [T, K] i32, where routed
   std::string topk_weights;  // [T, K] fp32, where routed
+  // These three are empty where the rows are in the epoch's arena, from first_row on.
+  bool in_arena = false;
+  std::int64_t first_row = 0;
   bool separate_triggers = false;
   std::optional<runtime::CountMatrix> counts;
   std::int64_t received_ns = 0;  // steady clock, set on arrival
@@ -136,6 +140,7 @@ struct Loaded {
 struct HeapCreated {
   std::uint64_t epoch = 0;
   std::string handle;
+  bool row_arena_mapped = false;
 };
 
 struct PeersOpened {
@@ -166,7 +171,7 @@ struct BatchDone {
   std::uint64_t epoch = 0;
   std::uint64_t batch = 0;
   absl::Status status;
-  std::string output;  // [T, H] dtype, where status is OK
+  std::string output;  // [T, H] dtype, where status is OK and the shard is not in the arena
   PhaseTimes times;
   std::vector<std::int64_t> local_expert_rows;  // [E_local]
 };

@@ -72,6 +72,8 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.routed = proto.routed();
   shard.topk_ids = std::move(*proto.mutable_topk_ids());
   shard.topk_weights = std::move(*proto.mutable_topk_weights());
+  shard.in_arena = proto.in_arena();
+  shard.first_row = proto.first_row();
   shard.separate_triggers = proto.trigger() == v1::TRIGGER_SEPARATE;
   if (proto.has_counts()) {
     EPS_ASSIGN_OR_RETURN(shard.counts, ToCounts(proto.counts()));
@@ -140,6 +142,7 @@ struct ProtoWriter {
   void operator()(HeapCreated&& m) {
     proto.mutable_heap_created()->set_epoch(m.epoch);
     proto.mutable_heap_created()->set_handle(std::move(m.handle));
+    proto.mutable_heap_created()->set_row_arena_mapped(m.row_arena_mapped);
   }
   void operator()(PeersOpened&& m) {
     proto.mutable_peers_opened()->set_epoch(m.epoch);
@@ -199,7 +202,7 @@ absl::StatusOr<CoordinatorMessage> FromProto(v1::CoordinatorMessage& message) {
     case v1::CoordinatorMessage::kStandby:
       return Standby{message.standby().reason()};
     case v1::CoordinatorMessage::kCreateHeap:
-      return CreateHeap{message.create_heap().epoch()};
+      return CreateHeap{message.create_heap().epoch(), message.create_heap().row_arena()};
     case v1::CoordinatorMessage::kOpenPeers:
       return ToOpenPeers(*message.mutable_open_peers());
     case v1::CoordinatorMessage::kEpochStarted:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,7 @@
 #include "server/common/probe.h"
 #include "server/worker/clock.h"
 #include "server/worker/load_progress.h"
+#include "server/worker/row_arena_mapping.h"
 
 namespace epserve::worker {
 namespace {
@@ -28,10 +30,6 @@ constexpr absl::Duration kLeastHeartbeat = absl::Milliseconds(5);
 // A coordinator that answers no heartbeat of an epoch for so many leases has long given this worker
 // up, or is gone; a new connection finds out. It may be paused for less and go on.
 constexpr std::int64_t kSilentLeases = 4;
-// A restarted coordinator is found within the longest of these: most of what its restart costs.
-constexpr absl::Duration kFirstBackoff = absl::Milliseconds(50);
-constexpr absl::Duration kLongestBackoff = absl::Milliseconds(300);
-constexpr absl::Duration kUnreachableLogPeriod = absl::Seconds(10);
 constexpr std::int64_t kLoadReportUs = 200'000;
 // How long the coordinator may take to end its side of a stream that this side has ended.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(1);
@@ -58,7 +56,6 @@ Worker::Worker(WorkerConfig config, std::unique_ptr<runtime::Engine> engine)
     : config_(std::move(config)),
       engine_(std::move(engine)),
       incarnation_(MakeIncarnation()),
-      jitter_(std::random_device{}()),
       lease_duration_us_(kFirstLeaseUs) {
   BatchReporter* const reporter = this;
   executor_ = std::make_unique<BatchExecutor>(
@@ -196,7 +193,7 @@ void Worker::OnTimer() {
 void Worker::Handle(FromCoordinator& event) {
   if (event.generation != generation_) return;
   if (!std::exchange(greeted_, true)) {
-    failed_attempts_ = 0;
+    backoff_.Succeeded();
     LogInfo("coordinator_joined", {{"coordinator", config_.coordinator}});
   }
   std::visit(Overloaded{
@@ -214,7 +211,10 @@ void Worker::Handle(FromCoordinator& event) {
                    LogInfo("standby", {{"reason", m.reason}});
                    Perform(session_.OnStandby());
                  },
-                 [&](CreateHeap& m) { Perform(session_.OnCreateHeap(m.epoch)); },
+                 [&](CreateHeap& m) {
+                   arena_handle_ = std::move(m.row_arena);
+                   Perform(session_.OnCreateHeap(m.epoch));
+                 },
                  [&](OpenPeers& m) {
                    peer_handles_ = std::move(m.handles);
                    Perform(session_.OnOpenPeers(m.epoch));
@@ -405,7 +405,14 @@ void Worker::DoCreateHeap() {
     EpochFailed(handle.status());
     return;
   }
-  Report(HeapCreated{.epoch = epoch, .handle = *std::move(handle)});
+  row_arena_ = MapRowArena(arena_handle_, {.cluster_id = config_.cluster_id,
+                                           .epoch = epoch,
+                                           .num_slots = config_.num_slots,
+                                           .max_batch_tokens = config_.max_batch_tokens,
+                                           .hidden = engine_->model().hidden,
+                                           .topk = engine_->model().topk});
+  Report(HeapCreated{
+      .epoch = epoch, .handle = *std::move(handle), .row_arena_mapped = row_arena_ != nullptr});
 }
 
 void Worker::DoOpenPeers() {
@@ -416,13 +423,14 @@ void Worker::DoOpenPeers() {
     return;
   }
   // Before the answer goes out: shards may follow on its heels.
-  executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank);
+  executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank, row_arena_);
   Report(PeersOpened{.epoch = epoch, .probe_output = probe_output_});
 }
 
 void Worker::DoEndEpoch() {
   executor_->AbortAnyEpoch();
   executor_->Drain();
+  row_arena_ = nullptr;
   lease_.Leave();
   engine_->CloseEpoch();
 }
@@ -478,23 +486,13 @@ void Worker::DropStream() {
 }
 
 void Worker::ScheduleReconnect(const absl::Status& why) {
-  const TimePoint now = std::chrono::steady_clock::now();
-  if (failed_attempts_ == 0) unreachable_since_ = now;
-  if (failed_attempts_ == 0 ||
-      now - unreachable_logged_ >= absl::ToChronoNanoseconds(kUnreachableLogPeriod)) {
-    unreachable_logged_ = now;
-    const auto for_ms =
-        std::chrono::duration_cast<std::chrono::milliseconds>(now - unreachable_since_).count();
+  const ReconnectBackoff::Attempt attempt = backoff_.Failed(std::chrono::steady_clock::now());
+  if (attempt.log) {
     LogWarning("coordinator_lost", {{"coordinator", config_.coordinator},
-                                    {"for_ms", static_cast<std::int64_t>(for_ms)},
+                                    {"for_ms", absl::ToInt64Milliseconds(attempt.away)},
                                     {"error", why}});
   }
-  const absl::Duration full =
-      std::min(kFirstBackoff * (1 << std::min(failed_attempts_, 3)), kLongestBackoff);
-  ++failed_attempts_;
-  // Workers that lost one coordinator together do not come back all at once.
-  const double share = std::uniform_real_distribution<double>(0.5, 1.0)(jitter_);
-  reconnect_at_ = After(full * share);
+  reconnect_at_ = After(attempt.delay);
 }
 
 }  // namespace epserve::worker

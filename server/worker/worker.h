@@ -16,7 +16,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <random>
 #include <string>
 #include <thread>
 #include <variant>
@@ -26,11 +25,13 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "runtime/engine/engine.h"
+#include "runtime/symmetric/row_arena.h"
 #include "server/worker/batch_executor.h"
 #include "server/worker/control_messages.h"
 #include "server/worker/control_stream.h"
 #include "server/worker/lease.h"
 #include "server/worker/memory_report.h"
+#include "server/worker/reconnect_backoff.h"
 #include "server/worker/session_state.h"
 
 namespace epserve::worker {
@@ -137,13 +138,12 @@ class Worker : private ControlStream::Handler, private BatchReporter {
   runtime::MemoryPlan plan_;
   std::vector<float> probe_output_;
   std::vector<std::string> peer_handles_;
+  std::string arena_handle_;                      // of the last CreateHeap
+  std::shared_ptr<runtime::RowArena> row_arena_;  // of the present epoch, null: none mapped
   std::optional<TimePoint> reconnect_at_;
   std::optional<TimePoint> leave_by_;
-  TimePoint unreachable_since_;
-  TimePoint unreachable_logged_;
-  int failed_attempts_ = 0;
+  ReconnectBackoff backoff_;
   bool greeted_ = false;  // The coordinator has spoken on the present stream.
-  std::minstd_rand jitter_;
   std::thread loader_;
 
   Lease lease_;

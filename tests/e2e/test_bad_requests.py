@@ -260,7 +260,6 @@ def test_ids_left_out_where_no_router_is_served_are_refused(cluster_without_rout
 @pytest.mark.parametrize(
     "method",
     [
-        "ModelStatistics",
         "CudaSharedMemoryStatus",
         "CudaSharedMemoryRegister",
         "CudaSharedMemoryUnregister",
@@ -279,15 +278,19 @@ def test_unregistering_all_cuda_regions_is_fine_because_there_are_none(cluster):
     cluster.front_door.CudaSharedMemoryUnregister(request, timeout=10)
 
 
-def test_streamed_inference_is_unimplemented_with_a_message(cluster, rng):
-    requests = iter([build(cluster, good(rng))])
-    with pytest.raises(grpc.RpcError) as caught:
-        list(cluster.front_door.ModelStreamInfer(requests, timeout=10))
-    assert caught.value.code() == UNIMPLEMENTED
-    assert caught.value.details()
+def test_bad_request_on_a_stream_is_answered_in_its_place(cluster, rng):
+    bad = build(cluster, good(rng))
+    bad.id = "bad"
+    bad.model_name = "another-model"
+    requests = iter([build(cluster, good(rng)), bad, build(cluster, good(rng))])
+    replies = list(cluster.front_door.ModelStreamInfer(requests, timeout=10))
+    assert [bool(reply.error_message) for reply in replies] == [False, True, False]
+    assert "another-model" in replies[1].error_message
+    assert replies[1].infer_response.id == "bad"
 
 
-@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig"])
+@pytest.mark.parametrize(
+    "method", ["ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"])
 def test_query_for_an_unknown_model_is_not_found_by_name(cluster, method):
     request = getattr(protos.inference, f"{method}Request")(name="another-model")
     with pytest.raises(grpc.RpcError) as caught:

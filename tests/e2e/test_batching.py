@@ -93,9 +93,9 @@ def test_poison_in_a_merged_request_touches_no_other_request(merging, rng):
         assert relative_error(answers[index], served.ffn(*batches[index])) <= 1e-5
 
 
-@pytest.fixture(scope="module")
-def separate(checkpoint, start_cluster):
-    options = dict(coordinator_args=["--trigger=separate"])
+@pytest.fixture(scope="module", params=["shared", "messages"])
+def separate(checkpoint, start_cluster, request):
+    options = dict(coordinator_args=["--trigger=separate", f"--row-transport={request.param}"])
     with start_cluster(checkpoint(experts=10, topk=3), workers=3, **options) as cluster:
         yield cluster
 

@@ -2,6 +2,7 @@
 
 import multiprocessing.shared_memory as python_shm
 import os
+import queue
 
 import numpy as np
 import pytest
@@ -125,11 +126,45 @@ def test_server_is_live_and_ready(cluster, client):
     assert client.is_model_ready(cluster.checkpoint.name, "1")
 
 
-def test_server_metadata_names_the_server_and_no_statistics(client):
+def test_server_metadata_names_the_server_and_statistics(client):
     metadata = client.get_server_metadata()
     assert metadata.name == "epserve"
     assert metadata.version
-    assert "statistics" not in metadata.extensions
+    assert "statistics" in metadata.extensions
+
+
+def test_statistics_count_requests_and_their_phases_alike(cluster, client, rng):
+    def totals():
+        reply = client.get_inference_statistics(cluster.checkpoint.name)
+        (model,) = reply.model_stats
+        assert (model.name, model.version) == (cluster.checkpoint.name, "1")
+        return model.inference_stats
+
+    before = totals()
+    for _ in range(5):
+        client.infer(cluster.checkpoint.name, inputs_of(batch_of(cluster, rng)))
+    after = totals()
+    for phase in ("success", "queue", "compute_input", "compute_infer", "compute_output"):
+        assert getattr(after, phase).count - getattr(before, phase).count == 5, phase
+    assert after.compute_infer.ns > before.compute_infer.ns
+
+
+def test_streamed_requests_come_back_in_order_with_the_reference_answer(cluster, client, rng):
+    batches = [batch_of(cluster, rng, num_tokens) for num_tokens in (3, 11, 0, 7)]
+    replies = queue.Queue()
+    client.start_stream(lambda result, error: replies.put((result, error)))
+    for number, batch in enumerate(batches):
+        client.async_stream_infer(cluster.checkpoint.name, inputs_of(batch),
+                                  request_id=f"request-{number}")
+    for number, batch in enumerate(batches):
+        result, error = replies.get(timeout=30)
+        assert error is None
+        assert result.get_response().id == f"request-{number}"
+        output = result.as_numpy("hidden_states")
+        want = cluster.checkpoint.ffn(*batch.values())
+        assert output.shape == want.shape
+        assert output.size == 0 or relative_error(output, want) <= 1e-5
+    client.stop_stream()
 
 
 def test_model_metadata_describes_the_tensors(cluster, client):

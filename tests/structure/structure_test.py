@@ -97,7 +97,7 @@ class IncludeRules(unittest.TestCase):
 
     def test_coordinator_includes_no_worker_and_no_weights(self):
         banned = (
-            "server/worker/", "runtime/alltoallv/", "runtime/experts/", "runtime/symmetric/"
+            "server/worker/", "runtime/alltoallv/", "runtime/experts/"
         )  # fmt: skip
         self.check(["server/coordinator"], lambda _, header: not header.startswith(banned))
 

@@ -31,6 +31,18 @@ grpc_call_error grpc_call_start_batch(grpc_call* call, const grpc_op* ops, size_
   return next(call, ops, nops, tag, reserved);
 }
 
+grpc_call_error grpc_server_request_call(grpc_server* server, grpc_call** call,
+                                         grpc_call_details* details,
+                                         grpc_metadata_array* request_metadata,
+                                         grpc_completion_queue* cq_bound_to_call,
+                                         grpc_completion_queue* cq_for_notification,
+                                         void* tag_new) {
+  static auto* const next = Next<decltype(grpc_server_request_call)>("grpc_server_request_call");
+  __tsan_release(tag_new);
+  return next(server, call, details, request_metadata, cq_bound_to_call, cq_for_notification,
+              tag_new);
+}
+
 grpc_event grpc_completion_queue_next(grpc_completion_queue* cq, gpr_timespec deadline,
                                       void* reserved) {
   static auto* const next =

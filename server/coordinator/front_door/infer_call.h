@@ -1,19 +1,23 @@
-// One ModelInfer call: parse, validate, submit, and answer exactly once, whoever comes first of the
-// sink's completion and the caller's going away.
+// One inference request, of a ModelInfer call or of a stream: parse, validate, submit, and answer
+// exactly once, whoever comes first of the sink's completion and the caller's going away.
 //
-// Memory: the call, the parsed message and the output are held by the gRPC side until it has
-// finished and by the sink's PendingRequest until that is destroyed, so neither outlives what the
-// other uses.
+// Memory: the request, the parsed message and the output are held by whoever started it and by the
+// sink's PendingRequest until that is destroyed, so neither outlives what the other uses.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_CALL_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_CALL_H_
 
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/byte_buffer.h>
-#include <grpcpp/support/server_callback.h>
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
 
+#include "absl/status/status.h"
+#include "server/coordinator/front_door/infer_proto_convert.h"
+#include "server/coordinator/front_door/infer_statistics.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/front_door/request_view.h"
 #include "server/coordinator/front_door/served_model.h"
@@ -28,18 +32,61 @@ struct FrontDoorOptions {
   std::int64_t retry_pushback_ms = 50;
 };
 
-// What every call needs; outlives them all.
+// What every request needs; outlives them all.
 struct InferContext {
   const FrontDoorOptions& options;
   const ShmRegistry& regions;
   RequestSink& sink;
+  InferStatistics statistics;
   std::atomic<std::uint64_t> next_id{1};
 };
 
-// The reactor answers by itself and deletes itself. Does not block.
-grpc::ServerUnaryReactor* StartInferCall(grpc::CallbackServerContext* context,
-                                         const grpc::ByteBuffer* request,
-                                         grpc::ByteBuffer* response, InferContext& shared);
+struct InferAnswer {
+  absl::Status status;
+  grpc::ByteBuffer message;            // in the form asked for; of kUnary only where status is OK
+  std::int64_t retry_pushback_ms = 0;  // with RESOURCE_EXHAUSTED
+};
+
+// Thread-safe.
+class InferCall final : public std::enable_shared_from_this<InferCall> {
+ public:
+  using Clock = PendingRequest::Clock;
+  using OnAnswer = std::function<void(InferAnswer)>;
+
+  // `on_answer` is called once, from any thread, within Start() or later. Does not block.
+  InferCall(InferContext& shared, InferForm form, OnAnswer on_answer);
+
+  // `bytes` is the request's message; `message_came` false: the call ended on its message's way.
+  void Start(const grpc::ByteBuffer& bytes, Clock::time_point deadline, bool message_came);
+
+  // The caller has gone: answers, unless that has been done, with CANCELLED or DEADLINE_EXCEEDED.
+  void Cancel();
+
+  // The caller's deadline on the monotonic clock; max(): none.
+  static Clock::time_point DeadlineOf(const grpc::ServerContext& context);
+
+ private:
+  class Pending;
+
+  absl::Status Submit(const grpc::ByteBuffer& bytes, bool message_came);
+  void Answer(const Completion& completion, const ValidatedRequest* request, std::string output);
+  absl::StatusOr<grpc::ByteBuffer> MakeReply(const InferTimes& times,
+                                             const ValidatedRequest& request, std::string output);
+  void FinishWith(const absl::Status& status, grpc::ByteBuffer reply, const InferTimes& times,
+                  std::int64_t retry_pushback_ms);
+
+  InferContext& shared_;
+  const InferForm form_;
+  const Clock::time_point arrival_;
+  OnAnswer on_answer_;  // for whoever has won `answered_`
+
+  // Written in Start(), before any other thread knows of the request.
+  InferRequestMessage message_;
+  std::uint64_t id_ = 0;
+  Clock::time_point deadline_ = Clock::time_point::max();
+
+  std::atomic<bool> answered_{false};
+};
 
 }  // namespace epserve::coordinator
 

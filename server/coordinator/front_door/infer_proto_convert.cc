@@ -13,6 +13,7 @@
 #include "runtime/base/status.h"
 #include "server/coordinator/front_door/request_validation.h"
 #include "server/coordinator/front_door/shm_registry.h"
+#include "server/rpc/messages.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -203,6 +204,12 @@ const char* WireDataType(runtime::DataType type) {
   }
 }
 
+void Head(const ServedModel& model, std::string_view id, ModelInferResponse& response) {
+  response.set_model_name(model.name);
+  response.set_model_version(model.version);
+  response.set_id(std::string(id));
+}
+
 void SetParameters(const InferReply& reply, ModelInferResponse& response) {
   auto& parameters = *response.mutable_parameters();
   const auto set = [&parameters](const char* name, std::int64_t value) {
@@ -222,12 +229,11 @@ void SetParameters(const InferReply& reply, ModelInferResponse& response) {
 
 absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
                                                       const RequestLimits& limits) {
+  if (!bytes.Valid()) return Malformed();
   grpc::ByteBuffer shared(bytes);  // Counts references; copies no bytes.
   EPS_RETURN_IF_ERROR(CheckCounts(&shared, limits));
   auto message = std::make_shared<ModelInferRequest>();
-  if (!grpc::SerializationTraits<ModelInferRequest>::Deserialize(&shared, message.get()).ok()) {
-    return Malformed();
-  }
+  if (!server::ParseMessage(bytes, message.get()).ok()) return Malformed();
   InferRequestMessage result;
   result.id = message->id();
   result.view = ViewOf(*message);
@@ -235,12 +241,11 @@ absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& by
   return result;
 }
 
-absl::Status SerializeInferReply(const ServedModel& model, InferReply reply,
-                                 grpc::ByteBuffer* bytes) {
-  ModelInferResponse response;
-  response.set_model_name(model.name);
-  response.set_model_version(model.version);
-  response.set_id(std::string(reply.id));
+absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, InferForm form,
+                                                     InferReply reply) {
+  inference::ModelStreamInferResponse wrapped;
+  ModelInferResponse& response = *wrapped.mutable_infer_response();
+  Head(model, reply.id, response);
   SetParameters(reply, response);
   auto* output = response.add_outputs();
   output->set_name(kHiddenStates);
@@ -256,15 +261,26 @@ absl::Status SerializeInferReply(const ServedModel& model, InferReply reply,
         static_cast<std::int64_t>(window.offset_bytes));
   }
   *response.add_raw_output_contents() = std::move(reply.output);
-  bool own_buffer = false;
-  const grpc::Status status =
-      grpc::SerializationTraits<ModelInferResponse>::Serialize(response, bytes, &own_buffer);
+  grpc::ByteBuffer bytes;
+  const absl::Status status = form == InferForm::kUnary ? server::SerializeMessage(response, &bytes)
+                                                        : server::SerializeMessage(wrapped, &bytes);
   if (!status.ok()) {
     return absl::InternalError(
         absl::StrCat("infer: the reply of ", reply.request->output_bytes,
-                     " output bytes could not be written: ", status.error_message()));
+                     " output bytes could not be written: ", status.message()));
   }
-  return absl::OkStatus();
+  return bytes;
+}
+
+grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view id,
+                                      const absl::Status& status) {
+  inference::ModelStreamInferResponse response;
+  response.set_error_message(server::ToGrpcStatus(status).error_message());
+  Head(model, id, *response.mutable_infer_response());
+  grpc::ByteBuffer bytes;
+  // Of a few hundred bytes; the library fails for messages of 2 GiB and more.
+  (void)server::SerializeMessage(response, &bytes);
+  return bytes;
 }
 
 }  // namespace epserve::coordinator

@@ -41,9 +41,17 @@ struct InferReply {
   std::string output;  // [T, H]; empty where it went to shared memory
 };
 
-// One output with its raw entry, and the epserve_* parameters.
-absl::Status SerializeInferReply(const ServedModel& model, InferReply reply,
-                                 grpc::ByteBuffer* bytes);
+// How an answer travels: as ModelInferResponse, or within a ModelStreamInferResponse.
+enum class InferForm { kUnary, kStream };
+
+// One output with its raw entry, and the epserve_* parameters. INTERNAL: it cannot be written.
+absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, InferForm form,
+                                                     InferReply reply);
+
+// A ModelStreamInferResponse with `status`, which is not OK, as its error_message, never empty, and
+// the request's id, so that the caller knows which of its requests that was.
+grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view id,
+                                      const absl::Status& status);
 
 }  // namespace epserve::coordinator
 

@@ -40,6 +40,7 @@ void FillServerMetadata(bool shm_allowed, inference::ServerMetadataResponse* res
   response->set_name("epserve");
   response->set_version(EPSERVE_VERSION);
   response->add_extensions("model_configuration");
+  response->add_extensions("statistics");
   if (shm_allowed) response->add_extensions("system_shared_memory");
 }
 
@@ -73,6 +74,27 @@ void FillModelConfig(const ServedModel& model, inference::ModelConfig* config) {
   output->set_data_type(inputs[0].config_type);
   output->add_dims(-1);
   output->add_dims(inputs[0].columns);
+}
+
+void FillModelStatistics(const ServedModel& model, const StatisticsSnapshot& totals,
+                         inference::ModelStatisticsResponse* response) {
+  const auto fill = [](const DurationTotal& total, inference::StatisticDuration* out) {
+    out->set_count(total.count);
+    out->set_ns(total.ns);
+  };
+  inference::ModelStatistics* statistics = response->add_model_stats();
+  statistics->set_name(model.name);
+  statistics->set_version(model.version);
+  statistics->set_last_inference(totals.last_inference_ms);
+  statistics->set_inference_count(totals.success.count);
+  statistics->set_execution_count(totals.success.count);
+  inference::InferStatistics* times = statistics->mutable_inference_stats();
+  fill(totals.success, times->mutable_success());
+  fill(totals.fail, times->mutable_fail());
+  fill(totals.queue, times->mutable_queue());
+  fill(totals.compute_input, times->mutable_compute_input());
+  fill(totals.compute_infer, times->mutable_compute_infer());
+  fill(totals.compute_output, times->mutable_compute_output());
 }
 
 void FillRepositoryIndex(const ServedModel& model, bool ready, bool ready_only,

@@ -4,6 +4,7 @@
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_METADATA_PROTO_CONVERT_H_
 
 #include "inference/grpc_service.pb.h"
+#include "server/coordinator/front_door/infer_statistics.h"
 #include "server/coordinator/front_door/served_model.h"
 
 namespace epserve::coordinator {
@@ -19,6 +20,10 @@ void FillModelMetadata(const ServedModel& model, inference::ModelMetadataRespons
 // max_batch_size is 0: shapes are given in full, and clients must not add a dimension of their own.
 // Ids and weights are optional where the model has a router.
 void FillModelConfig(const ServedModel& model, inference::ModelConfig* config);
+
+// The one served model's entry. Every request is an execution of its own in these terms.
+void FillModelStatistics(const ServedModel& model, const StatisticsSnapshot& totals,
+                         inference::ModelStatisticsResponse* response);
 
 // `ready_only`: the caller asked for ready models alone.
 void FillRepositoryIndex(const ServedModel& model, bool ready, bool ready_only,

@@ -2,10 +2,16 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "absl/strings/str_cat.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -130,6 +136,68 @@ TEST_F(BatchStoreTest, OutputOfTheWrongSizeIsInternalAndNotTaken) {
   EXPECT_EQ(BatchStore::CopyRows(*store_.Find(5, 9), {0, 1}, out).code(),
             absl::StatusCode::kInternal)
       << "its rows are missing";
+}
+
+class BatchStoreArenaTest : public BatchStoreTest {
+ protected:
+  void SetUp() override {
+    runtime::RowArenaSpec spec;
+    spec.cluster_id = absl::StrCat("store-test-", ::getpid());
+    spec.epoch = 5;
+    spec.num_slots = 2;
+    spec.max_batch_tokens = 4;
+    spec.hidden = kHidden;
+    spec.topk = kTopk;
+    auto arena = runtime::RowArena::Create(spec);
+    ASSERT_TRUE(arena.ok()) << arena.status();
+    arena_ = *std::move(arena);
+    store_.OpenArena(5, arena_);
+  }
+
+  std::shared_ptr<runtime::RowArena> arena_;
+};
+
+TEST_F(BatchStoreArenaTest, RowsOfAWorkerThatHasItMappedGoThroughIt) {
+  store_.UseArena(5, 12);
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_FALSE(shards[0].in_arena);
+  EXPECT_THAT(Unpack<float>(shards[0].hidden), ElementsAre(0, 1, 10, 11));
+  ASSERT_TRUE(shards[1].in_arena);
+  EXPECT_EQ(shards[1].first_row, 2);
+  EXPECT_EQ(shards[1].num_tokens, 2);
+  EXPECT_TRUE(shards[1].hidden.empty());
+  EXPECT_TRUE(shards[1].topk_ids.empty());
+  EXPECT_TRUE(shards[1].topk_weights.empty());
+  auto* rows = reinterpret_cast<float*>(arena_->rows(1)) + 2 * kHidden;
+  EXPECT_THAT(std::vector<float>(rows, rows + 4), ElementsAre(20, 21, 30, 31));
+  const std::int32_t* ids = arena_->topk_ids(1) + 2 * kTopk;
+  EXPECT_THAT(std::vector<std::int32_t>(ids, ids + 4), ElementsAre(3, 3, 1, 2));
+  const float* weights = arena_->topk_weights(1) + 2 * kTopk;
+  EXPECT_THAT(std::vector<float>(weights, weights + 4), ElementsAre(5, 6, 7, 8));
+
+  // Its output comes the same way, the other's in its message.
+  int rank = -1;
+  EXPECT_EQ(Take(12, {7, 8, 9, 10}, &rank).code(), absl::StatusCode::kInternal);
+  std::copy_n(std::begin({7.0f, 8.0f, 9.0f, 10.0f}), 4, rows);
+  ASSERT_TRUE(Take(12, {}, &rank).ok());
+  EXPECT_EQ(rank, 1);
+  ASSERT_TRUE(Take(11, {1, 2, 3, 4}, &rank).ok());
+  std::vector<float> output(8);
+  ASSERT_TRUE(
+      BatchStore::CopyRows(*store_.Find(5, 9), {0, 4}, {reinterpret_cast<char*>(output.data()), 32})
+          .ok());
+  EXPECT_THAT(output, ElementsAre(1, 2, 3, 4, 7, 8, 9, 10));
+}
+
+TEST_F(BatchStoreArenaTest, ArenaOfAnotherEpochIsNotUsed) {
+  store_.UseArena(4, 11);
+  EXPECT_FALSE(Start()[0].in_arena);
+  store_.UseArena(5, 11);
+  start_.epoch = 6;
+  EXPECT_FALSE(Start()[0].in_arena);
+  store_.CloseArena(5);
+  start_.epoch = 5;
+  EXPECT_FALSE(Start()[0].in_arena);
 }
 
 TEST_F(BatchStoreTest, UnknownBatchStreamOrRepeatIsNotTaken) {

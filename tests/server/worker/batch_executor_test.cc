@@ -3,16 +3,19 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/server/worker/fake_engine.h"
 
 namespace epserve::worker {
@@ -95,7 +98,7 @@ class BatchExecutorTest : public testing::Test {
                               .trigger_timeout = trigger_timeout,
                               .now_us = [this] { return now_us_.load(); }},
         &engine_, &lease_, &reporter_);
-    executor_->OpenEpoch(kEpoch, placement_, 1);
+    executor_->OpenEpoch(kEpoch, placement_, 1, arena_);
   }
   void Serve(absl::Duration trigger_timeout = absl::Seconds(30)) {
     Start(trigger_timeout);
@@ -114,6 +117,7 @@ class BatchExecutorTest : public testing::Test {
   Lease lease_;
   RecordingReporter reporter_;
   runtime::Placement placement_;
+  std::shared_ptr<runtime::RowArena> arena_;
   std::atomic<std::int64_t> now_us_ = 1;
   std::unique_ptr<BatchExecutor> executor_;
 };
@@ -175,6 +179,76 @@ TEST_F(BatchExecutorTest, ShardWithAWrongSizeIsRefusedBeforeTheEngineSeesIt) {
   shard.slot = 2;
   ExpectRefused(shard, kInvalid, "slot 2");
   EXPECT_EQ(engine_.Count("stage 0"), 0);
+}
+
+runtime::RowArenaSpec ArenaSpec() {
+  runtime::RowArenaSpec spec;
+  spec.cluster_id = absl::StrCat("executor-test-", ::getpid());
+  spec.epoch = kEpoch;
+  spec.num_slots = 2;
+  spec.max_batch_tokens = 16;
+  spec.hidden = FakeEngine::kHidden;
+  spec.topk = FakeEngine::kTopk;
+  return spec;
+}
+
+// The shard of MakeShard with its tensors in the arena, from `first_row` on.
+Shard MoveToArena(Shard shard, std::int64_t first_row, runtime::RowArena* arena) {
+  if (arena != nullptr) {
+    const std::int64_t row_bytes = FakeEngine::kHidden * sizeof(float);
+    std::memcpy(arena->rows(shard.slot) + first_row * row_bytes, shard.hidden.data(),
+                shard.hidden.size());
+    std::memcpy(arena->topk_ids(shard.slot) + first_row * shard.topk, shard.topk_ids.data(),
+                shard.topk_ids.size());
+    std::memcpy(arena->topk_weights(shard.slot) + first_row * shard.topk, shard.topk_weights.data(),
+                shard.topk_weights.size());
+  }
+  shard.hidden.clear();
+  shard.topk_ids.clear();
+  shard.topk_weights.clear();
+  shard.in_arena = true;
+  shard.first_row = first_row;
+  return shard;
+}
+
+TEST_F(BatchExecutorTest, ShardInTheArenaIsReadAndAnsweredThere) {
+  auto arena = runtime::RowArena::Create(ArenaSpec());
+  ASSERT_TRUE(arena.ok()) << arena.status();
+  arena_ = *std::move(arena);
+  Serve();
+  engine_.Hold("finish 1");
+  executor_->Submit(MoveToArena(MakeShard(1, 1), 5, arena_.get()));
+  ASSERT_TRUE(engine_.AwaitStep("finish 1"));
+  engine_.Release("finish 1");
+  const auto done = reporter_.Next<BatchDone>();
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  EXPECT_TRUE(done.output.empty());
+  const auto* rows = reinterpret_cast<const char*>(arena_->rows(1));
+  const std::size_t row_bytes = FakeEngine::kHidden * sizeof(float);
+  EXPECT_EQ(std::string(rows + 5 * row_bytes, kTokens * row_bytes), MakeShard(1).hidden);
+}
+
+TEST_F(BatchExecutorTest, ShardPastTheArenaIsRefused) {
+  auto arena = runtime::RowArena::Create(ArenaSpec());
+  ASSERT_TRUE(arena.ok()) << arena.status();
+  arena_ = *std::move(arena);
+  Serve();
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  ExpectRefused(MoveToArena(MakeShard(1), 15, nullptr), kInvalid, "first_row 15 with 2 rows");
+  ExpectRefused(MoveToArena(MakeShard(2), -1, nullptr), kInvalid, "first_row -1");
+  ExpectRefused(MoveToArena(MakeShard(3), INT64_MAX, nullptr), kInvalid, "first_row");
+  Shard wide = MoveToArena(MakeShard(4), 0, nullptr);
+  wide.topk = FakeEngine::kTopk + 1;
+  ExpectRefused(wide, kInvalid, "topk");
+  Shard both = MoveToArena(MakeShard(5), 0, nullptr);
+  both.hidden = "x";
+  ExpectRefused(both, kInvalid, "hidden has 1 bytes, expected 0");
+  EXPECT_EQ(engine_.Count("stage 0"), 0);
+}
+
+TEST_F(BatchExecutorTest, ShardInAnArenaThatIsNotMappedIsRefused) {
+  Serve();
+  ExpectRefused(MoveToArena(MakeShard(1), 0, nullptr), absl::StatusCode::kInternal, "none mapped");
 }
 
 TEST_F(BatchExecutorTest, MatrixThatContradictsTheShardIsRefusedBeforeDispatch) {

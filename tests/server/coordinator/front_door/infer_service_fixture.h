@@ -19,6 +19,7 @@
 #include "inference/grpc_service.grpc.pb.h"
 #include "server/coordinator/front_door/infer_service.h"
 #include "server/coordinator/front_door/server_limits.h"
+#include "server/rpc/rpc_server.h"
 #include "tests/server/coordinator/front_door/test_request.h"
 
 namespace epserve::coordinator {
@@ -64,6 +65,10 @@ class FakeSink final : public RequestSink {
     auto request = std::move(submitted_.back());
     submitted_.pop_back();
     return request;
+  }
+  std::size_t num_waiting() {
+    const std::lock_guard lock(mutex_);
+    return submitted_.size();
   }
   std::vector<std::uint64_t> WaitForCancelled(std::size_t count) {
     std::unique_lock lock(mutex_);
@@ -112,13 +117,13 @@ class InferServiceTest : public testing::Test {
   explicit InferServiceTest(ShmOptions shm = Allowed()) : regions_(std::move(shm)) {
     FrontDoorOptions options;
     options.model = TestModel();
-    service_ = MakeInferService(options, &regions_, &sink_);
+    service_ = std::make_unique<InferService>(options, &regions_, &sink_);
+    service_->AddTo(&server_);
     grpc::ServerBuilder builder;
     int port = 0;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
     ApplyServerLimits(kMaxMessageBytes, builder);
-    builder.RegisterService(service_.get());
-    server_ = builder.BuildAndStart();
+    EXPECT_TRUE(server_.Start(&builder, /*num_threads=*/1));
     channel_ = grpc::CreateChannel("127.0.0.1:" + std::to_string(port),
                                    grpc::InsecureChannelCredentials());
     stub_ = inference::GRPCInferenceService::NewStub(channel_);
@@ -158,8 +163,8 @@ class InferServiceTest : public testing::Test {
 
   FakeSink sink_;
   ShmRegistry regions_;
-  std::unique_ptr<grpc::Service> service_;
-  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<InferService> service_;
+  server::RpcServer server_;  // stops before the service goes
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<inference::GRPCInferenceService::Stub> stub_;
 };

@@ -43,13 +43,14 @@ TEST_F(InferServiceTest, LiveAlwaysAndReadyAsTheSinkSays) {
   }
 }
 
-TEST_F(InferServiceTest, ServerMetadataNamesExtensionsButNoStatistics) {
+TEST_F(InferServiceTest, ServerMetadataNamesItsExtensions) {
   ClientContext context;
   inference::ServerMetadataResponse response;
   ASSERT_TRUE(stub_->ServerMetadata(&context, {}, &response).ok());
   EXPECT_EQ(response.name(), "epserve");
   EXPECT_THAT(response.version(), Not(IsEmpty()));
-  EXPECT_THAT(response.extensions(), ElementsAre("model_configuration", "system_shared_memory"));
+  EXPECT_THAT(response.extensions(),
+              ElementsAre("model_configuration", "statistics", "system_shared_memory"));
 }
 
 TEST_F(InferServiceTest, ModelMetadataGivesFullShapes) {
@@ -125,24 +126,58 @@ TEST_F(InferServiceTest, UnknownModelIsNotFoundEverywhere) {
 }
 
 TEST_F(InferServiceTest, WhatIsNotServedIsUnimplementedWithAMessage) {
-  ClientContext contexts[4];
-  inference::ModelStatisticsResponse statistics;
+  ClientContext contexts[3];
   inference::CudaSharedMemoryStatusResponse status;
   inference::CudaSharedMemoryRegisterResponse registered;
   inference::CudaSharedMemoryUnregisterRequest unregister;
   unregister.set_name("gpu");
   inference::CudaSharedMemoryUnregisterResponse unregistered;
-  ClientContext stream_context;
-  auto stream = stub_->ModelStreamInfer(&stream_context);
   for (const grpc::Status& answer :
-       {stub_->ModelStatistics(&contexts[0], {}, &statistics),
-        stub_->CudaSharedMemoryStatus(&contexts[1], {}, &status),
-        stub_->CudaSharedMemoryRegister(&contexts[2], {}, &registered),
-        stub_->CudaSharedMemoryUnregister(&contexts[3], unregister, &unregistered),
-        stream->Finish()}) {
+       {stub_->CudaSharedMemoryStatus(&contexts[0], {}, &status),
+        stub_->CudaSharedMemoryRegister(&contexts[1], {}, &registered),
+        stub_->CudaSharedMemoryUnregister(&contexts[2], unregister, &unregistered)}) {
     EXPECT_EQ(answer.error_code(), grpc::StatusCode::UNIMPLEMENTED);
     EXPECT_THAT(answer.error_message(), Not(IsEmpty()));
   }
+}
+
+TEST_F(InferServiceTest, StatisticsCountWhatEndedAndWhereItsTimeWent) {
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
+    if (request->request.num_tokens == 0) return request->Complete({absl::AbortedError("no"), {}});
+    Echo(std::move(request));
+  });
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(Infer(ValidMessage()).ok());
+  ASSERT_FALSE(Infer(ModelInferRequest()).ok());
+  for (const char* name : {"", "tiny"}) {
+    ClientContext context;
+    inference::ModelStatisticsRequest request;
+    request.set_name(name);
+    inference::ModelStatisticsResponse response;
+    const grpc::Status status = stub_->ModelStatistics(&context, request, &response);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    ASSERT_EQ(response.model_stats_size(), 1);
+    const inference::ModelStatistics& model = response.model_stats(0);
+    EXPECT_EQ(model.name(), TestModel().name);
+    EXPECT_EQ(model.version(), "1");
+    EXPECT_EQ(model.inference_count(), 3u);
+    EXPECT_EQ(model.execution_count(), 3u);
+    EXPECT_GT(model.last_inference(), 0u);
+    const inference::InferStatistics& times = model.inference_stats();
+    EXPECT_EQ(times.success().count(), 3u);
+    EXPECT_EQ(times.fail().count(), 1u);
+    // Echo's times: 1 queue, 2 assign, 3 counts, 4 dispatch, 5 ffn, 6 combine, microseconds.
+    EXPECT_EQ(times.queue().count(), 3u);
+    EXPECT_EQ(times.queue().ns(), 3u * 1000);
+    EXPECT_EQ(times.compute_input().ns(), 3u * 9000);
+    EXPECT_EQ(times.compute_infer().ns(), 3u * 5000);
+    EXPECT_EQ(times.compute_output().ns(), 3u * 6000);
+  }
+  ClientContext context;
+  inference::ModelStatisticsRequest other;
+  other.set_name("other");
+  inference::ModelStatisticsResponse response;
+  EXPECT_EQ(stub_->ModelStatistics(&context, other, &response).error_code(),
+            grpc::StatusCode::NOT_FOUND);
 }
 
 TEST_F(InferServiceTest, ClearingCudaSharedMemoryIsOkBecauseThereIsNone) {

@@ -1,0 +1,218 @@
+#include "server/rpc/rpc_server.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+
+namespace epserve::server {
+namespace {
+
+// Calls that a queue is ready to take at once; more wait inside gRPC for the next free place.
+constexpr int kWaitingCallsPerLoop = 64;
+
+// What a completion queue hands back.
+struct Tag {
+  virtual ~Tag() = default;
+  virtual void Proceed(bool ok) = 0;
+};
+
+template <typename Owner, void (Owner::*kMethod)(bool)>
+struct MemberTag final : Tag {
+  explicit MemberTag(Owner* tag_owner) : owner(tag_owner) {}
+  void Proceed(bool ok) override { (owner->*kMethod)(ok); }
+  Owner* const owner;
+};
+
+}  // namespace
+
+struct RpcServer::State {
+  std::unordered_map<std::string, MakeHandler> methods;
+  grpc::AsyncGenericService service;
+  std::vector<std::unique_ptr<Loop>> loops;
+  std::unique_ptr<grpc::Server> server;
+
+  std::mutex mutex;
+  std::condition_variable all_done;
+  int num_calls = 0;  // Guarded by mutex; accepted and not yet done.
+
+  void CallBegins() {
+    const std::lock_guard lock(mutex);
+    ++num_calls;
+  }
+  void CallEnds() {
+    const std::lock_guard lock(mutex);
+    if (--num_calls == 0) all_done.notify_all();
+  }
+};
+
+class RpcServer::Loop {
+ public:
+  Loop(State* state, std::unique_ptr<grpc::ServerCompletionQueue> queue)
+      : state_(state), queue_(std::move(queue)) {}
+
+  void Start();
+  void ShutDown() { queue_->Shutdown(); }
+  void Join() { thread_.join(); }
+  void AwaitCall();
+  State* state() const { return state_; }
+  grpc::ServerCompletionQueue* queue() const { return queue_.get(); }
+
+ private:
+  void Poll();
+
+  State* const state_;
+  const std::unique_ptr<grpc::ServerCompletionQueue> queue_;
+  std::thread thread_;
+};
+
+// Lives until every operation that it has started has come back. One share is kept for Finish, so
+// that a call which is cancelled with nothing in flight still waits for its handler.
+class RpcServer::Call final : public ServerCall {
+ public:
+  explicit Call(Loop* loop) : loop_(loop), stream_(&context_) {
+    context_.AsyncNotifyWhenDone(&ended_);
+    loop->state()->service.RequestCall(&context_, &stream_, loop->queue(), loop->queue(),
+                                       &accepted_);
+  }
+
+  void StartRead(grpc::ByteBuffer* message) override {
+    Hold();
+    stream_.Read(message, &read_);
+  }
+  void StartWrite(const grpc::ByteBuffer& message) override {
+    Hold();
+    stream_.Write(message, &written_);
+  }
+  void WriteAndFinish(const grpc::ByteBuffer& message) override {
+    finishing_.store(true, std::memory_order_relaxed);
+    stream_.WriteAndFinish(message, grpc::WriteOptions(), grpc::Status::OK, &finished_);
+  }
+  void Finish(const grpc::Status& status) override {
+    finishing_.store(true, std::memory_order_relaxed);
+    stream_.Finish(status, &finished_);
+  }
+  void TryCancel() override { context_.TryCancel(); }
+  grpc::ServerContext& context() override { return context_; }
+
+ private:
+  void Accepted(bool ok) {
+    if (!ok) {  // The server is stopping; gRPC does not say that a call ended which never began.
+      delete this;
+      return;
+    }
+    Hold();  // for ended_
+    loop_->state()->CallBegins();
+    loop_->AwaitCall();
+    const auto& methods = loop_->state()->methods;
+    const auto found = methods.find(context_.method());
+    if (found == methods.end()) {
+      Finish(grpc::Status(grpc::StatusCode::UNIMPLEMENTED,
+                          "this server has no method " + context_.method()));
+    } else {
+      handler_ = found->second(this);
+    }
+    Release();
+  }
+  void Read(bool ok) {
+    handler_->OnReadDone(ok);
+    Release();
+  }
+  void Written(bool ok) {
+    handler_->OnWriteDone(ok);
+    Release();
+  }
+  void Ended(bool) {
+    const bool gone = context_.IsCancelled() && !finishing_.load(std::memory_order_relaxed);
+    if (gone && handler_ != nullptr) handler_->OnCancel();
+    Release();
+  }
+  void Finished(bool) { Release(); }
+
+  void Hold() { shares_.fetch_add(1, std::memory_order_relaxed); }
+  void Release() {
+    // acq_rel: what other threads did with the call comes before its end.
+    if (shares_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    if (handler_ != nullptr) handler_->OnDone();
+    State* const state = loop_->state();
+    delete this;
+    state->CallEnds();
+  }
+
+  Loop* const loop_;
+  grpc::GenericServerContext context_;
+  grpc::GenericServerAsyncReaderWriter stream_;
+  CallHandler* handler_ = nullptr;  // null where there is no such method
+  std::atomic<bool> finishing_{false};
+  std::atomic<int> shares_{2};  // for accepted_ and finished_
+  MemberTag<Call, &Call::Accepted> accepted_{this};
+  MemberTag<Call, &Call::Read> read_{this};
+  MemberTag<Call, &Call::Written> written_{this};
+  MemberTag<Call, &Call::Ended> ended_{this};
+  MemberTag<Call, &Call::Finished> finished_{this};
+};
+
+void RpcServer::Loop::AwaitCall() { new Call(this); }
+
+void RpcServer::Loop::Start() {
+  for (int i = 0; i < kWaitingCallsPerLoop; ++i) AwaitCall();
+  thread_ = std::thread([this] { Poll(); });
+}
+
+void RpcServer::Loop::Poll() {
+  void* tag = nullptr;
+  bool ok = false;
+  while (queue_->Next(&tag, &ok)) static_cast<Tag*>(tag)->Proceed(ok);
+}
+
+RpcServer::RpcServer() : state_(std::make_unique<State>()) {}
+
+RpcServer::~RpcServer() { Stop(std::chrono::milliseconds(0)); }
+
+void RpcServer::Handle(const std::string& method, MakeHandler make_handler) {
+  state_->methods[method] = std::move(make_handler);
+}
+
+std::vector<std::string> RpcServer::services() const {
+  std::set<std::string> names;
+  for (const auto& [method, make] : state_->methods) {
+    names.insert(method.substr(1, method.rfind('/') - 1));
+  }
+  return {names.begin(), names.end()};
+}
+
+bool RpcServer::Start(grpc::ServerBuilder* builder, int num_threads) {
+  builder->RegisterAsyncGenericService(&state_->service);
+  std::vector<std::unique_ptr<Loop>> loops;
+  for (int i = 0; i < num_threads; ++i) {
+    loops.push_back(std::make_unique<Loop>(state_.get(), builder->AddCompletionQueue()));
+  }
+  state_->server = builder->BuildAndStart();
+  if (state_->server == nullptr) {
+    for (const auto& loop : loops) loop->ShutDown();
+    return false;
+  }
+  state_->loops = std::move(loops);
+  for (const auto& loop : state_->loops) loop->Start();
+  return true;
+}
+
+void RpcServer::Stop(std::chrono::milliseconds grace) {
+  if (state_->server == nullptr) return;
+  state_->server->Shutdown(std::chrono::system_clock::now() + grace);
+  {
+    // No operation may be started on a queue that is shut down, and a handler on another thread may
+    // only just have learnt that its caller is gone.
+    std::unique_lock lock(state_->mutex);
+    state_->all_done.wait(lock, [this] { return state_->num_calls == 0; });
+  }
+  for (const auto& loop : state_->loops) loop->ShutDown();
+  for (const auto& loop : state_->loops) loop->Join();
+  state_->loops.clear();
+  state_->server.reset();
+}
+
+}  // namespace epserve::server

@@ -1,0 +1,44 @@
+#include "server/rpc/unary_call.h"
+
+namespace epserve::server {
+namespace {
+
+class Handler final : public CallHandler {
+ public:
+  Handler(ServerCall* call, const std::function<void(UnaryCall, const grpc::ByteBuffer&)>* answer)
+      : call_(call), answer_(*answer) {
+    call->StartRead(&request_);
+  }
+
+ private:
+  void OnReadDone(bool ok) override {
+    UnaryCall call(call_);
+    if (!ok) return call.Fail(absl::CancelledError("the caller went before its message had come"));
+    answer_(std::move(call), request_);
+    request_.Clear();
+  }
+  void OnDone() override { delete this; }
+
+  ServerCall* const call_;
+  const std::function<void(UnaryCall, const grpc::ByteBuffer&)>& answer_;
+  grpc::ByteBuffer request_;
+};
+
+}  // namespace
+
+UnaryCall::~UnaryCall() {
+  if (call_ != nullptr) Fail(absl::InternalError("the call was dropped without an answer"));
+}
+
+void UnaryCall::Fail(const absl::Status& status) {
+  std::exchange(call_, nullptr)->Finish(ToGrpcStatus(status));
+}
+
+RpcServer::MakeHandler UnaryHandler(
+    std::function<void(UnaryCall call, const grpc::ByteBuffer& request)> answer) {
+  auto shared = std::make_shared<const std::function<void(UnaryCall, const grpc::ByteBuffer&)>>(
+      std::move(answer));
+  return [shared](ServerCall* call) -> CallHandler* { return new Handler(call, shared.get()); };
+}
+
+}  // namespace epserve::server

@@ -1,0 +1,20 @@
+#include "server/worker/row_arena_mapping.h"
+
+#include <utility>
+
+#include "runtime/base/log.h"
+
+namespace epserve::worker {
+
+std::shared_ptr<runtime::RowArena> MapRowArena(const std::string& handle,
+                                               const runtime::RowArenaSpec& spec) {
+  if (handle.empty()) return nullptr;
+  absl::StatusOr<std::shared_ptr<runtime::RowArena>> arena = runtime::RowArena::Open(handle, spec);
+  if (arena.ok()) return *std::move(arena);
+  runtime::LogInfo(
+      "row_arena_not_mapped",
+      {{"epoch", spec.epoch}, {"error", arena.status()}, {"effect", "rows come within messages"}});
+  return nullptr;
+}
+
+}  // namespace epserve::worker

@@ -1,0 +1,218 @@
+// Calls over RpcServer: how they are answered, cancelled and ended, and how the server stops. The
+// messages are those of the health protocol; any would do.
+#include "server/rpc/rpc_server.h"
+
+#include <gmock/gmock.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "grpc/health/v1/health.grpc.pb.h"
+#include "server/rpc/message_stream.h"
+#include "server/rpc/unary_call.h"
+#include "tests/server/rpc/rpc_fixture.h"
+
+namespace epserve::server {
+namespace {
+
+using grpc::health::v1::Health;
+using grpc::health::v1::HealthCheckRequest;
+using grpc::health::v1::HealthCheckResponse;
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+constexpr char kCheck[] = "/grpc.health.v1.Health/Check";
+constexpr char kWatch[] = "/grpc.health.v1.Health/Watch";
+
+class RpcServerTest : public RpcTest {
+ protected:
+  grpc::Status Check(const std::string& service, HealthCheckResponse* response) {
+    grpc::ClientContext context;
+    HealthCheckRequest request;
+    request.set_service(service);
+    return Health::NewStub(channel_)->Check(&context, request, response);
+  }
+};
+
+TEST_F(RpcServerTest, UnaryCallIsAnsweredOrFails) {
+  server_.Handle(kCheck, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
+                             [](const auto& request, auto* response) -> absl::Status {
+                               if (request.service() == "bad") return absl::DataLossError("lost");
+                               response->set_status(HealthCheckResponse::SERVING);
+                               return absl::OkStatus();
+                             }));
+  Start();
+  HealthCheckResponse response;
+  ASSERT_TRUE(Check("good", &response).ok());
+  EXPECT_EQ(response.status(), HealthCheckResponse::SERVING);
+  const grpc::Status status = Check("bad", &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DATA_LOSS);
+  EXPECT_EQ(status.error_message(), "lost");
+}
+
+TEST_F(RpcServerTest, MethodThatIsNotThereIsUnimplementedNamingIt) {
+  Start();
+  HealthCheckResponse response;
+  const grpc::Status status = Check("", &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_THAT(status.error_message(), HasSubstr(kCheck));
+}
+
+TEST_F(RpcServerTest, CallDroppedWithoutAnAnswerFailsInsteadOfHanging) {
+  server_.Handle(kCheck, UnaryHandler([](UnaryCall, const grpc::ByteBuffer&) {}));
+  Start();
+  HealthCheckResponse response;
+  EXPECT_EQ(Check("", &response).error_code(), grpc::StatusCode::INTERNAL);
+}
+
+TEST_F(RpcServerTest, BytesThatAreNoMessageGetAnErrorThatSaysSo) {
+  server_.Handle(kCheck, UnaryHandler([](UnaryCall call, const grpc::ByteBuffer&) {
+                   grpc::Slice slice("\xff\xff\xff");
+                   const grpc::ByteBuffer nonsense(&slice, 1);
+                   HealthCheckRequest request;
+                   call.Fail(ParseMessage(nonsense, &request));
+                 }));
+  Start();
+  HealthCheckResponse response;
+  const grpc::Status status = Check("", &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("HealthCheckRequest"));
+}
+
+TEST_F(RpcServerTest, ManyCallsFromManyThreadsAreEachAnsweredOnce) {
+  std::atomic<int> handled{0};
+  server_.Handle(kCheck,
+                 UnaryHandler<HealthCheckRequest, HealthCheckResponse>([&](const auto&, auto*) {
+                   ++handled;
+                   return absl::OkStatus();
+                 }));
+  Start(/*num_threads=*/2);
+  constexpr int kCallers = 4, kCalls = 200;
+  std::vector<std::thread> callers;
+  std::atomic<int> answered{0};
+  for (int i = 0; i < kCallers; ++i) {
+    callers.emplace_back([&] {
+      for (int n = 0; n < kCalls; ++n) {
+        HealthCheckResponse response;
+        answered += Check("", &response).ok() ? 1 : 0;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(handled.load(), kCallers * kCalls);
+  EXPECT_EQ(answered.load(), kCallers * kCalls);
+}
+
+// Keeps what it was told; finishes when it is told of a cancellation.
+class Recorder final : public CallHandler {
+ public:
+  struct Log {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::string> events;  // Guarded by mutex.
+
+    void Add(std::string event) {
+      const std::lock_guard lock(mutex);
+      events.push_back(std::move(event));
+      changed.notify_all();
+    }
+    std::vector<std::string> WaitFor(const std::string& last) {
+      std::unique_lock lock(mutex);
+      changed.wait_for(lock, std::chrono::seconds(20),
+                       [&] { return !events.empty() && events.back() == last; });
+      return events;
+    }
+  };
+
+  Recorder(ServerCall* call, Log* log) : call_(call), log_(log) { call->StartRead(&message_); }
+
+ private:
+  void OnReadDone(bool ok) override { log_->Add(ok ? "read" : "no read"); }
+  void OnCancel() override {
+    log_->Add("cancel");
+    call_->Finish(grpc::Status::CANCELLED);
+  }
+  void OnDone() override {
+    log_->Add("done");
+    delete this;
+  }
+
+  ServerCall* const call_;
+  Log* const log_;
+  grpc::ByteBuffer message_;
+};
+
+TEST_F(RpcServerTest, HandlerLearnsThatItsCallerHasGoneAndIsDoneLast) {
+  Recorder::Log log;
+  server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
+  Start();
+  grpc::ClientContext context;
+  std::thread caller([&] {
+    HealthCheckResponse response;
+    const grpc::Status status =
+        Health::NewStub(channel_)->Check(&context, HealthCheckRequest(), &response);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::CANCELLED);
+  });
+  EXPECT_THAT(log.WaitFor("read"), ElementsAre("read"));
+  context.TryCancel();
+  caller.join();
+  EXPECT_THAT(log.WaitFor("done"), ElementsAre("read", "cancel", "done"));
+}
+
+TEST_F(RpcServerTest, StopCancelsWhatIsLeftAndWaitsForItsHandler) {
+  Recorder::Log log;
+  server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
+  Start();
+  std::thread caller([&] {
+    HealthCheckResponse response;
+    EXPECT_FALSE(Check("", &response).ok());
+  });
+  EXPECT_THAT(log.WaitFor("read"), ElementsAre("read"));
+  server_.Stop(std::chrono::milliseconds(10));
+  EXPECT_THAT(log.events, ElementsAre("read", "cancel", "done"));
+  caller.join();
+}
+
+TEST_F(RpcServerTest, StreamThatAnswersEachMessageEndsWithItsCaller) {
+  server_.Handle(
+      kWatch,
+      EachAnswered<HealthCheckRequest, HealthCheckResponse>([](const HealthCheckRequest& request) {
+        HealthCheckResponse response;
+        response.set_status(request.service() == "a" ? HealthCheckResponse::SERVING
+                                                     : HealthCheckResponse::NOT_SERVING);
+        return response;
+      }));
+  Start();
+  grpc::ClientContext context;
+  const auto stream = std::unique_ptr<
+      grpc::ClientReaderWriter<HealthCheckRequest, HealthCheckResponse>>(
+      grpc::internal::ClientReaderWriterFactory<HealthCheckRequest, HealthCheckResponse>::Create(
+          channel_.get(),
+          grpc::internal::RpcMethod(kWatch, grpc::internal::RpcMethod::BIDI_STREAMING, channel_),
+          &context));
+  for (const char* service : {"a", "b", "a"}) {
+    HealthCheckRequest request;
+    request.set_service(service);
+    ASSERT_TRUE(stream->Write(request));
+    HealthCheckResponse response;
+    ASSERT_TRUE(stream->Read(&response));
+    EXPECT_EQ(response.status() == HealthCheckResponse::SERVING, service[0] == 'a');
+  }
+  stream->WritesDone();
+  EXPECT_TRUE(stream->Finish().ok());
+}
+
+TEST_F(RpcServerTest, ServicesAreListedOnceEach) {
+  server_.Handle("/a.B/One", EachAnswered<HealthCheckRequest, HealthCheckResponse>(
+                                 [](const HealthCheckRequest&) { return HealthCheckResponse(); }));
+  server_.Handle("/a.B/Two", UnaryHandler([](UnaryCall, const grpc::ByteBuffer&) {}));
+  server_.Handle("/a.C/One", UnaryHandler([](UnaryCall, const grpc::ByteBuffer&) {}));
+  EXPECT_THAT(server_.services(), ElementsAre("a.B", "a.C"));
+}
+
+}  // namespace
+}  // namespace epserve::server
