@@ -56,7 +56,14 @@ struct ReceivedRows {
   const std::int32_t* local_experts = nullptr;  // [N, K] expert id less first_expert, -1: not here
   const float* weights = nullptr;               // [N, K]
   std::byte* partial_rows = nullptr;  // [N, H] dtype, out: weighted sum over local experts
+  // Scratch of [MaxSumRows(max_batch_tokens), H], free until Combine where dtype has 2 bytes: such
+  // rows leave half of the partial rows' place, which is sized for fp32.
+  float* sums = nullptr;
 };
+
+constexpr std::int64_t MaxSumRows(std::int64_t max_batch_tokens) {
+  return max_batch_tokens < 2 ? 1 : max_batch_tokens / 2;
+}
 
 // One rank's side of one epoch. Each slot is used by one thread at a time; different slots may be
 // used by different threads at once. Abort() may be called from any thread.

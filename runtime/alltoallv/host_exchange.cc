@@ -78,6 +78,7 @@ struct SlotView {
   }
   float* weights() const { return reinterpret_cast<float*>(base + layout->weights_offset); }
   std::byte* partial_rows() const { return base + layout->partial_rows_offset; }
+  float* sums() const { return reinterpret_cast<float*>(base + layout->sums_offset); }
 };
 
 }  // namespace
@@ -356,6 +357,7 @@ void HostExchange::DescribeReceived(const DispatchArgs& args, Slot* slot) const 
   slot->received.local_experts = view.local_experts();
   slot->received.weights = view.weights();
   slot->received.partial_rows = view.partial_rows();
+  slot->received.sums = view.sums();
 }
 
 absl::Status HostExchange::Dispatch(const DispatchArgs& args) {

@@ -8,6 +8,7 @@
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_LAYOUT_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_LAYOUT_H_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "runtime/alltoallv/exchange.h"
@@ -44,6 +45,7 @@ struct HeapLayout {
   std::uint64_t local_experts_offset = 0;   // [max_batch_tokens, K] i32
   std::uint64_t weights_offset = 0;         // [max_batch_tokens, K] f32
   std::uint64_t partial_rows_offset = 0;    // [max_batch_tokens, H], written by the owner
+  std::uint64_t sums_offset = 0;  // in the partial rows' place, behind them where they have 2 bytes
   std::uint64_t slot_bytes = 0;
   // Of the heap.
   std::uint64_t heap_bytes = 0;
@@ -73,9 +75,11 @@ constexpr HeapLayout MakeHeapLayout(int num_ranks, std::int64_t max_batch_tokens
       layout.local_experts_offset + AlignUp(rows * topk * sizeof(std::int32_t), kRegionAlignment);
   layout.partial_rows_offset =
       layout.weights_offset + AlignUp(rows * topk * sizeof(float), kRegionAlignment);
-  layout.slot_bytes =
-      layout.partial_rows_offset +
-      AlignUp(rows * static_cast<std::uint64_t>(hidden) * sizeof(float), kRegionAlignment);
+  // Half for two-byte rows, half for sums of half as many rows in fp32; at least one.
+  const std::uint64_t half = AlignUp(
+      std::max<std::uint64_t>(rows, 2) * static_cast<std::uint64_t>(hidden) * 2, kRegionAlignment);
+  layout.sums_offset = layout.partial_rows_offset + half;
+  layout.slot_bytes = layout.sums_offset + half;
   layout.heap_bytes = AlignUp(layout.SlotOffset(num_slots), kHeapHeaderBytes);
   return layout;
 }
@@ -87,6 +91,7 @@ static_assert(kExampleLayout.receive_rows_offset == 576);
 static_assert(kExampleLayout.local_experts_offset == 576 + 6 * 64);
 static_assert(kExampleLayout.weights_offset == 960 + 128);
 static_assert(kExampleLayout.partial_rows_offset == 1088 + 128);
+static_assert(kExampleLayout.sums_offset == 1216 + 64);
 static_assert(kExampleLayout.slot_bytes == 1216 + 128);
 static_assert(kExampleLayout.heap_bytes == 8192);
 static_assert(kHeapHeaderBytes % kRegionAlignment == 0);

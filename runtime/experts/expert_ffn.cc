@@ -17,7 +17,7 @@ namespace {
 // Rows of one expert that go through the GEMMs together. At 256 rows the GEMM is within 5 % of its
 // best rate (see sgemm.h's machine: 95 of 100 GFLOP/s), and the tile stays a few MiB.
 constexpr std::int64_t kTileRows = 256;
-// Received rows that are grouped by expert together; bounds the fp32 sums.
+// Received rows that are grouped by expert together, at most.
 constexpr std::int64_t kChunkRows = 2048;
 constexpr std::size_t kAlignment = 64;
 
@@ -57,18 +57,17 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
  public:
   explicit HostExpertFfn(const Config& config)
       : config_(config),
-        chunk_rows_(std::min(config.max_rows, kChunkRows)),
+        chunk_rows_(std::min(MaxSumRows(config.max_rows), kChunkRows)),
         // A row may name one expert up to K times.
         tile_rows_(std::min(kTileRows, chunk_rows_ * config.max_topk)),
         x_(tile_rows_ * config.hidden),
         mid_(tile_rows_ * 2 * config.intermediate),
-        sums_(chunk_rows_ * config.hidden),
         expert_begin_(static_cast<std::size_t>(config.max_local_experts) + 1),
         pairs_(static_cast<std::size_t>(chunk_rows_ * config.max_topk)),
         team_(config.threads) {}
 
   std::uint64_t workspace_bytes() const override {
-    return x_.bytes() + mid_.bytes() + sums_.bytes() + expert_begin_.size() * sizeof(std::int64_t) +
+    return x_.bytes() + mid_.bytes() + expert_begin_.size() * sizeof(std::int64_t) +
            pairs_.size() * sizeof(Pair);
   }
 
@@ -121,7 +120,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
 
   // The chunk's sums: rows that are fp32 are summed up in their place.
   float* Sums() const {
-    if (received_->dtype != DataType::kFp32) return sums_.data();
+    if (received_->dtype != DataType::kFp32) return received_->sums;
     return reinterpret_cast<float*>(received_->partial_rows) + chunk_begin_ * config_.hidden;
   }
 
@@ -145,7 +144,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     const std::size_t row_bytes =
         static_cast<std::size_t>(hidden) * DataTypeBytes(received_->dtype);
     ConvertFromFloat(
-        received_->dtype, sums_.data() + rows.begin * hidden,
+        received_->dtype, received_->sums + rows.begin * hidden,
         received_->partial_rows + static_cast<std::size_t>(chunk_begin_ + rows.begin) * row_bytes,
         static_cast<std::size_t>(rows.size() * hidden));
   }
@@ -215,9 +214,8 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
   const Config config_;
   const std::int64_t chunk_rows_;
   const std::int64_t tile_rows_;
-  const Workspace x_;     // [tile, H] rows of one expert, then what down makes of them
-  const Workspace mid_;   // [tile, 2 * I] gate, then up
-  const Workspace sums_;  // [chunk, H] weighted sums, for rows that are not fp32
+  const Workspace x_;    // [tile, H] rows of one expert, then what down makes of them
+  const Workspace mid_;  // [tile, 2 * I] gate, then up
   std::vector<std::int64_t> expert_begin_;  // [E_local + 1] into pairs_
   std::vector<Pair> pairs_;                 // [chunk * K]
 

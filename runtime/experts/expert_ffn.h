@@ -38,7 +38,8 @@ class ExpertFfn {
   virtual ~ExpertFfn() = default;
 
   virtual std::uint64_t workspace_bytes() const = 0;
-  // Fills received.partial_rows; adds to local_expert_rows [E_local] the rows each expert took.
+  // Fills received.partial_rows, by way of received.sums where the rows are not fp32; adds to
+  // local_expert_rows [E_local] the rows each expert took.
   virtual void Run(const LayerWeights& layer, const ReceivedRows& received,
                    std::span<std::int64_t> local_expert_rows) = 0;
 };

@@ -23,6 +23,8 @@ TEST(HeapLayoutTest, RegionsAreAlignedLargeEnoughAndDoNotOverlap) {
           EXPECT_GE(layout.weights_offset, layout.local_experts_offset + rows * topk * 4);
           EXPECT_GE(layout.partial_rows_offset, layout.weights_offset + rows * topk * 4);
           EXPECT_GE(layout.slot_bytes, layout.partial_rows_offset + rows * hidden * 4);
+          EXPECT_GE(layout.sums_offset, layout.partial_rows_offset + rows * hidden * 2);
+          EXPECT_GE(layout.slot_bytes, layout.sums_offset + MaxSumRows(tokens) * hidden * 4);
           EXPECT_GE(layout.heap_bytes, layout.SlotOffset(3));
           for (const std::uint64_t offset :
                {layout.partials_ready_offset, layout.receive_rows_offset,

@@ -78,6 +78,8 @@ class Fixture {
     received.local_experts = ids_.data();
     received.weights = weights_.data();
     received.partial_rows = partials_.data();
+    std::vector<float> sums(static_cast<std::size_t>(MaxSumRows(shape_.rows) * shape_.hidden), -1);
+    received.sums = sums.data();
     ffn->Run(layer, received, expert_rows_);
     std::vector<float> result(static_cast<std::size_t>(shape_.rows * shape_.hidden));
     ConvertToFloat(dtype_, partials_.data(), result.data(), result.size());
