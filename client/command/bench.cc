@@ -59,6 +59,7 @@ LoadResult Warm(InferenceClient& client, const std::vector<InferRequest>& inputs
                 const BenchOptions& options) {
   LoadPlan plan;
   plan.concurrency = options.concurrency;
+  plan.streaming = options.streaming;
   plan.requests = options.warmup;
   Progress progress("warming up");
   return RunLoad(client, inputs, plan, [&](std::int64_t ended, double) {
@@ -71,6 +72,7 @@ LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inp
                    const BenchOptions& options) {
   LoadPlan plan;
   plan.concurrency = options.concurrency;
+  plan.streaming = options.streaming;
   plan.rate = options.rate;
   if (options.duration_s > 0) {
     plan.duration = absl::Seconds(options.duration_s);

@@ -137,6 +137,7 @@ nlohmann::ordered_json BenchJson(const BenchOptions& options, const BenchReport&
           {"routing", options.server_routes ? "server" : "given"},
           {"loop", options.rate > 0 ? "open" : "closed"},
           {"concurrency", options.concurrency},
+          {"streaming", options.streaming},
           {"rate", options.rate},
           {"requests", report.requests},
           {"succeeded", report.succeeded},

@@ -71,6 +71,28 @@ class Recorder {
   LoadResult result_ ABSL_GUARDED_BY(mutex_);
 };
 
+// One request after another, each a call of its own or all on one stream; a stream that breaks is
+// opened anew for the next.
+class Caller {
+ public:
+  Caller(InferenceClient& client, bool streaming) : client_(client), streaming_(streaming) {}
+
+  absl::StatusOr<InferResult> Infer(const InferRequest& request) {
+    if (!streaming_) return client_.Infer(request);
+    if (stream_ == nullptr) stream_ = client_.OpenStream();
+    const absl::Status sent = stream_->Send(request);
+    absl::StatusOr<InferResult> result = sent.ok() ? stream_->Receive() : sent;
+    // Errors in a reply's place leave the stream whole, but cannot be told from its end.
+    if (!result.ok()) stream_ = nullptr;
+    return result;
+  }
+
+ private:
+  InferenceClient& client_;
+  const bool streaming_;
+  std::unique_ptr<InferStream> stream_;
+};
+
 void RunClosedLoop(InferenceClient& client, const std::vector<InferRequest>& inputs,
                    const LoadPlan& plan, absl::Time until, Recorder& recorder,
                    const std::function<void()>& report) {
@@ -79,12 +101,13 @@ void RunClosedLoop(InferenceClient& client, const std::vector<InferRequest>& inp
   std::vector<std::thread> threads;
   for (int i = 0; i < plan.concurrency; ++i) {
     threads.emplace_back([&] {
+      Caller caller(client, plan.streaming);
       while (absl::Now() < until) {
         const std::int64_t index = next.fetch_add(1);
         if (plan.requests > 0 && index >= plan.requests) break;
         recorder.Begin();
         const absl::Time began = absl::Now();
-        const auto result = client.Infer(inputs[index % inputs.size()]);
+        const auto result = caller.Infer(inputs[index % inputs.size()]);
         recorder.Record(began, result);
         if (!result.ok()) absl::SleepFor(std::min(kPauseAfterFailure, until - absl::Now()));
       }

@@ -24,7 +24,8 @@ namespace epserve::client {
 
 struct LoadPlan {
   int concurrency = 1;
-  double rate = 0;                                     // Requests a second; 0: closed loop.
+  bool streaming = false;  // closed loop: each of the `concurrency` loops over a stream of its own
+  double rate = 0;         // Requests a second; 0: closed loop.
   std::int64_t requests = 0;                           // Started at most; 0: no limit.
   absl::Duration duration = absl::InfiniteDuration();  // No request starts after it.
   // An open loop against a stalled service must not fill memory: past this many requests under way

@@ -215,10 +215,14 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   bench->add_option("--concurrency", options.concurrency, "Closed loop: requests under way at once")
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
+  CLI::Option* const streaming = bench->add_flag(
+      "--streaming", options.streaming,
+      "Closed loop: send the requests over streams, one for each under way, not as calls");
   bench
       ->add_option(
           "--rate", options.rate,
           "Open loop: requests started a second, whatever the service does; 0: closed loop")
+      ->excludes(streaming)
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
   bench->add_option("--requests", options.requests, "Requests measured, unless --duration is given")

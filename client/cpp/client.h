@@ -76,6 +76,29 @@ class PendingInfer {
   virtual void Cancel() = 0;
 };
 
+struct StreamOptions {
+  // Of the whole stream. InfiniteDuration: none.
+  absl::Duration timeout = absl::InfiniteDuration();
+  std::vector<std::pair<std::string, std::string>> metadata;  // Keys in lower case.
+};
+
+// One stream of requests, several under way at once, whose results come in the requests' order:
+// the cheapest way to send many. Nothing is retried: a request that fails is an error in its place,
+// and the stream goes on; a stream that breaks is UNAVAILABLE for all that it still owes.
+//
+// Thread safety: Send and Receive may be called by two threads at once, each by one; Cancel by any.
+// Both block: Send while the service takes no more (it bounds what one stream may have under way,
+// so whoever sends more than that must receive meanwhile), Receive until the next result.
+class InferStream {
+ public:
+  virtual ~InferStream() = default;  // Cancels what is under way.
+  // `request`'s timeout is not used: see StreamOptions.
+  virtual absl::Status Send(const InferRequest& request) = 0;
+  // The result of the oldest request that was sent and not received; FAILED_PRECONDITION: none is.
+  virtual absl::StatusOr<InferResult> Receive() = 0;
+  virtual void Cancel() = 0;
+};
+
 using InferCallback = std::function<void(absl::StatusOr<InferResult>)>;
 
 // What the service says of its model.
@@ -100,6 +123,9 @@ class InferenceClient {
   // Returns at once. `done` is called exactly once, from a thread of gRPC's: it must not block,
   // and may start further calls.
   std::shared_ptr<PendingInfer> InferAsync(const InferRequest& request, InferCallback done);
+
+  // Returns at once; an error to connect shows in Send or Receive. May outlive the client.
+  std::unique_ptr<InferStream> OpenStream(const StreamOptions& options = {});
 
   // Waits until the service says it is ready: a batch has gone through every worker and come back
   // right. DEADLINE_EXCEEDED with the last reason if it is not within `timeout`.

@@ -58,6 +58,26 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     ++calls_;
     return handler_(*context, *request, *response);
   }
+  // Each message as a ModelInfer call of its own; errors in their place, with their code.
+  grpc::Status ModelStreamInfer(
+      grpc::ServerContext* context,
+      grpc::ServerReaderWriter<inference::ModelStreamInferResponse, inference::ModelInferRequest>*
+          stream) override {
+    inference::ModelInferRequest request;
+    while (stream->Read(&request)) {
+      ++calls_;
+      inference::ModelStreamInferResponse response;
+      const grpc::Status status = handler_(*context, request, *response.mutable_infer_response());
+      if (status.error_code() == grpc::StatusCode::ABORTED) return status;  // ends the stream
+      if (!status.ok()) {
+        response.set_error_message(status.error_message());
+        (*response.mutable_infer_response()->mutable_parameters())["epserve_error_code"]
+            .set_int64_param(status.error_code());
+      }
+      if (!stream->Write(response)) break;
+    }
+    return grpc::Status::OK;
+  }
   grpc::Status ServerReady(grpc::ServerContext*, const inference::ServerReadyRequest*,
                            inference::ServerReadyResponse* response) override {
     response->set_ready(ready_);

@@ -43,6 +43,32 @@ TEST(LoadGeneratorTest, ClosedLoopDoesNotPauseAfterAnAnswer) {
   EXPECT_LT(result.seconds, 100 * 0.020);
 }
 
+TEST(LoadGeneratorTest, StreamingLoopGoesOnAfterAFailureAndAfterAStreamThatBreaks) {
+  FakeService service;
+  std::atomic<int> number{0};
+  service.set_handler([&](grpc::ServerContext& context, const inference::ModelInferRequest& request,
+                          inference::ModelInferResponse& response) {
+    switch (number++) {
+      case 3:
+        return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "bad");
+      case 6:
+        return grpc::Status(grpc::StatusCode::ABORTED, "broken");  // ends the stream
+      default:
+        return FakeService::Echo(context, request, response);
+    }
+  });
+  InferenceClient client({.target = service.target()});
+  LoadPlan plan;
+  plan.streaming = true;
+  plan.requests = 20;
+  const LoadResult result =
+      RunLoad(client, Inputs(absl::Seconds(30)), plan, [](std::int64_t, double) {});
+  EXPECT_EQ(result.samples.size(), 20u);
+  EXPECT_EQ(result.first_message.at("INVALID_ARGUMENT"), "bad");
+  EXPECT_EQ(result.first_message.at("ABORTED"), "broken");
+  EXPECT_EQ(result.first_message.size(), 2u);
+}
+
 TEST(LoadGeneratorTest, OpenLoopStartsNothingAfterItsDurationAgainstAStalledService) {
   FakeService service;
   service.set_handler([](grpc::ServerContext& context, const inference::ModelInferRequest&,

@@ -277,6 +277,9 @@ grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view
   inference::ModelStreamInferResponse response;
   response.set_error_message(server::ToGrpcStatus(status).error_message());
   Head(model, id, *response.mutable_infer_response());
+  // A stream's errors are text alone in this protocol; callers that know us get the code too.
+  (*response.mutable_infer_response()->mutable_parameters())["epserve_error_code"].set_int64_param(
+      static_cast<std::int64_t>(status.code()));
   grpc::ByteBuffer bytes;
   // Of a few hundred bytes; the library fails for messages of 2 GiB and more.
   (void)server::SerializeMessage(response, &bytes);

@@ -77,6 +77,8 @@ TEST_F(StreamInferTest, BadRequestIsAnErrorInItsPlaceAndTheStreamGoesOn) {
   EXPECT_EQ(responses[0].error_message(), "");
   EXPECT_THAT(responses[1].error_message(), HasSubstr("nobody"));
   EXPECT_EQ(responses[1].infer_response().id(), "r1");
+  EXPECT_EQ(responses[1].infer_response().parameters().at("epserve_error_code").int64_param(),
+            static_cast<int>(absl::StatusCode::kNotFound));
   EXPECT_EQ(responses[2].error_message(), "");
   EXPECT_EQ(responses[2].infer_response().id(), "r2");
   stream->WritesDone();

@@ -1,0 +1,97 @@
+#include "client/cpp/infer_message.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "client/cpp/status.h"
+
+namespace epserve::client {
+namespace {
+
+absl::Status AddInput(const char* name, const Tensor& tensor,
+                      inference::ModelInferRequest& message) {
+  const auto count = ElementCount(tensor.shape);
+  const char* datatype = KserveName(tensor.type);
+  if (datatype == nullptr || !count ||
+      tensor.bytes.size() != static_cast<std::size_t>(*count) * ElementSize(tensor.type)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "infer: ", name, " has ", tensor.bytes.size(), " bytes, which shape ",
+        ShapeString(tensor.shape), " of ", SafetensorsName(tensor.type), " does not fill"));
+  }
+  auto* input = message.add_inputs();
+  input->set_name(name);
+  input->set_datatype(datatype);
+  for (const std::int64_t size : tensor.shape) input->add_shape(size);
+  message.add_raw_input_contents(tensor.bytes);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request) {
+  if (request.model.empty()) {
+    return absl::InvalidArgumentError("infer: model is empty; name one, as from OnlyModel()");
+  }
+  if (request.topk_ids.has_value() != request.topk_weights.has_value()) {
+    return absl::InvalidArgumentError(
+        "infer: only one of topk_ids and topk_weights is given; give both or neither");
+  }
+  inference::ModelInferRequest message;
+  message.set_model_name(request.model);
+  message.set_id(request.id);
+  if (request.layer) (*message.mutable_parameters())["layer"].set_int64_param(*request.layer);
+  EPC_RETURN_IF_ERROR(AddInput(kHiddenStates, request.hidden_states, message));
+  if (request.topk_ids) {
+    EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, message));
+    EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, message));
+  }
+  message.add_outputs()->set_name(kHiddenStates);
+  return message;
+}
+
+absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expected_shape,
+                                        ElementType expected_type,
+                                        inference::ModelInferResponse& message) {
+  InferResult result;
+  result.id = message.id();
+  if (message.outputs_size() != 1 || message.raw_output_contents_size() != 1 ||
+      message.outputs(0).name() != kHiddenStates) {
+    return absl::InternalError(absl::StrCat("infer: the answer has ", message.outputs_size(),
+                                            " outputs and ", message.raw_output_contents_size(),
+                                            " contents, not one 'hidden_states'"));
+  }
+  const auto& output = message.outputs(0);
+  result.hidden_states.shape.assign(output.shape().begin(), output.shape().end());
+  const auto type = FromKserveName(output.datatype());
+  if (!type || *type != expected_type || result.hidden_states.shape != expected_shape) {
+    return absl::InternalError(absl::StrCat(
+        "infer: the answer is ", output.datatype(), " ", ShapeString(result.hidden_states.shape),
+        ", not ", KserveName(expected_type), " ", ShapeString(expected_shape)));
+  }
+  result.hidden_states.type = *type;
+  result.hidden_states.bytes = std::move(*message.mutable_raw_output_contents(0));
+  const std::size_t expected_bytes =
+      static_cast<std::size_t>(*ElementCount(expected_shape)) * ElementSize(*type);
+  if (result.hidden_states.bytes.size() != expected_bytes) {
+    return absl::InternalError(absl::StrCat("infer: the answer has ",
+                                            result.hidden_states.bytes.size(), " bytes, not ",
+                                            expected_bytes));
+  }
+  for (const auto& [name, value] : message.parameters()) {
+    if (value.parameter_choice_case() == inference::InferParameter::kInt64Param) {
+      result.parameters[name] = value.int64_param();
+    }
+  }
+  return result;
+}
+
+absl::Status StreamError(const inference::ModelStreamInferResponse& message) {
+  const auto& parameters = message.infer_response().parameters();
+  const auto found = parameters.find("epserve_error_code");
+  const std::int64_t code = found == parameters.end() ? 0 : found->second.int64_param();
+  const bool known = code > 0 && code <= static_cast<int>(absl::StatusCode::kUnauthenticated);
+  return absl::Status(known ? static_cast<absl::StatusCode>(code) : absl::StatusCode::kUnknown,
+                      message.error_message());
+}
+
+}  // namespace epserve::client

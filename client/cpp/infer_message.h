@@ -1,0 +1,31 @@
+// InferRequest and InferResult to and from the protocol's messages. Internal to client/cpp.
+#ifndef EPSERVE_CLIENT_CPP_INFER_MESSAGE_H_
+#define EPSERVE_CLIENT_CPP_INFER_MESSAGE_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/cpp/client.h"
+#include "inference/grpc_service.pb.h"
+
+namespace epserve::client {
+
+inline constexpr char kHiddenStates[] = "hidden_states";
+
+// INVALID_ARGUMENT: a tensor does not fill its shape, or what belongs together is not all there.
+absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request);
+
+// INTERNAL: the answer is not what was asked for. Moves the tensor's bytes out of `message`.
+absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expected_shape,
+                                        ElementType expected_type,
+                                        inference::ModelInferResponse& message);
+
+// The error that a stream's message carries in place of an answer; UNKNOWN where the server does
+// not say which code it is (parameter epserve_error_code).
+absl::Status StreamError(const inference::ModelStreamInferResponse& message);
+
+}  // namespace epserve::client
+
+#endif  // EPSERVE_CLIENT_CPP_INFER_MESSAGE_H_

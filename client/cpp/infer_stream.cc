@@ -1,0 +1,104 @@
+#include "client/cpp/infer_stream.h"
+
+#include <grpcpp/client_context.h>
+#include <grpcpp/support/sync_stream.h>
+
+#include <deque>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "client/cpp/channel.h"
+#include "client/cpp/infer_message.h"
+#include "client/cpp/status.h"
+#include "inference/grpc_service.grpc.pb.h"
+
+namespace epserve::client {
+namespace {
+
+class GrpcInferStream final : public InferStream {
+ public:
+  GrpcInferStream(std::shared_ptr<grpc::Channel> channel, const StreamOptions& options)
+      : channel_(std::move(channel)), stub_(inference::GRPCInferenceService::NewStub(channel_)) {
+    SetTimeout(context_, options.timeout);
+    for (const auto& [key, value] : options.metadata) context_.AddMetadata(key, value);
+    stream_ = stub_->ModelStreamInfer(&context_);
+  }
+
+  ~GrpcInferStream() override {
+    Cancel();
+    (void)End();  // Nobody asks any more.
+  }
+
+  absl::Status Send(const InferRequest& request) override {
+    EPC_ASSIGN_OR_RETURN(const inference::ModelInferRequest message, ToMessage(request));
+    {
+      // Before it is sent: its result may come before Write returns.
+      absl::MutexLock lock(&mutex_);
+      owed_.push_back({request.hidden_states.shape, request.hidden_states.type});
+    }
+    if (stream_->Write(message)) return absl::OkStatus();
+    {
+      absl::MutexLock lock(&mutex_);
+      if (!owed_.empty()) owed_.pop_back();
+    }
+    return absl::UnavailableError("infer stream: it has ended; Receive says why");
+  }
+
+  absl::StatusOr<InferResult> Receive() override {
+    Owed owed;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (owed_.empty()) {
+        return absl::FailedPreconditionError("infer stream: no request is under way; send one");
+      }
+      owed = owed_.front();
+    }
+    inference::ModelStreamInferResponse response;
+    if (!stream_->Read(&response)) return End();
+    {
+      absl::MutexLock lock(&mutex_);
+      owed_.pop_front();
+    }
+    if (!response.error_message().empty()) return StreamError(response);
+    return FromMessage(owed.shape, owed.type, *response.mutable_infer_response());
+  }
+
+  void Cancel() override { context_.TryCancel(); }
+
+ private:
+  struct Owed {
+    std::vector<std::int64_t> shape;
+    ElementType type = ElementType::kF32;
+  };
+
+  // Why the stream has ended. Called by the receiver, or once nobody receives any more.
+  absl::Status End() {
+    if (!ended_) {
+      ended_ = true;
+      end_ = FromGrpcStatus(stream_->Finish());
+      if (end_.ok()) end_ = absl::UnavailableError("infer stream: the service ended it");
+    }
+    return end_;
+  }
+
+  const std::shared_ptr<grpc::Channel> channel_;
+  const std::unique_ptr<inference::GRPCInferenceService::Stub> stub_;
+  grpc::ClientContext context_;
+  std::unique_ptr<
+      grpc::ClientReaderWriter<inference::ModelInferRequest, inference::ModelStreamInferResponse>>
+      stream_;
+  absl::Mutex mutex_;
+  std::deque<Owed> owed_ ABSL_GUARDED_BY(mutex_);  // oldest first
+  bool ended_ = false;                             // the receiver's
+  absl::Status end_;
+};
+
+}  // namespace
+
+std::unique_ptr<InferStream> OpenInferStream(std::shared_ptr<grpc::Channel> channel,
+                                             const StreamOptions& options) {
+  return std::make_unique<GrpcInferStream>(std::move(channel), options);
+}
+
+}  // namespace epserve::client
