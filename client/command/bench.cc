@@ -33,7 +33,7 @@ absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options
   }
   EPC_ASSIGN_OR_RETURN(const ModelDescription served, client.DescribeModel(model, timeout));
   EPC_ASSIGN_OR_RETURN(const ClusterState cluster,
-                       AdminClient(options.server).GetClusterStatus(timeout));
+                       AdminClient(options.server, options.security).GetClusterStatus(timeout));
   if (cluster.num_experts < served.topk) {
     return absl::InternalError(absl::StrCat("the service says it has ", cluster.num_experts,
                                             " experts, fewer than K ", served.topk));
@@ -96,7 +96,7 @@ LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inp
 }  // namespace
 
 absl::Status RunBench(const BenchOptions& options) {
-  InferenceClient client(ClientOptions{.target = options.server});
+  InferenceClient client(ClientOptions{.target = options.server, .security = options.security});
   EPC_ASSIGN_OR_RETURN(const std::vector<InferRequest> inputs, MakeInputs(options, client));
   // One request first: what is wrong with all of them is said once, and at once.
   const auto first = client.Infer(inputs.front());

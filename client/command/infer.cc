@@ -48,6 +48,7 @@ absl::Status RunInfer(const InferOptions& options) {
   request.model = options.model;
 
   ClientOptions client_options;
+  client_options.security = options.security;
   client_options.target = options.server;
   client_options.retry.max_attempts = options.attempts;
   InferenceClient client(client_options);

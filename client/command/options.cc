@@ -61,6 +61,10 @@ constexpr PassThrough kPassThrough[] = {
      false, true},
     {"--shm-key-prefix", "Prefix that a client's shared-memory key must have (default: any)", true,
      false},
+    {"--secrets-file", "File of lines '<frontend|worker|operator> <secret>' (default: none)", true,
+     false},
+    {"--row-transport", "How rows reach the workers: shared or messages (default: shared)", true,
+     false},
     {"--compute-threads", "Threads per slot of each worker (default: the worker's own)", false,
      true, true},
     {"--peer-timeout-ms", "Longest wait for a peer, milliseconds (default: the worker's own)",
@@ -80,14 +84,29 @@ struct Parsed {
 
   std::vector<std::string> pass_through = std::vector<std::string>(std::size(kPassThrough));
   std::string log_format = "text";
-  bool no_restart = false, allow_client_shm = false, insecure = false;
+  bool no_restart = false, allow_client_shm = false, insecure = false, plaintext_metrics = false;
   std::string verify_dtype = "all", verify_layers = "all";
   std::string bench_routing = "given";
   std::string watch;
   bool no_router = false;
 };
 
-void AddServer(CLI::App* command, std::string& server, double& timeout_s) {
+void AddSecurity(CLI::App* command, ChannelSecurity& security) {
+  command->add_option("--tls-cert", security.tls_cert,
+                      "PEM certificate chain to show (default: none)");
+  command->add_option("--tls-key", security.tls_key, "PEM private key of --tls-cert");
+  command->add_option("--tls-ca", security.tls_ca,
+                      "PEM authorities that the service's certificate must come from (default: no "
+                      "TLS)");
+  command->add_option("--tls-server-name", security.tls_server_name,
+                      "Name that the service's certificate must have (default: the host called)");
+  command->add_option("--secret-file", security.secret_file,
+                      "File whose first line is the secret to show to the service (default: none)");
+}
+
+void AddServer(CLI::App* command, std::string& server, double& timeout_s,
+               ChannelSecurity& security) {
+  AddSecurity(command, security);
   server = "127.0.0.1:8001";
   command->add_option("--server", server, "Address of the service, HOST:PORT or unix:PATH")
       ->capture_default_str();
@@ -135,7 +154,11 @@ void AddUp(CLI::App& app, Parsed& parsed) {
       ->capture_default_str();
   up->add_flag("--allow-client-shm", parsed.allow_client_shm,
                "Let clients pass tensors in system shared memory");
-  up->add_flag("--insecure", parsed.insecure, "Allow plaintext listening beyond this machine");
+  up->add_flag("--insecure", parsed.insecure,
+               "Allow listening beyond this machine without TLS and secrets");
+  up->add_flag("--plaintext-metrics", parsed.plaintext_metrics,
+               "Allow the Prometheus endpoint, which has no TLS, beyond this machine");
+  AddSecurity(up, options.security);
   for (std::size_t i = 0; i < std::size(kPassThrough); ++i) {
     CLI::Option* option =
         up->add_option(kPassThrough[i].name, parsed.pass_through[i], kPassThrough[i].description);
@@ -165,7 +188,7 @@ void AddInfer(CLI::App& app, Parsed& parsed) {
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
   AddModel(infer, options.model);
-  AddServer(infer, options.server, options.timeout_s);
+  AddServer(infer, options.server, options.timeout_s, options.security);
 }
 
 void AddVerify(CLI::App& app, Parsed& parsed) {
@@ -190,7 +213,7 @@ void AddVerify(CLI::App& app, Parsed& parsed) {
   verify->add_option("--seed", options.seed, "Seed of the random batches")->capture_default_str();
   verify->add_flag("--json", options.json, "Print one JSON object instead of a table");
   AddModel(verify, options.model);
-  AddServer(verify, options.server, options.timeout_s);
+  AddServer(verify, options.server, options.timeout_s, options.security);
 }
 
 void AddBench(CLI::App& app, Parsed& parsed) {
@@ -242,7 +265,7 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   bench->add_flag("--allow-errors", options.allow_errors, "Exit 0 even if requests failed");
   bench->add_flag("--json", options.json, "Print one JSON object instead of tables");
   AddModel(bench, options.model);
-  AddServer(bench, options.server, options.timeout_s);
+  AddServer(bench, options.server, options.timeout_s, options.security);
 }
 
 void AddStatusAndDrain(CLI::App& app, Parsed& parsed) {
@@ -252,13 +275,13 @@ void AddStatusAndDrain(CLI::App& app, Parsed& parsed) {
                    "Show it again and again; --watch=SECONDS sets how often (default: 1)")
       ->expected(0, 1);
   status->add_flag("--json", parsed.status.json, "Print JSON instead of tables, one object a line");
-  AddServer(status, parsed.status.server, parsed.status.timeout_s);
+  AddServer(status, parsed.status.server, parsed.status.timeout_s, parsed.status.security);
 
   CLI::App* drain = app.add_subcommand(
       "drain", "Let a worker finish its batches and leave; its experts then have no worker");
   drain->add_option("WORKER_ID", parsed.drain.worker_id, "As `epserve status` shows it")
       ->required();
-  AddServer(drain, parsed.drain.server, parsed.drain.timeout_s);
+  AddServer(drain, parsed.drain.server, parsed.drain.timeout_s, parsed.drain.security);
 }
 
 void AddMakeCheckpoint(CLI::App& app, Parsed& parsed) {
@@ -331,6 +354,18 @@ absl::Status FinishUp(Parsed& parsed) {
   }
   if (parsed.allow_client_shm) up.coordinator_args.push_back("--allow-client-shm");
   if (parsed.insecure) up.coordinator_args.push_back("--insecure");
+  if (parsed.plaintext_metrics) up.coordinator_args.push_back("--plaintext-metrics");
+  const auto pass = [](const char* flag, const std::string& value, std::vector<std::string>& args) {
+    if (!value.empty()) args.push_back(absl::StrCat(flag, "=", value));
+  };
+  const ChannelSecurity& security = up.security;
+  for (std::vector<std::string>* args : {&up.coordinator_args, &up.worker_args}) {
+    pass("--tls-cert", security.tls_cert, *args);
+    pass("--tls-key", security.tls_key, *args);
+    pass("--tls-ca", security.tls_ca, *args);
+  }
+  pass("--tls-server-name", security.tls_server_name, up.worker_args);
+  pass("--secret-file", security.secret_file, up.worker_args);
   up.coordinator_args.push_back(absl::StrCat("--drain-timeout-ms=", up.drain_timeout_ms));
   up.coordinator_args.push_back("--log-format=" + parsed.log_format);
   up.worker_args.push_back("--log-format=" + parsed.log_format);
@@ -369,6 +404,11 @@ absl::Status FinishStatus(Parsed& parsed, bool watch) {
 }
 
 absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command, Parsed& parsed) {
+  for (const ChannelSecurity* security :
+       {&parsed.up.security, &parsed.infer.security, &parsed.verify.security,
+        &parsed.bench.security, &parsed.status.security, &parsed.drain.security}) {
+    EPC_RETURN_IF_ERROR(CheckSecurity(*security));  // Those of the other commands are empty.
+  }
   if (name == "up") {
     EPC_RETURN_IF_ERROR(FinishUp(parsed));
     return Command(parsed.up);

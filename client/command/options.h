@@ -11,10 +11,12 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "client/cpp/channel_security.h"
 
 namespace epserve::client {
 
 struct UpOptions {
+  ChannelSecurity security;  // of its own calls
   std::string checkpoint_dir;
   int num_workers = 4;
   std::string listen = "127.0.0.1:8001";
@@ -33,6 +35,7 @@ struct UpOptions {
 
 struct InferOptions {
   std::string server;
+  ChannelSecurity security;
   std::string model;  // Empty: the only one.
   std::string input_path;
   std::string output_path;
@@ -43,6 +46,7 @@ struct InferOptions {
 
 struct VerifyOptions {
   std::string server;
+  ChannelSecurity security;
   std::string model;
   std::string checkpoint_dir;
   std::int64_t batches = 2;
@@ -56,6 +60,7 @@ struct VerifyOptions {
 
 struct BenchOptions {
   std::string server;
+  ChannelSecurity security;
   std::string model;
   std::int64_t tokens = 64;
   std::string dtype = "bf16";
@@ -75,6 +80,7 @@ struct BenchOptions {
 
 struct StatusOptions {
   std::string server;
+  ChannelSecurity security;
   bool watch = false;
   double watch_interval_s = 1;
   bool json = false;
@@ -83,6 +89,7 @@ struct StatusOptions {
 
 struct DrainOptions {
   std::string server;
+  ChannelSecurity security;
   std::string worker_id;
   double timeout_s = 60;
 };

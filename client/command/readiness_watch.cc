@@ -15,9 +15,10 @@ constexpr absl::Duration kMaxReconnectBackoff = absl::Milliseconds(200);
 
 }  // namespace
 
-ReadinessWatch::ReadinessWatch(const std::string& target)
-    : client_(ClientOptions{.target = target, .max_reconnect_backoff = kMaxReconnectBackoff}),
-      admin_(target, kMaxReconnectBackoff),
+ReadinessWatch::ReadinessWatch(const std::string& target, const ChannelSecurity& security)
+    : client_(ClientOptions{
+          .target = target, .security = security, .max_reconnect_backoff = kMaxReconnectBackoff}),
+      admin_(target, security, kMaxReconnectBackoff),
       thread_([this] { Run(); }) {}
 
 ReadinessWatch::~ReadinessWatch() {

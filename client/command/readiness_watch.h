@@ -25,7 +25,7 @@ struct ReadinessSnapshot {
 
 class ReadinessWatch {
  public:
-  explicit ReadinessWatch(const std::string& target);
+  explicit ReadinessWatch(const std::string& target, const ChannelSecurity& security = {});
   ~ReadinessWatch();
   ReadinessWatch(const ReadinessWatch&) = delete;
   ReadinessWatch& operator=(const ReadinessWatch&) = delete;

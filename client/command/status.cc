@@ -148,7 +148,7 @@ nlohmann::ordered_json StatusJson(const ClusterState& cluster) {
 }
 
 absl::Status RunStatus(const StatusOptions& options) {
-  AdminClient admin(options.server);
+  AdminClient admin(options.server, options.security);
   const Terminal terminal = Terminal::Of(stdout);
   EPC_RETURN_IF_ERROR(ShowOnce(admin, options, terminal));
   while (options.watch) {

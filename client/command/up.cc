@@ -226,7 +226,7 @@ void Session::ShowProgress() {
 }
 
 absl::Status Session::WaitUntilReady() {
-  watch_ = std::make_unique<ReadinessWatch>(address_);
+  watch_ = std::make_unique<ReadinessWatch>(address_, options_.security);
   while (stop_requests_ == 0) {
     for (const ChildExit& exit : Poll()) return FailedBeforeReady(exit);
     if (watch_->Latest().ready && watch_->Latest().cluster) return absl::OkStatus();

@@ -256,7 +256,7 @@ absl::Status RunVerify(const VerifyOptions& options) {
   EPC_ASSIGN_OR_RETURN(const auto reference, ReferenceModel::Open(options.checkpoint_dir));
   EPC_ASSIGN_OR_RETURN(const std::vector<std::int64_t> layers,
                        ChooseLayers(options, reference->config()));
-  InferenceClient client(ClientOptions{.target = options.server});
+  InferenceClient client(ClientOptions{.target = options.server, .security = options.security});
   const absl::Duration timeout = absl::Seconds(options.timeout_s);
   std::string model = options.model;
   if (model.empty()) {

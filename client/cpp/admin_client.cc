@@ -34,9 +34,10 @@ WorkerState FromMessage(const v1::WorkerStatus& message) {
 
 }  // namespace
 
-AdminClient::AdminClient(const std::string& target, absl::Duration max_reconnect_backoff)
+AdminClient::AdminClient(const std::string& target, const ChannelSecurity& security,
+                         absl::Duration max_reconnect_backoff)
     : core_(std::make_unique<Core>()) {
-  core_->stub = v1::Admin::NewStub(CreateServiceChannel(target, max_reconnect_backoff));
+  core_->stub = v1::Admin::NewStub(CreateServiceChannel(target, security, max_reconnect_backoff));
 }
 
 AdminClient::~AdminClient() = default;

@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/cpp/channel_security.h"
 
 namespace epserve::client {
 
@@ -63,7 +64,7 @@ struct PlacementRange {
 class AdminClient {
  public:
   // `max_reconnect_backoff` as in ClientOptions.
-  explicit AdminClient(const std::string& target,
+  explicit AdminClient(const std::string& target, const ChannelSecurity& security = {},
                        absl::Duration max_reconnect_backoff = absl::Seconds(1));
   ~AdminClient();
   AdminClient(const AdminClient&) = delete;

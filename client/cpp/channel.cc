@@ -2,16 +2,71 @@
 
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
+#include <grpcpp/security/tls_certificate_provider.h>
+#include <grpcpp/security/tls_credentials_options.h>
 #include <grpcpp/support/channel_arguments.h>
+#include <grpcpp/support/client_interceptor.h>
 
 #include <algorithm>
 #include <climits>
+#include <fstream>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 
 namespace epserve::client {
 
+namespace {
+
+// How soon a renewed certificate is taken up.
+constexpr unsigned kRefreshSeconds = 1;
+
+std::shared_ptr<grpc::ChannelCredentials> MakeCredentials(const ChannelSecurity& security) {
+  if (security.tls_ca.empty()) return grpc::InsecureChannelCredentials();
+  grpc::experimental::TlsChannelCredentialsOptions options;
+  options.set_certificate_provider(
+      std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
+          security.tls_key, security.tls_cert, security.tls_ca, kRefreshSeconds));
+  options.watch_root_certs();
+  if (!security.tls_cert.empty()) options.watch_identity_key_cert_pairs();
+  return grpc::experimental::TlsCredentials(options);
+}
+
+// Shows the secret with every call of a channel. (gRPC's own call credentials refuse a channel
+// without TLS, which a cluster with secrets may be.)
+class SecretShower final : public grpc::experimental::Interceptor {
+ public:
+  explicit SecretShower(std::string authorization) : authorization_(std::move(authorization)) {}
+
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(
+            grpc::experimental::InterceptionHookPoints::PRE_SEND_INITIAL_METADATA)) {
+      methods->GetSendInitialMetadata()->emplace("authorization", authorization_);
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const std::string authorization_;
+};
+
+class SecretShowerFactory final : public grpc::experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit SecretShowerFactory(const std::string& secret) : authorization_("Bearer " + secret) {}
+  grpc::experimental::Interceptor* CreateClientInterceptor(
+      grpc::experimental::ClientRpcInfo*) override {
+    return new SecretShower(authorization_);
+  }
+
+ private:
+  const std::string authorization_;
+};
+
+}  // namespace
+
 std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
+                                                    const ChannelSecurity& security,
                                                     absl::Duration max_reconnect_backoff) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(INT_MAX);
@@ -25,7 +80,20 @@ std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, max_ms);
   // Retries are this library's business, where they are counted and can be cancelled.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  if (!security.tls_server_name.empty()) {
+    arguments.SetString(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, security.tls_server_name);
+  }
+  const auto credentials = MakeCredentials(security);
+  if (security.secret_file.empty()) {
+    return grpc::CreateCustomChannel(target, credentials, arguments);
+  }
+  std::string secret;
+  std::ifstream file(security.secret_file);
+  std::getline(file, secret);
+  std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> factories;
+  factories.push_back(std::make_unique<SecretShowerFactory>(secret));
+  return grpc::experimental::CreateCustomChannelWithInterceptors(target, credentials, arguments,
+                                                                 std::move(factories));
 }
 
 absl::Status FromGrpcStatus(const grpc::Status& status) {

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "client/cpp/channel_security.h"
 
 namespace epserve::client {
 
@@ -19,6 +20,7 @@ namespace epserve::client {
 // proxies, and quick to reconnect: attempts are at most `max_reconnect_backoff` apart, give or take
 // a fifth. Connecting happens on first use.
 std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
+                                                    const ChannelSecurity& security,
                                                     absl::Duration max_reconnect_backoff);
 
 // The same code and message.

@@ -57,7 +57,8 @@ void Prepare(const InferRequest& request, absl::Time deadline, grpc::ClientConte
 
 InferenceClient::InferenceClient(const ClientOptions& options) : core_(std::make_shared<Core>()) {
   core_->retry = options.retry;
-  core_->channel = CreateServiceChannel(options.target, options.max_reconnect_backoff);
+  core_->channel =
+      CreateServiceChannel(options.target, options.security, options.max_reconnect_backoff);
   core_->stub = inference::GRPCInferenceService::NewStub(core_->channel);
 }
 

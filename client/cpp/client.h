@@ -29,6 +29,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/cpp/channel_security.h"
 #include "client/cpp/retry.h"
 #include "client/cpp/tensor.h"
 
@@ -36,6 +37,7 @@ namespace epserve::client {
 
 struct ClientOptions {
   std::string target = "127.0.0.1:8001";  // "host:port" or "unix:/path"
+  ChannelSecurity security;               // see CheckSecurity
   RetryPolicy retry;
   // Between attempts to reach a server that is away. A link slower than this is not reached.
   absl::Duration max_reconnect_backoff = absl::Seconds(1);

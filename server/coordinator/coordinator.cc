@@ -20,6 +20,8 @@
 #include "runtime/base/status.h"
 #include "runtime/base/unique_fd.h"
 #include "runtime/symmetric/stale_heaps.h"
+#include "server/common/log_limit.h"
+#include "server/coordinator/access.h"
 #include "server/coordinator/admin_service.h"
 #include "server/coordinator/control_service.h"
 #include "server/coordinator/front_door/infer_service.h"
@@ -52,7 +54,17 @@ constexpr auto kStopGrace = std::chrono::seconds(1);
 constexpr int kIoThreads = 1;
 
 // gRPC's own lines would otherwise stand on stderr beside ours, and twice where we report the same.
+// Only refused handshakes, which no call of ours would tell of, stand out, each cause once a
+// minute.
 void LogGrpcLine(gpr_log_func_args* args) {
+  constexpr std::string_view kHandshake = "Handshake failed";
+  if (std::string_view(args->message).starts_with(kHandshake)) {
+    static server::LogLimit limit;
+    if (limit.Allows(args->message)) {
+      runtime::LogWarning("tls_handshake_refused", {{"cause", args->message}});
+    }
+    return;
+  }
   runtime::LogDebug("grpc", {{"file", args->file}, {"line", args->line}, {"text", args->message}});
 }
 
@@ -160,8 +172,15 @@ struct Coordinator::Parts {
     builder.AddChannelArgument(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kStreamWindowBytes);
     builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kMaxFrameBytes);
     ports.assign(options.listen.size(), -1);
+    const auto credentials = options.tls.enabled() ? server::MakeServerCredentials(options.tls)
+                                                   : grpc::InsecureServerCredentials();
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
-      builder.AddListeningPort(options.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
+      builder.AddListeningPort(options.listen[i], credentials, &ports[i]);
+    }
+    int health_port = -1;
+    if (!options.health_listen.empty()) {
+      builder.AddListeningPort(options.health_listen, grpc::InsecureServerCredentials(),
+                               &health_port);
     }
     const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
@@ -174,6 +193,11 @@ struct Coordinator::Parts {
                                                    "--listen"));
       }
       if (options.listen[i].starts_with("unix:")) ports[i] = 0;
+    }
+    if (health_port == 0) {
+      return absl::UnavailableError(absl::StrCat("listen: address ", options.health_listen,
+                                                 " cannot be bound; free it or give another "
+                                                 "--health-listen"));
     }
     return absl::OkStatus();
   }
@@ -220,6 +244,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   parts->health.AddTo(&parts->server);
   parts->health.Set("liveness", true);
   parts->SetReady(false);
+  EPS_RETURN_IF_ERROR(SetAccess(options.tls, options.secrets_file, &parts->server));
   server::AddChannelz(&parts->server);
   server::AddReflection(&parts->server);
   EPS_RETURN_IF_ERROR(parts->StartServer(options));

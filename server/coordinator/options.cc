@@ -40,8 +40,15 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_METRICS_LISTEN")
       ->capture_default_str();
   app.add_flag("--insecure", options.insecure,
-               "Allow plaintext listening beyond this machine; there is no TLS")
+               "Allow listening beyond this machine without TLS and secrets")
       ->envname("EPSERVE_INSECURE");
+  app.add_flag("--plaintext-metrics", options.plaintext_metrics,
+               "Allow --metrics-listen, which has no TLS, beyond this machine")
+      ->envname("EPSERVE_PLAINTEXT_METRICS");
+  app.add_option("--health-listen", options.health_listen,
+                 "Address that answers health checks alone, in plaintext, for probes; HOST:PORT "
+                 "(default: none)")
+      ->envname("EPSERVE_HEALTH_LISTEN");
   app.add_option("--port-file", options.port_file,
                  "File to write the port of the first TCP --listen to, once bound (default: none)")
       ->envname("EPSERVE_PORT_FILE");
@@ -61,6 +68,23 @@ void AddListenFlags(CLI::App& app, Options& options) {
                  "(default: any key)")
       ->envname("EPSERVE_SHM_KEY_PREFIX")
       ->allow_extra_args(false);
+}
+
+void AddSecurityFlags(CLI::App& app, Options& options) {
+  app.add_option("--tls-cert", options.tls.cert,
+                 "PEM certificate chain to show; with --tls-key, read again when it changes "
+                 "(default: no TLS)")
+      ->envname("EPSERVE_TLS_CERT");
+  app.add_option("--tls-key", options.tls.key, "PEM private key of --tls-cert")
+      ->envname("EPSERVE_TLS_KEY");
+  app.add_option("--tls-ca", options.tls.ca,
+                 "PEM authorities that callers' certificates must come from; with it every caller "
+                 "must show one")
+      ->envname("EPSERVE_TLS_CA");
+  app.add_option("--secrets-file", options.secrets_file,
+                 "File of lines '<frontend|worker|operator> <secret>'; callers without a "
+                 "certificate show one of the secrets (default: none)")
+      ->envname("EPSERVE_SECRETS_FILE");
 }
 
 void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger,
@@ -128,6 +152,40 @@ void AddLogFlags(CLI::App& app, Options& options) {
       ->capture_default_str();
 }
 
+absl::Status ValidateSecurity(const Options& options) {
+  EPS_RETURN_IF_ERROR(server::CheckTlsFiles(options.tls, /*ca_required=*/false));
+  if (options.tls.enabled() && options.tls.ca.empty() && options.secrets_file.empty()) {
+    return absl::InvalidArgumentError(
+        "options: --tls-cert without --tls-ca and --secrets-file would serve everybody; give "
+        "--tls-ca, so that callers show certificates, or --secrets-file");
+  }
+  const bool guarded = options.tls.enabled() || !options.secrets_file.empty();
+  for (const std::string& address : options.listen) {
+    if (guarded || options.insecure || IsLocalAddress(address)) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "options: address ", address,
+        " can be reached from other machines, and neither TLS nor secrets are set; listen on "
+        "127.0.0.1, [::1] or unix:PATH, give --tls-cert, --tls-key and --tls-ca or "
+        "--secrets-file, or allow it with --insecure"));
+  }
+  if (!options.health_listen.empty() && !options.tls.enabled()) {
+    return absl::InvalidArgumentError(
+        "options: --health-listen is for a server with TLS; without TLS, --listen itself answers "
+        "health checks of anybody");
+  }
+  if (!options.health_listen.empty()) {
+    EPS_RETURN_IF_ERROR(ValidateAddress("--health-listen", options.health_listen));
+  }
+  if (options.metrics_listen != "off" && !options.insecure && !options.plaintext_metrics &&
+      !IsLocalAddress(options.metrics_listen)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "options: --metrics-listen ", options.metrics_listen,
+        " can be reached from other machines, and has no TLS; listen on 127.0.0.1 or [::1], or "
+        "allow it with --plaintext-metrics"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ValidateOptions(const Options& options) {
   for (const std::string& address : options.listen) {
     EPS_RETURN_IF_ERROR(ValidateAddress("--listen", address));
@@ -140,16 +198,7 @@ absl::Status ValidateOptions(const Options& options) {
                                                      " is no TCP address; give HOST:PORT or off"));
     }
   }
-  std::vector<std::string> addresses = options.listen;
-  if (options.metrics_listen != "off") addresses.push_back(options.metrics_listen);
-  for (const std::string& address : addresses) {
-    if (!options.insecure && !IsLocalAddress(address)) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "options: address ", address,
-          " can be reached from other machines, and there is no TLS yet; listen on 127.0.0.1, "
-          "[::1] or unix:PATH, or allow plaintext with --insecure"));
-    }
-  }
+  EPS_RETURN_IF_ERROR(ValidateSecurity(options));
   // It becomes part of names of shared memory and sockets on the workers.
   const bool safe_id =
       !options.cluster_id.empty() && options.cluster_id.size() <= 64 &&
@@ -221,6 +270,7 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   app.set_version_flag("--version", std::string("epserve-coordinator ") + EPSERVE_VERSION);
   AddModelFlags(app, options);
   AddListenFlags(app, options);
+  AddSecurityFlags(app, options);
   AddBatchFlags(app, options, trigger, row_transport);
   AddTimeFlags(app, options);
   AddLogFlags(app, options);

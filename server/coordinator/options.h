@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "server/common/tls.h"
 
 namespace epserve::coordinator {
 
@@ -38,6 +39,10 @@ struct Options {
   std::string port_file;          // empty: none
   std::string metrics_port_file;  // empty: none
   bool insecure = false;
+  bool plaintext_metrics = false;
+  std::string health_listen;  // empty: none
+  server::TlsFiles tls;
+  std::string secrets_file;  // empty: none
 };
 
 // Either `options`, or, after --help or --version, the text to print before exiting with 0.

@@ -8,6 +8,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "server/common/grpc_status.h"
+
 namespace epserve::server {
 namespace {
 
@@ -31,6 +33,7 @@ struct MemberTag final : Tag {
 
 struct RpcServer::State {
   std::unordered_map<std::string, MakeHandler> methods;
+  Authorize authorize;  // null: everybody may call everything
   grpc::AsyncGenericService service;
   std::vector<std::unique_ptr<Loop>> loops;
   std::unique_ptr<grpc::Server> server;
@@ -108,8 +111,13 @@ class RpcServer::Call final : public ServerCall {
     loop_->state()->CallBegins();
     loop_->AwaitCall();
     const auto& methods = loop_->state()->methods;
+    const auto& authorize = loop_->state()->authorize;
     const auto found = methods.find(context_.method());
-    if (found == methods.end()) {
+    const absl::Status allowed =
+        authorize ? authorize(context_.method(), context_) : absl::OkStatus();
+    if (!allowed.ok()) {
+      Finish(ToGrpcStatus(allowed));
+    } else if (found == methods.end()) {
       Finish(grpc::Status(grpc::StatusCode::UNIMPLEMENTED,
                           "this server has no method " + context_.method()));
     } else {
@@ -175,6 +183,8 @@ RpcServer::~RpcServer() { Stop(std::chrono::milliseconds(0)); }
 void RpcServer::Handle(const std::string& method, MakeHandler make_handler) {
   state_->methods[method] = std::move(make_handler);
 }
+
+void RpcServer::SetAuthorizer(Authorize authorize) { state_->authorize = std::move(authorize); }
 
 std::vector<std::string> RpcServer::services() const {
   std::set<std::string> names;

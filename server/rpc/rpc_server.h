@@ -24,6 +24,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
+
 namespace epserve::server {
 
 // What one call's handler is told. Calls come one after another, from the thread of the call's
@@ -67,6 +69,9 @@ class RpcServer {
 
   // `method` as on the wire: "/package.Service/Method".
   void Handle(const std::string& method, MakeHandler make_handler);
+  // Asked before a call's handler is made; what is not OK ends the call. Must not block.
+  using Authorize = std::function<absl::Status(const std::string& method, grpc::ServerContext&)>;
+  void SetAuthorizer(Authorize authorize);
   // The services with a method here ("package.Service"), each once.
   std::vector<std::string> services() const;
 

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "server/common/grpc_status.h"
 #include "server/worker/control_proto_convert.h"
@@ -22,7 +23,7 @@ enum Tag : std::intptr_t { kStarted = 1, kRead, kWritten, kHalfClosed, kAlarm, k
 
 void* ToTag(Tag tag) { return reinterpret_cast<void*>(static_cast<std::intptr_t>(tag)); }
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target) {
+std::shared_ptr<grpc::Channel> MakeChannel(const ControlEndpoint& endpoint) {
   grpc::ChannelArguments args;
   args.SetMaxReceiveMessageSize(-1);
   args.SetMaxSendMessageSize(-1);
@@ -40,13 +41,20 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target) {
   args.SetInt(GRPC_ARG_TCP_READ_CHUNK_SIZE, kReadChunkBytes);
   // The control stream never leaves the cluster.
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), args);
+  if (!endpoint.tls_server_name.empty()) {
+    args.SetString(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, endpoint.tls_server_name);
+  }
+  return grpc::CreateCustomChannel(endpoint.target, server::MakeChannelCredentials(endpoint.tls),
+                                   args);
 }
 
 }  // namespace
 
-ControlStream::ControlStream(const std::string& target, Hello hello, Handler* handler)
-    : handler_(handler), stub_(v1::Control::NewStub(MakeChannel(target))) {
+ControlStream::ControlStream(const ControlEndpoint& endpoint, Hello hello, Handler* handler)
+    : handler_(handler), stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
+  if (!endpoint.secret.empty()) {
+    context_.AddMetadata("authorization", absl::StrCat("Bearer ", endpoint.secret));
+  }
   outgoing_.push_back(ToProto(std::move(hello)));
   stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
   stream_->StartCall(ToTag(kStarted));

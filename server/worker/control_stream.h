@@ -24,9 +24,18 @@
 #include "absl/time/time.h"
 #include "epserve/v1/control.grpc.pb.h"
 #include "epserve/v1/control.pb.h"
+#include "server/common/tls.h"
 #include "server/worker/control_messages.h"
 
 namespace epserve::worker {
+
+// The coordinator, and how to be known to it.
+struct ControlEndpoint {
+  std::string target;  // "host:port" or "unix:path"
+  server::TlsFiles tls;
+  std::string tls_server_name;  // that its certificate must have; empty: the target's host
+  std::string secret;           // shown with the call; empty: none
+};
 
 class ControlStream {
  public:
@@ -47,9 +56,8 @@ class ControlStream {
     virtual void OnClosed(const absl::Status& status) = 0;
   };
 
-  // Starts to connect to `target` ("host:port" or "unix:path"); `hello` is the first message.
-  // `handler` must outlive the stream.
-  ControlStream(const std::string& target, Hello hello, Handler* handler);
+  // Starts to connect; `hello` is the first message. `handler` must outlive the stream.
+  ControlStream(const ControlEndpoint& endpoint, Hello hello, Handler* handler);
   // Cancels and waits for the last handler call.
   ~ControlStream();
   ControlStream(const ControlStream&) = delete;

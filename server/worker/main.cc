@@ -45,9 +45,12 @@ sigset_t BlockSignals() {
   _exit(128 + number);
 }
 
-WorkerConfig MakeConfig(const Options& options) {
+WorkerConfig MakeConfig(const Options& options, std::string secret) {
   WorkerConfig config;
-  config.coordinator = options.coordinator;
+  config.coordinator.target = options.coordinator;
+  config.coordinator.tls = options.tls;
+  config.coordinator.tls_server_name = options.tls_server_name;
+  config.coordinator.secret = std::move(secret);
   config.worker_id = options.worker_id;
   config.cluster_id = options.cluster_id;
   config.version = EPSERVE_VERSION;
@@ -76,6 +79,12 @@ int Main(int argc, char** argv) {
       runtime::InitLog("epserve-worker", options.log_level, options.log_format);
   if (!log.ok()) return Complain(log);
   const sigset_t signals = BlockSignals();
+  std::string secret;
+  if (!options.secret_file.empty()) {
+    absl::StatusOr<std::string> read = server::ReadSecret(options.secret_file);
+    if (!read.ok()) return Complain(read.status());
+    secret = *std::move(read);
+  }
 
   runtime::EngineOptions engine_options;
   engine_options.checkpoint_dir = options.checkpoint_dir;
@@ -88,7 +97,7 @@ int Main(int argc, char** argv) {
       runtime::CreateHostEngine(engine_options);
   if (!engine.ok()) return Complain(engine.status());
 
-  Worker worker(MakeConfig(options), *std::move(engine));
+  Worker worker(MakeConfig(options, std::move(secret)), *std::move(engine));
   std::thread([&signals, &worker] { TakeSignals(signals, worker); }).detach();
   const absl::Status status = worker.Run();
   int code = EXIT_SUCCESS;

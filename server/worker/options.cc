@@ -69,6 +69,25 @@ void AddEngineFlags(CLI::App& app, Options& options) {
       ->capture_default_str();
 }
 
+void AddSecurityFlags(CLI::App& app, Options& options) {
+  app.add_option("--tls-cert", options.tls.cert,
+                 "PEM certificate chain to show, with the role worker; read again when it changes "
+                 "(default: no TLS)")
+      ->envname("EPSERVE_TLS_CERT");
+  app.add_option("--tls-key", options.tls.key, "PEM private key of --tls-cert")
+      ->envname("EPSERVE_TLS_KEY");
+  app.add_option("--tls-ca", options.tls.ca,
+                 "PEM authorities that the coordinator's certificate must come from")
+      ->envname("EPSERVE_TLS_CA");
+  app.add_option(
+         "--tls-server-name", options.tls_server_name,
+         "Name that the coordinator's certificate must have (default: --coordinator's host)")
+      ->envname("EPSERVE_TLS_SERVER_NAME");
+  app.add_option("--secret-file", options.secret_file,
+                 "File whose first line is the secret to show to the coordinator (default: none)")
+      ->envname("EPSERVE_SECRET_FILE");
+}
+
 void AddLogFlags(CLI::App& app, Options& options) {
   app.add_option("--log-format", options.log_format, "Form of the log on stderr: text, json")
       ->envname("EPSERVE_LOG_FORMAT")
@@ -96,6 +115,7 @@ bool IsAddress(std::string_view address) {
 }
 
 absl::Status ValidateOptions(const Options& options) {
+  EPS_RETURN_IF_ERROR(server::CheckTlsFiles(options.tls, /*ca_required=*/true));
   if (!IsAddress(options.coordinator)) {
     return absl::InvalidArgumentError(
         absl::StrCat("options: --coordinator \"", options.coordinator,
@@ -140,6 +160,7 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   app.set_version_flag("--version", std::string("epserve-worker ") + EPSERVE_VERSION);
   AddClusterFlags(app, options);
   AddEngineFlags(app, options);
+  AddSecurityFlags(app, options);
   AddLogFlags(app, options);
   CLI::Option* const worker_id = app.get_option("--worker-id");
   // CLI11 reports by exception; they end here.

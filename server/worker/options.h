@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "server/common/tls.h"
 
 namespace epserve::worker {
 
@@ -23,6 +24,9 @@ struct Options {
   int compute_threads = 1;
   std::int64_t peer_timeout_ms = 30000;
   std::string backend = "host";
+  server::TlsFiles tls;
+  std::string tls_server_name;  // empty: the host of `coordinator`
+  std::string secret_file;      // empty: none
   std::string log_format = "text";
   std::string log_level = "info";
 };

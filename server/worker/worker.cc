@@ -72,7 +72,7 @@ Worker::~Worker() {
 
 absl::Status Worker::Run() {
   LogInfo("worker_started", {{"worker", config_.worker_id},
-                             {"coordinator", config_.coordinator},
+                             {"coordinator", config_.coordinator.target},
                              {"backend", engine_->backend()},
                              {"pid", static_cast<std::int64_t>(getpid())}});
   Connect();
@@ -194,7 +194,7 @@ void Worker::Handle(FromCoordinator& event) {
   if (event.generation != generation_) return;
   if (!std::exchange(greeted_, true)) {
     backoff_.Succeeded();
-    LogInfo("coordinator_joined", {{"coordinator", config_.coordinator}});
+    LogInfo("coordinator_joined", {{"coordinator", config_.coordinator.target}});
   }
   std::visit(Overloaded{
                  [&](Assignment& m) {
@@ -488,7 +488,7 @@ void Worker::DropStream() {
 void Worker::ScheduleReconnect(const absl::Status& why) {
   const ReconnectBackoff::Attempt attempt = backoff_.Failed(std::chrono::steady_clock::now());
   if (attempt.log) {
-    LogWarning("coordinator_lost", {{"coordinator", config_.coordinator},
+    LogWarning("coordinator_lost", {{"coordinator", config_.coordinator.target},
                                     {"for_ms", absl::ToInt64Milliseconds(attempt.away)},
                                     {"error", why}});
   }

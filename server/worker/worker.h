@@ -37,7 +37,7 @@
 namespace epserve::worker {
 
 struct WorkerConfig {
-  std::string coordinator;  // "host:port" or "unix:path"
+  ControlEndpoint coordinator;
   std::string worker_id;
   std::string cluster_id;
   std::string version;

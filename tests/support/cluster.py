@@ -137,12 +137,14 @@ class Cluster:
     and fails if a process or a shared-memory segment is left."""
 
     def __init__(
-        self, directory, checkpoint, workers=4, coordinator_args=(), worker_args=(), start=True
-    ):
+        self, directory, checkpoint, workers=4, coordinator_args=(), worker_args=(), start=True,
+        open_channel=protos.insecure_channel,
+    ):  # fmt: skip
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpoint = checkpoint
         self.num_workers = workers
+        self.open_channel = open_channel
         self.coordinator_args = list(coordinator_args)
         self.worker_args = list(worker_args)
         self.id = unique_cluster_id()
@@ -231,7 +233,7 @@ class Cluster:
     @property
     def channel(self):
         if self._channel is None:
-            self._channel = protos.insecure_channel(self.target)
+            self._channel = self.open_channel(self.target)
         return self._channel
 
     @property

@@ -60,11 +60,24 @@ TEST(OptionsTest, EnvironmentSetsWhatFlagsLeaveOpen) {
 }
 
 TEST(OptionsTest, ListeningBeyondTheMachineNeedsInsecure) {
-  for (const char* address : {"--listen=0.0.0.0:8001", "--listen=[::]:8001",
-                              "--listen=127.evil.example:1", "--metrics-listen=10.0.0.1:8002"}) {
+  for (const char* address :
+       {"--listen=0.0.0.0:8001", "--listen=[::]:8001", "--listen=127.evil.example:1"}) {
     EXPECT_THAT(Refusal({"--checkpoint=m", address}), HasSubstr("--insecure")) << address;
     EXPECT_TRUE(Parse({"--checkpoint=m", address, "--insecure"}).ok()) << address;
+    EXPECT_TRUE(Parse({"--checkpoint=m", address, "--secrets-file=s"}).ok()) << address;
   }
+  const char* metrics = "--metrics-listen=10.0.0.1:8002";
+  EXPECT_THAT(Refusal({"--checkpoint=m", metrics}), HasSubstr("--plaintext-metrics"));
+  EXPECT_TRUE(Parse({"--checkpoint=m", metrics, "--plaintext-metrics"}).ok());
+  EXPECT_TRUE(Parse({"--checkpoint=m", metrics, "--insecure"}).ok());
+}
+
+TEST(OptionsTest, TlsFilesBelongTogetherAndMustBeThere) {
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--tls-cert=c"}), HasSubstr("--tls-key is missing"));
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--tls-key=k"}), HasSubstr("--tls-cert is missing"));
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--tls-cert=/nowhere", "--tls-key=k", "--tls-ca=a"}),
+              HasSubstr("/nowhere"));
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--health-listen=127.0.0.1:1"}), HasSubstr("with TLS"));
 }
 
 TEST(OptionsTest, WrongValuesAreRefusedByFlag) {

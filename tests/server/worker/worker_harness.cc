@@ -131,7 +131,7 @@ v1::CoordinatorMessage CountMatrixMessage(std::uint64_t epoch, std::uint64_t bat
 WorkerTest::WorkerTest() {
   std::string name = std::filesystem::temp_directory_path() / "epserve-worker-XXXXXX";
   dir_ = mkdtemp(name.data());
-  config_.coordinator = "unix:" + dir_ + "/coordinator";
+  config_.coordinator.target = "unix:" + dir_ + "/coordinator";
   config_.worker_id = "w1";
   config_.cluster_id = "test";
   config_.version = "1.2.3";
@@ -160,7 +160,7 @@ WorkerTest::~WorkerTest() {
 
 void WorkerTest::StartCoordinator() {
   coordinator_ = std::make_unique<FakeControlService>();
-  ASSERT_TRUE(coordinator_->Start(config_.coordinator));
+  ASSERT_TRUE(coordinator_->Start(config_.coordinator.target));
 }
 
 void WorkerTest::StopCoordinator() { coordinator_.reset(); }
