@@ -21,7 +21,7 @@ absl::Status CheckSecurity(const ChannelSecurity& security) {
         {"--secret-file", security.secret_file}}) {
     std::string line;
     if (!path.empty() && !std::getline(std::ifstream(path), line)) {
-      return absl::NotFoundError(
+      return absl::InvalidArgumentError(
           absl::StrCat("security: ", flag, " ", path, " is empty or cannot be read"));
     }
   }

@@ -46,7 +46,7 @@ absl::Status CheckTlsFiles(const TlsFiles& files, bool ca_required) {
     if (path.empty()) continue;
     std::ifstream file(path);
     if (!file || file.peek() == std::ifstream::traits_type::eof()) {
-      return absl::NotFoundError(
+      return absl::InvalidArgumentError(
           absl::StrCat("tls: ", flag, " ", path, " is empty or cannot be read; give a PEM file"));
     }
   }

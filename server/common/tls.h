@@ -23,8 +23,8 @@ struct TlsFiles {
   bool enabled() const { return !cert.empty(); }
 };
 
-// INVALID_ARGUMENT: only some of the three are given, naming the flags; NOT_FOUND: a file cannot be
-// read. A server may leave `ca` out where callers show secrets instead of certificates.
+// INVALID_ARGUMENT: only some of the three are given, or a file cannot be read; names the flag. A
+// server may leave `ca` out where callers show secrets instead of certificates.
 absl::Status CheckTlsFiles(const TlsFiles& files, bool ca_required);
 
 // REQUIRES: files.enabled() and CheckTlsFiles(files). With a `ca` the caller must show a
