@@ -18,8 +18,8 @@ struct ChannelSecurity {
   std::string secret_file;  // its first line is shown with every call; read at start
 };
 
-// INVALID_ARGUMENT: only some of what belongs together is given, or the secret is none; NOT_FOUND:
-// a file cannot be read. `tls_ca` alone is TLS without a certificate of one's own.
+// INVALID_ARGUMENT: only some of what belongs together is given, or a file cannot be read. `tls_ca`
+// alone is TLS without a certificate of one's own.
 absl::Status CheckSecurity(const ChannelSecurity& security);
 
 }  // namespace epserve::client
