@@ -182,6 +182,7 @@ struct Coordinator::Parts {
       builder.AddListeningPort(options.health_listen, grpc::InsecureServerCredentials(),
                                &health_port);
     }
+    server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
     const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       // gRPC gives 0 for an address that it could not bind, and 1 for a Unix socket that it could.

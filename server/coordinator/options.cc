@@ -60,6 +60,11 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_MAX_MESSAGE_BYTES")
       ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{2147483647}))
       ->capture_default_str();
+  app.add_option("--max-connections", options.max_connections,
+                 "Connections that may have calls under way at once, workers' included")
+      ->envname("EPSERVE_MAX_CONNECTIONS")
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
   app.add_flag("--allow-client-shm", options.allow_client_shm,
                "Let clients pass tensors in system shared memory")
       ->envname("EPSERVE_ALLOW_CLIENT_SHM");

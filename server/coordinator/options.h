@@ -30,6 +30,7 @@ struct Options {
   std::int64_t lease_ms = 1000;
   std::int64_t formation_timeout_ms = 30000;
   std::int64_t batch_timeout_ms = 60000;
+  int max_connections = 1024;
   std::int64_t max_message_bytes = 256 << 20;
   bool allow_client_shm = false;
   std::vector<std::string> shm_key_prefixes;

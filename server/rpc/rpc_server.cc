@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <map>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -40,14 +42,22 @@ struct RpcServer::State {
 
   std::mutex mutex;
   std::condition_variable all_done;
-  int num_calls = 0;  // Guarded by mutex; accepted and not yet done.
+  int num_calls = 0;  // Guarded by mutex, as below; accepted and not yet done.
+  std::size_t max_connections = SIZE_MAX;
+  std::map<std::string, int> calls_of_peer;
 
-  void CallBegins() {
+  // False: the call's connection is one too many. Its end must be told all the same.
+  bool CallBegins(const std::string& peer) {
     const std::lock_guard lock(mutex);
     ++num_calls;
+    const bool fits = calls_of_peer.size() < max_connections || calls_of_peer.contains(peer);
+    ++calls_of_peer[peer];
+    return fits;
   }
-  void CallEnds() {
+  void CallEnds(const std::string& peer) {
     const std::lock_guard lock(mutex);
+    const auto of_peer = calls_of_peer.find(peer);
+    if (--of_peer->second == 0) calls_of_peer.erase(of_peer);
     if (--num_calls == 0) all_done.notify_all();
   }
 };
@@ -108,13 +118,19 @@ class RpcServer::Call final : public ServerCall {
       return;
     }
     Hold();  // for ended_
-    loop_->state()->CallBegins();
+    peer_ = context_.peer();
+    const bool fits = loop_->state()->CallBegins(peer_);
     loop_->AwaitCall();
     const auto& methods = loop_->state()->methods;
     const auto& authorize = loop_->state()->authorize;
     const auto found = methods.find(context_.method());
-    const absl::Status allowed =
-        authorize ? authorize(context_.method(), context_) : absl::OkStatus();
+    absl::Status allowed = absl::OkStatus();
+    if (!fits) {
+      allowed = absl::ResourceExhaustedError(
+          "server: too many connections have calls under way; retry, or use fewer connections");
+    } else if (authorize) {
+      allowed = authorize(context_.method(), context_);
+    }
     if (!allowed.ok()) {
       Finish(ToGrpcStatus(allowed));
     } else if (found == methods.end()) {
@@ -146,14 +162,16 @@ class RpcServer::Call final : public ServerCall {
     if (shares_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     if (handler_ != nullptr) handler_->OnDone();
     State* const state = loop_->state();
+    const std::string peer = std::move(peer_);
     delete this;
-    state->CallEnds();
+    state->CallEnds(peer);
   }
 
   Loop* const loop_;
   grpc::GenericServerContext context_;
   grpc::GenericServerAsyncReaderWriter stream_;
-  CallHandler* handler_ = nullptr;  // null where there is no such method
+  std::string peer_;                // set once accepted
+  CallHandler* handler_ = nullptr;  // null where there is none for it
   std::atomic<bool> finishing_{false};
   std::atomic<int> shares_{2};  // for accepted_ and finished_
   MemberTag<Call, &Call::Accepted> accepted_{this};
@@ -185,6 +203,10 @@ void RpcServer::Handle(const std::string& method, MakeHandler make_handler) {
 }
 
 void RpcServer::SetAuthorizer(Authorize authorize) { state_->authorize = std::move(authorize); }
+
+void RpcServer::SetMaxConnections(std::size_t max_connections) {
+  state_->max_connections = max_connections;
+}
 
 std::vector<std::string> RpcServer::services() const {
   std::set<std::string> names;

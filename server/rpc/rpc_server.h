@@ -19,6 +19,7 @@
 #include <grpcpp/support/status.h>
 
 #include <chrono>
+#include <cstddef>
 #include <functional>
 #include <memory>
 #include <string>
@@ -72,6 +73,9 @@ class RpcServer {
   // Asked before a call's handler is made; what is not OK ends the call. Must not block.
   using Authorize = std::function<absl::Status(const std::string& method, grpc::ServerContext&)>;
   void SetAuthorizer(Authorize authorize);
+  // Connections that may have calls under way at once; further ones' calls are RESOURCE_EXHAUSTED.
+  // All callers over one Unix socket count as one.
+  void SetMaxConnections(std::size_t max_connections);
   // The services with a method here ("package.Service"), each once.
   std::vector<std::string> services() const;
 

@@ -19,11 +19,12 @@ class RpcTest : public testing::Test {
     int port = 0;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
     ASSERT_TRUE(server_.Start(&builder, num_threads));
-    channel_ = grpc::CreateChannel("127.0.0.1:" + std::to_string(port),
-                                   grpc::InsecureChannelCredentials());
+    target_ = "127.0.0.1:" + std::to_string(port);
+    channel_ = grpc::CreateChannel(target_, grpc::InsecureChannelCredentials());
   }
 
   RpcServer server_;
+  std::string target_;
   std::shared_ptr<grpc::Channel> channel_;
 };
 

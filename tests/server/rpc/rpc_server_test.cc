@@ -163,6 +163,40 @@ TEST_F(RpcServerTest, HandlerLearnsThatItsCallerHasGoneAndIsDoneLast) {
   EXPECT_THAT(log.WaitFor("done"), ElementsAre("read", "cancel", "done"));
 }
 
+TEST_F(RpcServerTest, CallsOfOneConnectionTooManyAreRefusedUntilAnotherEnds) {
+  Recorder::Log log;
+  server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
+  server_.SetMaxConnections(1);
+  Start();
+  grpc::ClientContext context;
+  std::thread caller([&] {
+    HealthCheckResponse response;
+    (void)Health::NewStub(channel_)->Check(&context, HealthCheckRequest(), &response);
+  });
+  EXPECT_THAT(log.WaitFor("read"), ElementsAre("read"));
+  grpc::ChannelArguments own_connection;
+  own_connection.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  const auto other =
+      grpc::CreateCustomChannel(target_, grpc::InsecureChannelCredentials(), own_connection);
+  const auto check = [&] {
+    grpc::ClientContext other_context;
+    other_context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
+    HealthCheckResponse response;
+    return Health::NewStub(other)->Check(&other_context, HealthCheckRequest(), &response);
+  };
+  const grpc::Status refused = check();
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(refused.error_message(), HasSubstr("too many connections"));
+  context.TryCancel();
+  caller.join();
+  log.WaitFor("done");
+  // The connection is forgotten a moment after its last call's handler.
+  grpc::Status status = check();
+  while (status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED) status = check();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << "it has a handler now";
+  server_.Stop(std::chrono::milliseconds(0));
+}
+
 TEST_F(RpcServerTest, StopCancelsWhatIsLeftAndWaitsForItsHandler) {
   Recorder::Log log;
   server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
