@@ -22,6 +22,8 @@ build_packages=(
 test_packages=(
   libgtest-dev libgmock-dev libbenchmark-dev
   ca-certificates python3 python3-venv                       # tests in Python, in a .venv
+  openssl                                                    # their certificates
+  libb64-0d                                                  # of perf_analyzer
 )
 
 packages=("${build_packages[@]}")

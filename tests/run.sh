@@ -82,6 +82,11 @@ make_venv() {
       .venv/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt &&
       cp tests/requirements.txt "$stamp"
   fi
+  if ! cmp -s tests/perf_analyzer.txt .venv/perf_analyzer/requirements.txt; then
+    .venv/bin/python tests/support/fetch_perf_analyzer.py tests/perf_analyzer.txt \
+      .venv/perf_analyzer &&
+      cp tests/perf_analyzer.txt .venv/perf_analyzer/requirements.txt
+  fi
 }
 
 # build PRESET [TARGET...]
