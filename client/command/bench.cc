@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "client/command/bench_report.h"
+#include "client/command/bench_trace.h"
 #include "client/command/format.h"
 #include "client/command/load_generator.h"
 #include "client/command/progress.h"
@@ -45,6 +46,7 @@ absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options
     request.model = model;
     request.layer = options.layer;
     request.timeout = timeout;
+    request.trace = !options.trace_path.empty();
     request.hidden_states = random.HiddenStates(RowType(options.dtype), options.tokens);
     if (!options.server_routes) {
       request.topk_ids = IdTensor(ElementType::kI32, random.Ids(options.tokens), served.topk);
@@ -109,7 +111,11 @@ absl::Status RunBench(const BenchOptions& options) {
           absl::StrCat("a warm-up request failed: ", code, ": ", message));
     }
   }
-  const BenchReport report = MakeBenchReport(Measure(client, inputs, options), options.tokens);
+  const LoadResult measured = Measure(client, inputs, options);
+  const BenchReport report = MakeBenchReport(measured, options.tokens);
+  if (!options.trace_path.empty()) {
+    EPC_RETURN_IF_ERROR(WriteBenchTrace(options.trace_path, measured.samples));
+  }
   if (options.json) {
     std::printf("%s\n", BenchJson(options, report).dump().c_str());
   } else {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <utility>
 
@@ -23,7 +24,15 @@ class Recorder {
     Sample sample;
     sample.request_us = absl::ToDoubleMicroseconds(absl::Now() - began);
     sample.code = result.status().code();
-    if (result.ok()) sample.parameters = result->parameters;
+    if (result.ok()) {
+      sample.parameters = result->parameters;
+      sample.trace = result->trace;
+      // Steady and wall clock run alike for the length of a request.
+      sample.began_us = std::chrono::duration_cast<std::chrono::microseconds>(
+                            std::chrono::steady_clock::now().time_since_epoch())
+                            .count() -
+                        static_cast<std::int64_t>(sample.request_us);
+    }
     absl::MutexLock lock(&mutex_);
     last_end_ = absl::Now();
     if (!result.ok()) {

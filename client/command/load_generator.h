@@ -37,6 +37,8 @@ struct Sample {
   absl::StatusCode code = absl::StatusCode::kOk;
   double request_us = 0;
   std::map<std::string, std::int64_t> parameters;  // Of an answer; empty where it failed.
+  std::int64_t began_us = 0;                       // CLOCK_MONOTONIC
+  std::string trace;                               // InferResult::trace
 };
 
 struct LoadResult {

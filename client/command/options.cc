@@ -262,6 +262,9 @@ void AddBench(CLI::App& app, Parsed& parsed) {
       ->capture_default_str();
   bench->add_option("--seed", options.seed, "Seed of the random tokens and ids")
       ->capture_default_str();
+  bench->add_option("--trace", options.trace_path,
+                    "Write a timeline of the requests and of every worker's phases to this file, "
+                    "for Perfetto or chrome://tracing (default: none)");
   bench->add_flag("--allow-errors", options.allow_errors, "Exit 0 even if requests failed");
   bench->add_flag("--json", options.json, "Print one JSON object instead of tables");
   AddModel(bench, options.model);

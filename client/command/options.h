@@ -76,6 +76,7 @@ struct BenchOptions {
   std::uint64_t seed = 1;
   bool allow_errors = false;
   bool json = false;
+  std::string trace_path;  // empty: none
 };
 
 struct StatusOptions {

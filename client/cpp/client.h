@@ -53,6 +53,9 @@ struct InferRequest {
   std::optional<Tensor> topk_ids;      // [T, K] I32 or I64, expert in [0, E), -1: none
   std::optional<Tensor> topk_weights;  // [T, K] F32, finite
 
+  // Ask for each worker's times; see InferResult::trace.
+  bool trace = false;
+
   // For the whole call, retries and waits included. InfiniteDuration: none.
   absl::Duration timeout = absl::Seconds(30);
   // Sent with each attempt. Keys in lower case.
@@ -66,6 +69,11 @@ struct InferResult {
   // epserve_assign_us, epserve_counts_us, epserve_dispatch_us, epserve_ffn_us, epserve_combine_us,
   // epserve_server_us.
   std::map<std::string, std::int64_t> parameters;
+  // Where the request asked for it: JSON with started_us (the batch went to the workers),
+  // count_exchange ("coordinator" or "device"), and for each of `workers` its rank, start_ns (its
+  // shard had come) and the durations assign_ns, counts_ns, dispatch_ns, ffn_ns, combine_ns, one
+  // after another. Times are CLOCK_MONOTONIC's of the service's machine.
+  std::string trace;
   int attempts = 1;  // How many it took.
 };
 

@@ -40,6 +40,7 @@ absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& reque
   message.set_model_name(request.model);
   message.set_id(request.id);
   if (request.layer) (*message.mutable_parameters())["layer"].set_int64_param(*request.layer);
+  if (request.trace) (*message.mutable_parameters())["epserve_trace"].set_bool_param(true);
   EPC_RETURN_IF_ERROR(AddInput(kHiddenStates, request.hidden_states, message));
   if (request.topk_ids) {
     EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, message));
@@ -80,6 +81,8 @@ absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expecte
   for (const auto& [name, value] : message.parameters()) {
     if (value.parameter_choice_case() == inference::InferParameter::kInt64Param) {
       result.parameters[name] = value.int64_param();
+    } else if (name == "epserve_trace") {
+      result.trace = value.string_param();
     }
   }
   return result;

@@ -86,6 +86,7 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   batch.outputs.resize(plans.size());
   batch.taken.assign(plans.size(), false);
   batch.in_arena.assign(plans.size(), false);
+  batch.times_of_rank.resize(plans.size());
   batch.started_us = now_us;
   if (arena_ == nullptr || epoch != arena_epoch_) return batch;
   batch.arena = arena_;
@@ -150,6 +151,7 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
   KeptBatch& batch = Keep(start.epoch, start.batch, start.slot, start.shards, now_us);
   batch.layer = start.layer;
   batch.row_bytes = hidden_ * RowTypeBytes(start.row_type);
+  batch.routed = start.routed;
 
   std::vector<Segment> segments;
   std::vector<std::span<const std::int32_t>> ids;
@@ -214,6 +216,7 @@ absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
   batch->outputs[index] = std::move(output);
   batch->last_done_us = now_us;
   KeepMost(times, batch->times);
+  batch->times_of_rank[index] = times;
   *rank = plan->rank;
   return absl::OkStatus();
 }

@@ -37,6 +37,8 @@ struct KeptBatch {
   int slot = 0;
   std::shared_ptr<runtime::RowArena> arena;  // null where no rank's rows are in one
   WorkerTimes times;                         // of each phase the most that any worker took
+  std::vector<WorkerTimes> times_of_rank;
+  bool routed = false;  // the requests gave their ids
   TimeUs started_us = 0;
   TimeUs last_done_us = 0;
   bool is_probe = false;

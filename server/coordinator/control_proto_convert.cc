@@ -21,6 +21,7 @@ absl::StatusCode CodeOf(std::int32_t code) {
 BatchDone ConvertBatchDone(StreamId stream, v1::BatchDone& in, WorkerReport& report) {
   report.output = std::move(*in.mutable_output());
   const v1::PhaseTimes& times = in.times();
+  report.times.start_ns = times.start_monotonic_ns();
   report.times.assign_ns = std::max<std::int64_t>(times.assign_ns(), 0);
   report.times.counts_ns = std::max<std::int64_t>(times.counts_ns(), 0);
   report.times.dispatch_ns = std::max<std::int64_t>(times.dispatch_ns(), 0);

@@ -179,7 +179,7 @@ class Host : public RequestSink {
   void Execute(Notice& command);
 
   void OpenArena(EpochId epoch);
-  InferTimes TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us) const;
+  InferTimes TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us, bool trace) const;
   void ObserveBatch(const KeptBatch& batch);
   void UpdateGauges();
   ClusterView View() const;

@@ -180,7 +180,8 @@ void Host::Execute(VerifyProbe& command) {
   raised_.push_back(ProbeVerified{command.epoch, verdict.ok(), std::string(verdict.message())});
 }
 
-InferTimes Host::TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us) const {
+InferTimes Host::TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us,
+                         bool trace) const {
   InferTimes times;
   times.queue_us = std::max<std::int64_t>(batch.started_us - arrived_us, 0);
   times.assign_us = batch.times.assign_ns / 1000;
@@ -189,6 +190,14 @@ InferTimes Host::TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_u
   times.ffn_us = batch.times.ffn_ns / 1000;
   times.combine_us = batch.times.combine_ns / 1000;
   times.epoch = epoch;
+  times.device_counts = !batch.routed;
+  times.started_us = batch.started_us;
+  if (!trace) return times;
+  for (std::size_t i = 0; i < batch.shards.size(); ++i) {
+    const WorkerTimes& of = batch.times_of_rank[i];
+    times.ranks.push_back({batch.shards[i].rank, of.start_ns, of.assign_ns, of.counts_ns,
+                           of.dispatch_ns, of.ffn_ns, of.combine_ns});
+  }
   return times;
 }
 
@@ -215,7 +224,8 @@ void Host::Execute(FinishBatch& command) {
         batch == nullptr ? absl::InternalError("batch: it is not known")
                          : BatchStore::CopyRows(*batch, part.rows, pending.MutableOutput());
     if (copied.ok()) {
-      const InferTimes times = TimesOf(*batch, command.epoch, it->second.arrived_us);
+      const InferTimes times =
+          TimesOf(*batch, command.epoch, it->second.arrived_us, pending.request.trace);
       metrics_->ObservePhase(PhaseMetric::kQueue,
                              static_cast<double>(times.queue_us) * kSecondsPerUs);
       metrics_->AddTokens(part.rows.size());

@@ -97,6 +97,7 @@ struct HelloInfo {
 };
 
 struct WorkerTimes {
+  std::int64_t start_ns = 0;  // monotonic clock of the worker's machine: the shard had come
   std::int64_t assign_ns = 0;
   std::int64_t counts_ns = 0;
   std::int64_t dispatch_ns = 0;

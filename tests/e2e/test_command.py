@@ -167,6 +167,43 @@ def test_bench_in_a_closed_loop_prints_one_json_object(cluster):
     assert 0 < figures["request_us"]["p50"] <= figures["request_us"]["p99"]
 
 
+def test_bench_over_streams_answers_every_request(cluster):
+    result = run_program(
+        "epserve", "bench", "--server", cluster.target, "--tokens", 8, "--concurrency", 2,
+        "--streaming", "--requests", 60, "--warmup", 5, "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert (figures["streaming"], figures["succeeded"]) == (True, 60)
+
+
+@pytest.mark.parametrize("routing", ["given", "server"])
+def test_bench_trace_shows_requests_and_every_workers_phases_on_one_clock(
+    cluster, tmp_path, routing
+):
+    path = tmp_path / "trace.json"
+    result = run_program(
+        "epserve", "bench", "--server", cluster.target, "--tokens", 16, "--concurrency", 2,
+        "--requests", 30, "--warmup", 3, "--routing", routing, "--trace", path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    slices = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+    requests = {e["name"]: e for e in slices if e["pid"] == 1}
+    assert len(requests) == 30
+    phases = [e for e in slices if e["pid"] == 2]
+    ranks = range(cluster.num_workers)
+    for name, request in requests.items():
+        own = [e for e in phases if e["args"]["request"] == name]
+        assert {e["tid"] for e in own if e["name"] == "experts"} == set(ranks)
+        # Within the request, but for what the clients' clock reading is late by.
+        for phase in own:
+            assert phase["ts"] >= request["ts"] - 1000
+            assert phase["ts"] + phase["dur"] <= request["ts"] + request["dur"] + 1000
+        exchange = "device" if routing == "server" else "coordinator"
+        assert request["args"]["count_exchange"] == exchange
+        assert any(e["name"] == "counts" for e in own) == (routing == "server")
+
+
 def test_bench_in_an_open_loop_keeps_its_rate(cluster):
     result = run_program(
         "epserve", "bench", "--server", cluster.target, "--tokens", 4, "--rate", 100,

@@ -210,6 +210,22 @@ void Head(const ServedModel& model, std::string_view id, ModelInferResponse& res
   response.set_id(std::string(id));
 }
 
+// What a timeline is drawn from: when the batch went out, how its counts were had, and each
+// worker's phases one after another; JSON, times on the monotonic clock.
+std::string TraceOf(const InferTimes& times) {
+  std::string text =
+      absl::StrCat("{\"started_us\":", times.started_us, ",\"count_exchange\":\"",
+                   times.device_counts ? "device" : "coordinator", "\",\"workers\":[");
+  for (const RankTimes& of : times.ranks) {
+    absl::StrAppend(&text, &of == times.ranks.data() ? "" : ",", "{\"rank\":", of.rank,
+                    ",\"start_ns\":", of.start_ns);
+    absl::StrAppend(&text, ",\"assign_ns\":", of.assign_ns, ",\"counts_ns\":", of.counts_ns,
+                    ",\"dispatch_ns\":", of.dispatch_ns);
+    absl::StrAppend(&text, ",\"ffn_ns\":", of.ffn_ns, ",\"combine_ns\":", of.combine_ns, "}");
+  }
+  return absl::StrCat(text, "]}");
+}
+
 void SetParameters(const InferReply& reply, ModelInferResponse& response) {
   auto& parameters = *response.mutable_parameters();
   const auto set = [&parameters](const char* name, std::int64_t value) {
@@ -223,6 +239,9 @@ void SetParameters(const InferReply& reply, ModelInferResponse& response) {
   set("epserve_combine_us", reply.times.combine_us);
   set("epserve_epoch", static_cast<std::int64_t>(reply.times.epoch));
   set("epserve_server_us", reply.server_us);
+  if (!reply.times.ranks.empty()) {
+    parameters["epserve_trace"].set_string_param(TraceOf(reply.times));
+  }
 }
 
 }  // namespace

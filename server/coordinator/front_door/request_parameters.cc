@@ -54,9 +54,18 @@ absl::StatusOr<RequestParameters> ParseRequestParameters(
                                                        result.timeout_us,
                                                        " us, not 0 (none) or more"));
       }
+    } else if (parameter.name == "epserve_trace") {
+      const auto* trace = std::get_if<bool>(&parameter.value);
+      if (trace == nullptr) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("infer: request: parameter 'epserve_trace' has ",
+                         TypeName(parameter.value), ", not bool"));
+      }
+      result.trace = *trace;
     } else if (parameter.name != "priority" &&
                parameter.name.substr(0, kClientHintPrefix.size()) != kClientHintPrefix) {
-      return UnknownParameter(owner, parameter.name, "layer, timeout, priority and triton_*");
+      return UnknownParameter(owner, parameter.name,
+                              "layer, timeout, epserve_trace, priority and triton_*");
     }
   }
   return result;

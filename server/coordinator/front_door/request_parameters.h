@@ -20,9 +20,11 @@ namespace epserve::coordinator {
 struct RequestParameters {
   std::optional<std::int64_t> layer;
   std::int64_t timeout_us = 0;  // 0: none
+  bool trace = false;
 };
 
-// Knows `layer` (int64), `timeout` (int64, microseconds), `priority` (every request has the same,
+// Knows `layer` (int64), `timeout` (int64, microseconds), `epserve_trace` (bool: tell each worker's
+// times with the reply), `priority` (every request has the same,
 // so it is left unread), and the protocol's own hints, which begin with `triton_`. Any other is
 // refused: a misspelt `layer` must not be served from the default one.
 absl::StatusOr<RequestParameters> ParseRequestParameters(

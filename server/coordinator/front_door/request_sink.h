@@ -11,11 +11,23 @@
 #include <memory>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "server/coordinator/front_door/validated_request.h"
 
 namespace epserve::coordinator {
+
+// One worker's part in a batch, on the machine's monotonic clock.
+struct RankTimes {
+  int rank = 0;
+  std::int64_t start_ns = 0;  // its shard had come
+  std::int64_t assign_ns = 0;
+  std::int64_t counts_ns = 0;
+  std::int64_t dispatch_ns = 0;
+  std::int64_t ffn_ns = 0;
+  std::int64_t combine_ns = 0;
+};
 
 // Where a request's time went; what the worker phases took is the most that any worker took.
 struct InferTimes {
@@ -26,6 +38,9 @@ struct InferTimes {
   std::int64_t ffn_us = 0;
   std::int64_t combine_us = 0;
   std::uint64_t epoch = 0;
+  bool device_counts = false;    // the workers counted, because the ids were theirs alone to see
+  std::int64_t started_us = 0;   // monotonic clock: the batch went to the workers
+  std::vector<RankTimes> ranks;  // where the request asked for its trace
 };
 
 struct Completion {

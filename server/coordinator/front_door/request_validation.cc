@@ -349,6 +349,7 @@ absl::StatusOr<ValidatedRequest> ValidateRequest(const RequestView& view, const 
   ValidatedRequest request;
   request.topk = model.topk;
   request.timeout_us = parameters.timeout_us;
+  request.trace = parameters.trace;
   EPS_ASSIGN_OR_RETURN(request.layer, ResolveLayer(parameters.layer, model));
 
   Tensors tensors;

@@ -39,6 +39,7 @@ struct ValidatedRequest {
   std::uint64_t output_bytes = 0;                      // T * H * size of dtype
   OutputWindow output;
   std::int64_t timeout_us = 0;  // the request's own limit on its time, 0: none
+  bool trace = false;           // tell each worker's times with the reply
 };
 
 }  // namespace epserve::coordinator
