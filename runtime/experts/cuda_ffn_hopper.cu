@@ -1,0 +1,404 @@
+// The grouped product on Hopper's Tensor cores.
+//
+// A persistent grid of clusters of two blocks. In a block one thread copies tiles of rows and of
+// weights into a ring of stages, and two warpgroups multiply them, 64 rows each. The blocks of a
+// cluster share what they have in common: tiles of the same weights (each copies half of them into
+// both), or, for the last row tile of an expert, the same rows. The next tile's copies run while
+// this tile is written.
+//
+// A tile may run past its expert's last row: what is read there changes nothing, and is not
+// written. A warpgroup without rows multiplies nothing.
+#include "absl/strings/str_cat.h"
+#include "runtime/base/cuda_status.h"
+#include "runtime/experts/cuda_ffn_device.cuh"
+#include "runtime/experts/cuda_ffn_hopper_device.cuh"
+#include "runtime/experts/cuda_ffn_kernels.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr int kClusterBlocks = 2;
+constexpr int kWarpgroup = 128;           // threads
+constexpr int kMathWarps = 8;             // of two warpgroups
+constexpr int kThreads = 3 * kWarpgroup;  // the first warpgroup copies
+constexpr int kTileRows = 2 * kHopperRowBox;
+constexpr int kStageK = 128;  // bytes of K in a stage: one swizzled row
+constexpr int kBoxBytes = kHopperRowBox * kStageK;
+constexpr int kRowsBytes = kTileRows * kStageK;
+constexpr int kStoreBytes = 16 * 128;  // a warp's 16 rows of 64 columns, on their way out
+// Of the 168 that a thread gets at entry: 128 * (40 + 2 * 232) = 384 * 168.
+constexpr int kCopyRegisters = 40;
+constexpr int kMathRegisters = 232;
+
+template <DataType kWeights>
+struct Shape {
+  static constexpr bool kFp8 = kWeights == DataType::kFp8E4m3;
+  // fp8 needs a second set of accumulators, for the promoted sums: half the columns.
+  static constexpr int kTileColumns = 2 * HopperWeightBox(kWeights);
+  static constexpr int kAccumulators = kTileColumns / 2;  // a thread's
+  static constexpr int kElements = kFp8 ? 128 : 64;       // of K in a stage
+  static constexpr int kWeightBytes = kTileColumns * kStageK;
+  static constexpr int kStageBytes = kRowsBytes + kWeightBytes;
+  static constexpr int kStages = kFp8 ? 6 : 4;
+  static constexpr int kStoreOffset = kStages * kStageBytes;
+  static constexpr int kBarrierOffset = kStoreOffset + kMathWarps * kStoreBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + 2 * kStages * 8;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+// A place in the ring, and how often the ring has gone round.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ void Advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// Shared memory of one block, by address.
+template <DataType kWeights>
+struct Ring {
+  using S = Shape<kWeights>;
+  std::uint32_t base;
+  __device__ std::uint32_t rows(int stage) const { return base + stage * S::kStageBytes; }
+  __device__ std::uint32_t weights(int stage) const { return rows(stage) + kRowsBytes; }
+  __device__ std::uint32_t store(int warp) const {
+    return base + S::kStoreOffset + warp * kStoreBytes;
+  }
+  __device__ std::uint32_t full(int stage) const { return base + S::kBarrierOffset + stage * 8; }
+  __device__ std::uint32_t empty(int stage) const { return full(S::kStages + stage); }
+};
+
+template <DataType kWeights>
+using TileWalk = FfnTileWalk<kTileRows, Shape<kWeights>::kTileColumns, kClusterBlocks>;
+
+template <DataType kWeights>
+__device__ TileWalk<kWeights> WalkTiles(const FfnProductArgs& args, int block) {
+  return {args.expert_offset,
+          args.num_experts,
+          args.max_rows,
+          args.weight_rows,
+          static_cast<int>(blockIdx.x) / kClusterBlocks,
+          static_cast<int>(gridDim.x) / kClusterBlocks,
+          block};
+}
+
+// One thread's work: fills the ring with every tile of this block. A stage that both blocks of the
+// cluster have read may be overwritten, in both.
+template <DataType kWeights>
+__device__ void CopyTiles(const FfnProductArgs& args, const CUtensorMap* a, const CUtensorMap* w,
+                          const Ring<kWeights>& ring) {
+  using S = Shape<kWeights>;
+  constexpr int kWeightBox = S::kTileColumns / 2;
+  constexpr int kHalf = S::kWeightBytes / 2;
+  const int block = static_cast<int>(ClusterRank());
+  TileWalk<kWeights> walk = WalkTiles<kWeights>(args, block);
+  RingPosition<S::kStages> at;
+  FfnTile tile;
+  while (walk.Next(&tile)) {
+    const int row_boxes = tile.end - tile.row > kHopperRowBox ? 2 : 1;
+    const int weight_row = tile.expert * args.weight_rows + tile.column;
+    const std::uint32_t bytes = row_boxes * kBoxBytes + S::kWeightBytes;
+    for (int k = 0; k < args.k; k += S::kElements, at.Advance()) {
+      WaitBarrier(ring.empty(at.stage), at.parity ^ 1);
+      const std::uint32_t full = ring.full(at.stage);
+      const std::uint32_t rows = ring.rows(at.stage);
+      const std::uint32_t weights = ring.weights(at.stage);
+      ArriveExpectBytes(full, bytes);
+      if (tile.same_weight) {
+        CopyBoxToBoth(weights + block * kHalf, w, k, weight_row + block * kWeightBox, full);
+        CopyBox(rows, a, k, tile.row, full);
+        if (row_boxes == 2) CopyBox(rows + kBoxBytes, a, k, tile.row + kHopperRowBox, full);
+      } else {
+        CopyBox(weights, w, k, weight_row, full);
+        CopyBox(weights + kHalf, w, k, weight_row + kWeightBox, full);
+        if (block < row_boxes) {
+          CopyBoxToBoth(rows + block * kBoxBytes, a, k, tile.row + block * kHopperRowBox, full);
+        }
+      }
+    }
+  }
+}
+
+// Tells both blocks' copying threads that this warp has read the stage.
+template <DataType kWeights>
+__device__ void Release(const Ring<kWeights>& ring, int stage) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane < kClusterBlocks) ArriveInCluster(ring.empty(stage), lane);
+}
+
+// Four products of 32 bytes of K: one stage. The first overwrites where `first` is set.
+template <DataType kWeights, int kCount>
+__device__ void MultiplyStage(float (&d)[kCount], std::uint32_t rows, std::uint32_t weights,
+                              bool first) {
+  const std::uint64_t a = OperandDescriptor(rows);
+  const std::uint64_t b = OperandDescriptor(weights);
+  WgmmaFence();
+#pragma unroll
+  for (int i = 0; i < kStageK / 32; ++i) {
+    const int accumulate = i > 0 || !first;
+    if constexpr (kWeights == DataType::kBf16) {
+      WgmmaBf16(d, a + 2 * i, b + 2 * i, accumulate);
+    } else {
+      WgmmaFp8(d, a + 2 * i, b + 2 * i, accumulate);
+    }
+  }
+  WgmmaCommit();
+}
+
+template <int kStages, int kCount>
+__device__ void AccumulateBf16(const Ring<DataType::kBf16>& ring, int group, int k_end,
+                               RingPosition<kStages>* at, float (&d)[kCount]) {
+  constexpr int kElements = Shape<DataType::kBf16>::kElements;
+  int before = 0;
+  for (int k = 0; k < k_end; k += kElements, at->Advance()) {
+    WaitBarrier(ring.full(at->stage), at->parity);
+    MultiplyStage<DataType::kBf16>(d, ring.rows(at->stage) + group * kBoxBytes,
+                                   ring.weights(at->stage), k == 0);
+    if (k > 0) {
+      WgmmaWait<1>();  // One stage stays in flight, so that the Tensor cores never run dry.
+      Release(ring, before);
+    }
+    before = at->stage;
+  }
+  WgmmaWait<0>();
+  FenceAccumulators(d);
+  Release(ring, before);
+}
+
+// The scales that one thread's accumulators of a stage take: of its two rows, and of the weights
+// (where gate and up are interleaved, each has its own).
+struct StageScales {
+  float row[2];
+  float weight[2];
+};
+
+template <FfnProduct kProduct>
+class ScaleReader {
+ public:
+  __device__ ScaleReader(const FfnProductArgs& args, const FfnTile& tile, int row)
+      : max_rows_(args.max_rows),
+        k_blocks_((args.k + 127) / 128),
+        row_(args.row_scales + min(row, args.max_rows - 1)),
+        row8_(args.row_scales + min(row + 8, args.max_rows - 1)) {
+    // A tile is 128 weight rows, which is one block of down's, or half a block of gate's and up's.
+    constexpr int kBlockRows = kProduct == FfnProduct::kGateUp ? 256 : 128;
+    constexpr int kParts = kProduct == FfnProduct::kGateUp ? 2 : 1;
+    const int blocks = (args.weight_rows + kBlockRows - 1) / kBlockRows;
+    const int block = min(tile.column / kBlockRows, blocks - 1);
+    weight_ = args.weight_scales +
+              static_cast<std::int64_t>(tile.expert * blocks + block) * kParts * k_blocks_;
+  }
+  __device__ StageScales Read(int k_block) const {
+    StageScales s;
+    const std::int64_t to = static_cast<std::int64_t>(k_block) * max_rows_;
+    s.row[0] = __ldg(row_ + to);
+    s.row[1] = __ldg(row8_ + to);
+    s.weight[0] = __ldg(weight_ + k_block);
+    s.weight[1] =
+        kProduct == FfnProduct::kGateUp ? __ldg(weight_ + k_blocks_ + k_block) : s.weight[0];
+    return s;
+  }
+  __device__ int k_blocks() const { return k_blocks_; }
+
+ private:
+  const int max_rows_;
+  const int k_blocks_;
+  const float* const row_;
+  const float* const row8_;
+  const float* weight_;
+};
+
+template <FfnProduct kProduct, int kStages, int kCount>
+__device__ void AccumulateFp8(const Ring<DataType::kFp8E4m3>& ring, int group,
+                              const ScaleReader<kProduct>& scales, RingPosition<kStages>* at,
+                              float (&d)[kCount]) {
+  float part[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] = 0.0f;
+  StageScales next = scales.Read(0);
+  for (int k = 0; k < scales.k_blocks(); ++k, at->Advance()) {
+    const StageScales s = next;
+    // One stage ahead: the reads take about as long as a stage's products.
+    if (k + 1 < scales.k_blocks()) next = scales.Read(k + 1);
+    WaitBarrier(ring.full(at->stage), at->parity);
+    FenceAccumulators(part);
+    MultiplyStage<DataType::kFp8E4m3>(part, ring.rows(at->stage) + group * kBoxBytes,
+                                      ring.weights(at->stage), true);
+    WgmmaWait<0>();
+    FenceAccumulators(part);
+    Release(ring, at->stage);
+    const float scale[2][2] = {{s.row[0] * s.weight[0], s.row[1] * s.weight[0]},
+                               {s.row[0] * s.weight[1], s.row[1] * s.weight[1]}};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) d[i] += part[i] * scale[i / 4 % 2][i / 2 % 2];
+  }
+}
+
+// What 8 columns of out get, of this thread's row (half 0) or the one 8 below it (half 1).
+template <FfnProduct kProduct, int kCount>
+__device__ std::uint32_t OutputPair(const float (&d)[kCount], int columns8, int half) {
+  if constexpr (kProduct == FfnProduct::kGateUp) {
+    const int i = columns8 * 8 + half * 2;  // gate's; up's are the next 8 columns'
+    return PackBf16(SwiGlu(d[i], d[i + 4]), SwiGlu(d[i + 1], d[i + 5]));
+  } else {
+    const int i = columns8 * 4 + half * 2;
+    return PackBf16(d[i], d[i + 1]);
+  }
+}
+
+// Writes a warp's 16 rows, 64 columns at a time: through shared memory, so that a row's 128 bytes
+// leave together. Chunks of 16 bytes are swizzled against bank conflicts.
+template <FfnProduct kProduct, int kCount>
+__device__ void StoreTile(const float (&d)[kCount], const FfnProductArgs& args, std::uint32_t store,
+                          int row, int end, int column) {
+  constexpr int kOutColumns8 = kCount / (kProduct == FfnProduct::kGateUp ? 8 : 4);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int to_row = lane % 16;
+  auto* const out = static_cast<uint4*>(args.out);
+#pragma unroll
+  for (int pass = 0; pass < kOutColumns8 / 8; ++pass) {
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) {
+      const std::uint32_t matrices[4] = {OutputPair<kProduct>(d, pass * 8 + c, 0),
+                                         OutputPair<kProduct>(d, pass * 8 + c, 1),
+                                         OutputPair<kProduct>(d, pass * 8 + c + 1, 0),
+                                         OutputPair<kProduct>(d, pass * 8 + c + 1, 1)};
+      const int chunk = (c + lane / 16) ^ (to_row & 7);
+      StoreMatrices(store + to_row * 128 + chunk * 16, matrices);
+    }
+    __syncwarp();
+    const int to_column = column + pass * 64 + lane % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int from_row = i * 4 + lane / 8;
+      const int chunk = lane % 8 ^ (from_row & 7);
+      uint4 v;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "r"(store + from_row * 128 + chunk * 16)
+                   : "memory");
+      if (row + from_row < end && to_column < args.out_columns) {
+        out[(static_cast<std::int64_t>(row + from_row) * args.out_columns + to_column) / 8] = v;
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// A warpgroup's work: 64 rows of every tile of this block.
+template <DataType kWeights, FfnProduct kProduct>
+__device__ void MultiplyTiles(const FfnProductArgs& args, const Ring<kWeights>& ring) {
+  using S = Shape<kWeights>;
+  const int group = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const int warp = static_cast<int>(threadIdx.x) / 32 - 4;  // of the 8 that multiply
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  TileWalk<kWeights> walk = WalkTiles<kWeights>(args, static_cast<int>(ClusterRank()));
+  RingPosition<S::kStages> at;
+  FfnTile tile;
+  while (walk.Next(&tile)) {
+    const int row = tile.row + warp * 16;  // of the warp
+    if (tile.row + group * kHopperRowBox >= tile.end) {
+      for (int k = 0; k < args.k; k += S::kElements, at.Advance()) {
+        WaitBarrier(ring.full(at.stage), at.parity);
+        Release(ring, at.stage);
+      }
+      continue;
+    }
+    float d[S::kAccumulators];
+    if constexpr (kWeights == DataType::kBf16) {
+      AccumulateBf16(ring, group, args.k, &at, d);
+    } else {
+      AccumulateFp8(ring, group, ScaleReader<kProduct>(args, tile, row + lane / 4), &at, d);
+    }
+    const int column = kProduct == FfnProduct::kGateUp ? tile.column / 2 : tile.column;
+    StoreTile<kProduct>(d, args, ring.store(warp), row, tile.end, column);
+  }
+}
+
+template <DataType kWeights, FfnProduct kProduct>
+__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kThreads, 1)
+    HopperFfnKernel(const __grid_constant__ FfnProductArgs args,
+                    const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap w) {
+  using S = Shape<kWeights>;
+  extern __shared__ __align__(1024) std::byte shared[];
+  const Ring<kWeights> ring{SharedAddress(shared)};
+  if (threadIdx.x == 0) {
+    PrefetchTensorMap(&a);
+    PrefetchTensorMap(&w);
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      InitBarrier(ring.full(stage), 1);
+      InitBarrier(ring.empty(stage), kClusterBlocks * kMathWarps);
+    }
+    FenceBarrierInit();
+  }
+  ClusterSync();
+  if (threadIdx.x < kWarpgroup) {
+    GiveRegisters<kCopyRegisters>();
+    if (threadIdx.x == 0) CopyTiles<kWeights>(args, &a, &w, ring);
+    __syncwarp();
+  } else {
+    TakeRegisters<kMathRegisters>();
+    MultiplyTiles<kWeights, kProduct>(args, ring);
+  }
+  ClusterSync();  // The peer still arrives at this block's barriers, and copies into its stages.
+}
+
+template <DataType kWeights, FfnProduct kProduct>
+absl::StatusOr<int> Prepare() {
+  constexpr int kBytes = Shape<kWeights>::kSharedBytes;
+  const auto kernel = HopperFfnKernel<kWeights, kProduct>;
+  EPS_CUDA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = kClusterBlocks;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kBytes;
+  int clusters = 0;
+  EPS_CUDA_RETURN_IF_ERROR(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  if (clusters < 1) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("expert ffn: a cluster of ", kClusterBlocks, " blocks with ", kBytes,
+                     " bytes of shared memory each exceeds this device; use the portable kernel"));
+  }
+  return clusters * kClusterBlocks;
+}
+
+template <DataType kWeights>
+absl::Status Launch(bool down, const FfnProductArgs& args, const CUtensorMap& a,
+                    const CUtensorMap& w, int num_blocks, cudaStream_t stream) {
+  constexpr int kBytes = Shape<kWeights>::kSharedBytes;
+  if (down) {
+    HopperFfnKernel<kWeights, FfnProduct::kDown>
+        <<<num_blocks, kThreads, kBytes, stream>>>(args, a, w);
+  } else {
+    HopperFfnKernel<kWeights, FfnProduct::kGateUp>
+        <<<num_blocks, kThreads, kBytes, stream>>>(args, a, w);
+  }
+  EPS_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<int> PrepareHopperFfn(DataType weights) {
+  if (weights == DataType::kBf16) {
+    EPS_RETURN_IF_ERROR((Prepare<DataType::kBf16, FfnProduct::kDown>().status()));
+    return Prepare<DataType::kBf16, FfnProduct::kGateUp>();
+  }
+  EPS_RETURN_IF_ERROR((Prepare<DataType::kFp8E4m3, FfnProduct::kDown>().status()));
+  return Prepare<DataType::kFp8E4m3, FfnProduct::kGateUp>();
+}
+
+absl::Status LaunchHopperFfn(DataType weights, bool down, const FfnProductArgs& args,
+                             const CUtensorMap& a, const CUtensorMap& w, int num_blocks,
+                             cudaStream_t stream) {
+  return weights == DataType::kBf16
+             ? Launch<DataType::kBf16>(down, args, a, w, num_blocks, stream)
+             : Launch<DataType::kFp8E4m3>(down, args, a, w, num_blocks, stream);
+}
+
+}  // namespace epserve::runtime
