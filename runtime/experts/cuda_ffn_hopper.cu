@@ -212,29 +212,43 @@ class ScaleReader {
   const float* weight_;
 };
 
+// One stage: d += a * b^T, scaled. `scales` are the stage's, and become those of two stages on: the
+// reads take longer than a stage's products.
+template <FfnProduct kProduct, int kStages, int kCount>
+__device__ void AccumulateStageFp8(const Ring<DataType::kFp8E4m3>& ring, int group,
+                                   const ScaleReader<kProduct>& reader, int k_block,
+                                   StageScales* scales, RingPosition<kStages>* at,
+                                   float (&d)[kCount]) {
+  float part[kCount];
+  WaitBarrier(ring.full(at->stage), at->parity);
+  FenceAccumulators(part);
+  MultiplyStage<DataType::kFp8E4m3>(part, ring.rows(at->stage) + group * kBoxBytes,
+                                    ring.weights(at->stage), true);
+  const StageScales s = *scales;
+  const float scale[2][2] = {{s.row[0] * s.weight[0], s.row[1] * s.weight[0]},
+                             {s.row[0] * s.weight[1], s.row[1] * s.weight[1]}};
+  if (k_block + 2 < reader.k_blocks()) *scales = reader.Read(k_block + 2);
+  WgmmaWait<0>();
+  FenceAccumulators(part);
+  Release(ring, at->stage);
+  at->Advance();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] += part[i] * scale[i / 4 % 2][i / 2 % 2];
+}
+
 template <FfnProduct kProduct, int kStages, int kCount>
 __device__ void AccumulateFp8(const Ring<DataType::kFp8E4m3>& ring, int group,
-                              const ScaleReader<kProduct>& scales, RingPosition<kStages>* at,
+                              const ScaleReader<kProduct>& reader, RingPosition<kStages>* at,
                               float (&d)[kCount]) {
-  float part[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) d[i] = 0.0f;
-  StageScales next = scales.Read(0);
-  for (int k = 0; k < scales.k_blocks(); ++k, at->Advance()) {
-    const StageScales s = next;
-    // One stage ahead: the reads take about as long as a stage's products.
-    if (k + 1 < scales.k_blocks()) next = scales.Read(k + 1);
-    WaitBarrier(ring.full(at->stage), at->parity);
-    FenceAccumulators(part);
-    MultiplyStage<DataType::kFp8E4m3>(part, ring.rows(at->stage) + group * kBoxBytes,
-                                      ring.weights(at->stage), true);
-    WgmmaWait<0>();
-    FenceAccumulators(part);
-    Release(ring, at->stage);
-    const float scale[2][2] = {{s.row[0] * s.weight[0], s.row[1] * s.weight[0]},
-                               {s.row[0] * s.weight[1], s.row[1] * s.weight[1]}};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) d[i] += part[i] * scale[i / 4 % 2][i / 2 % 2];
+  const int k_blocks = reader.k_blocks();
+  // Two sets, by name: one that moved to the other's place would be waited for.
+  StageScales even = reader.Read(0);
+  StageScales odd = k_blocks > 1 ? reader.Read(1) : even;
+  for (int k = 0; k < k_blocks; k += 2) {
+    AccumulateStageFp8(ring, group, reader, k, &even, at, d);
+    if (k + 1 < k_blocks) AccumulateStageFp8(ring, group, reader, k + 1, &odd, at, d);
   }
 }
 

@@ -42,27 +42,28 @@ __device__ inline void ArriveExpectBytes(std::uint32_t barrier, std::uint32_t by
                : "memory");
 }
 
-// Arrives at the barrier of the same offset in block `rank` of the cluster. release, cluster: this
-// warp has read the stage before the other block's copies overwrite it. Pairs with WaitBarrier.
+// Arrives at the barrier of the same offset in block `rank` of the cluster: this warp's products
+// have read the stage, so either block's copies may overwrite it. What it orders are finished reads
+// of shared memory by the Tensor cores; a release of cluster scope would wait for all of the
+// thread's traffic with global memory as well, a thousand cycles every stage.
 __device__ inline void ArriveInCluster(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
 
-// acquire, cluster: arrivals come from the peer block too. Bounded by this kernel's own progress:
-// nothing outside the cluster is waited for.
+// Bounded by this kernel's own progress: nothing outside the cluster is waited for.
 __device__ inline void WaitBarrier(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"

@@ -183,18 +183,24 @@ class Problem {
     return Download<std::uint16_t>(y.as<void>(), x_.size());
   }
 
-  std::vector<double> Reference() const {
-    std::vector<double> y(num_rows() * c_.hidden), middle(c_.intermediate);
+  // With `quantized`, rows are rounded as the Hopper kernel's fp8 scheme rounds them.
+  std::vector<double> Reference(bool quantized) const {
+    std::vector<double> y(num_rows() * c_.hidden);
     for (std::size_t e = 0; e < c_.rows.size(); ++e) {
       for (std::int64_t r = offsets_[e]; r < offsets_[e + 1]; ++r) {
-        std::vector<float> row(c_.hidden);
-        ConvertToFloat(DataType::kBf16, x_.data() + r * c_.hidden, row.data(), row.size());
+        std::vector<double> row, middle;
+        for (std::int64_t i = 0; i < c_.hidden; ++i) {
+          row.push_back(Bf16ToFloat(x_[r * c_.hidden + i]));
+        }
+        if (quantized) Quantize(&row);
         for (std::int64_t i = 0; i < c_.intermediate; ++i) {
           const double gate = Dot(gate_[e], i, row);
-          middle[i] = gate / (1.0 + std::exp(-gate)) * Dot(up_[e], i, row);
+          middle.push_back(gate / (1.0 + std::exp(-gate)) * Dot(up_[e], i, row));
         }
-        for (std::int64_t h = 0; h < c_.hidden; ++h)
+        if (quantized) Quantize(&middle);
+        for (std::int64_t h = 0; h < c_.hidden; ++h) {
           y[r * c_.hidden + h] = Dot(down_[e], h, middle);
+        }
       }
     }
     return y;
@@ -228,11 +234,27 @@ class Problem {
     ASSERT_EQ(cudaGraphDestroy(graph), cudaSuccess);
   }
 
-  template <typename T>
-  static double Dot(const Tensor& t, std::int64_t row, const std::vector<T>& with) {
+  // To bf16, then to e4m3 with one scale for every 128 columns.
+  static void Quantize(std::vector<double>* row) {
+    for (std::size_t begin = 0; begin < row->size(); begin += 128) {
+      const std::size_t end = std::min(row->size(), begin + 128);
+      float largest = 1e-30f;
+      for (std::size_t i = begin; i < end; ++i) {
+        (*row)[i] = Bf16ToFloat(FloatToBf16(static_cast<float>((*row)[i])));
+        largest = std::max(largest, std::abs(static_cast<float>((*row)[i])));
+      }
+      const float scale = largest / 448.0f;
+      for (std::size_t i = begin; i < end; ++i) {
+        const float scaled = static_cast<float>((*row)[i]) * (1.0f / scale);
+        (*row)[i] = Fp8E4m3ToFloat(FloatToFp8E4m3(scaled)) * scale;
+      }
+    }
+  }
+
+  static double Dot(const Tensor& t, std::int64_t row, const std::vector<double>& with) {
     const float* w = t.values.data() + row * with.size();
     double sum = 0.0;
-    for (std::size_t i = 0; i < with.size(); ++i) sum += static_cast<double>(w[i]) * with[i];
+    for (std::size_t i = 0; i < with.size(); ++i) sum += w[i] * with[i];
     return sum;
   }
 
@@ -245,10 +267,20 @@ class Problem {
   std::vector<std::uint16_t> x_;
 };
 
-// The largest relative L2 error of a row; infinite where anything is no number.
-double WorstRow(const std::vector<std::uint16_t>& y, const std::vector<double>& reference,
+struct Errors {
+  double worst_row = 0.0;  // relative L2 error
+  double all = 0.0;        // of all rows together
+};
+
+// Infinite where anything is no number.
+Errors ErrorsOf(const std::vector<std::uint16_t>& y, const std::vector<double>& reference,
                 std::int64_t hidden) {
-  double worst = 0.0;
+  const auto relative = [](double error, double norm) {
+    const double e = error == 0.0 ? 0.0 : std::sqrt(error / norm);
+    return std::isfinite(e) ? e : HUGE_VAL;
+  };
+  Errors errors;
+  double all_error = 0.0, all_norm = 0.0;
   for (std::size_t r = 0; r < reference.size() / hidden; ++r) {
     double error = 0.0, norm = 0.0;
     for (std::size_t i = r * hidden; i < (r + 1) * hidden; ++i) {
@@ -256,17 +288,24 @@ double WorstRow(const std::vector<std::uint16_t>& y, const std::vector<double>& 
       error += difference * difference;
       norm += reference[i] * reference[i];
     }
-    const double relative = std::sqrt(error / norm);
-    worst = std::isfinite(relative) ? std::max(worst, relative) : HUGE_VAL;
+    errors.worst_row = std::max(errors.worst_row, relative(error, norm));
+    all_error += error;
+    all_norm += norm;
   }
-  return worst;
+  errors.all = relative(all_error, all_norm);
+  return errors;
 }
 
-// bf16: x and the result are rounded, and what is between the products: each costs 2e-3 or less,
-// measured together at most 4e-3. fp8: rows are rounded to three bits of mantissa twice.
-double Limit(const Case& c, FfnKernel kernel) {
-  return c.held == DataType::kFp8E4m3 && kernel == FfnKernel::kHopper ? 6e-2 : 6e-3;
-}
+// Rounding of what is between the products, of the result, and (portable fp8) of the weights.
+constexpr double kLimit = 6.5e-3;
+constexpr double kRowLimit = 1e-2;
+// Where a value between the products lies near the middle of two e4m3 numbers, fp32 and fp64 round
+// it apart, by up to an eighth of it; in a row that it dominates that is seen.
+constexpr double kFp8RowLimit = 0.1;
+// What three bits of mantissa cost: 2.4e-2 of the rows, which both factors of SwiGLU bear, and as
+// much again between the products. Of few rows the mean strays.
+constexpr double kFp8Limit = 4.7e-2;
+constexpr std::int64_t kFewRows = 100;
 
 class CudaExpertFfnTest : public testing::TestWithParam<std::tuple<Case, FfnKernel>> {
  protected:
@@ -283,9 +322,19 @@ TEST_P(CudaExpertFfnTest, ResultIsTheReferencesAndTheSameEachTime) {
   Problem problem(c);
   const std::vector<std::uint16_t> y = problem.Run(kernel);
   ASSERT_EQ(y.size(), static_cast<std::size_t>(problem.max_rows() * c.hidden));
-  const double worst = WorstRow(y, problem.Reference(), c.hidden);
-  EXPECT_LE(worst, Limit(c, kernel));
-  RecordProperty("worst_row", std::to_string(worst));
+  const bool quantized = c.held == DataType::kFp8E4m3 && kernel == FfnKernel::kHopper;
+  const Errors errors = ErrorsOf(y, problem.Reference(quantized), c.hidden);
+  RecordProperty("worst_row", std::to_string(errors.worst_row));
+  RecordProperty("all_rows", std::to_string(errors.all));
+  EXPECT_LE(errors.worst_row, quantized ? kFp8RowLimit : kRowLimit);
+  EXPECT_LE(errors.all, kLimit);
+  if (quantized) {
+    const Errors rounding = ErrorsOf(y, problem.Reference(false), c.hidden);
+    RecordProperty("all_rows_unquantized", std::to_string(rounding.all));
+    if (problem.num_rows() >= kFewRows) {
+      EXPECT_LE(rounding.all, kFp8Limit);
+    }
+  }
   EXPECT_TRUE(std::all_of(y.begin() + problem.num_rows() * c.hidden, y.end(),
                           [](std::uint16_t bits) { return bits == 0xffff; }))
       << "a row past the last was written";
