@@ -10,8 +10,9 @@ namespace {
 std::uint64_t CeilDiv(std::uint64_t value, std::uint64_t by) { return (value + by - 1) / by; }
 
 absl::Status CheckDimension(const char* name, std::int64_t value) {
-  // The kernels count an expert's rows and columns in 32 bits.
   constexpr std::int64_t kLargest = 1 << 20;
+  static_assert(kMaxFfnExperts * 2 * kLargest <= INT32_MAX,
+                "the kernels count the weight rows of all experts in 32 bits");
   if (value < kFfnGranularity || value > kLargest || value % kFfnGranularity != 0) {
     return absl::InvalidArgumentError(absl::StrCat("expert ffn: ", name, " ", value,
                                                    " is no multiple of ", kFfnGranularity, " in [",
@@ -32,13 +33,6 @@ absl::Status CheckFfnShape(const CudaFfnShape& shape) {
   if (!hidden.ok()) return hidden;
   const absl::Status intermediate = CheckDimension("intermediate", shape.intermediate);
   if (!intermediate.ok()) return intermediate;
-  // One tensor map covers all experts, and counts their rows in 32 bits.
-  if (shape.num_local_experts * std::max(2 * shape.intermediate, shape.hidden) > INT32_MAX) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("expert ffn: num_local_experts ", shape.num_local_experts, " of hidden ",
-                     shape.hidden, " and intermediate ", shape.intermediate,
-                     " exceed 2147483647 rows of weights; spread the experts over more workers"));
-  }
   if (shape.weights != DataType::kBf16 && shape.weights != DataType::kFp8E4m3) {
     return absl::InvalidArgumentError(absl::StrCat("expert ffn: weights ",
                                                    std::string(DataTypeName(shape.weights)),
