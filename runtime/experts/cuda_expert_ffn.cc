@@ -183,7 +183,7 @@ class HopperExpertFfn final : public CudaExpertFfn {
                                static_cast<std::uint64_t>(args.max_rows), kHopperRowBox,
                                &rows_map));
     EPS_RETURN_IF_ERROR(Encode(args.weights, static_cast<std::uint64_t>(args.k), weight_rows,
-                               HopperWeightBox(config_.shape.weights), &weights_map));
+                               kHopperWeightBox, &weights_map));
     return LaunchHopperFfn(config_.shape.weights, down, args, rows_map, weights_map, num_blocks_,
                            stream);
   }

@@ -41,12 +41,12 @@ class FfnTileWalk {
 
   // False when there are no more.
   __device__ bool Next(FfnTile* tile) {
-    while (next_ >= first_ + count_) {
+    while (next_ >= count_) {
       if (expert_ + 1 >= num_experts_) return false;
-      first_ += count_;
+      next_ -= count_;
       Open(expert_ + 1);
     }
-    int i = static_cast<int>(next_ - first_);
+    int i = next_;
     next_ += num_clusters_;
     tile->expert = expert_;
     tile->end = end_;
@@ -88,8 +88,9 @@ class FfnTileWalk {
   const int column_tiles_;
   const int num_clusters_;
   const int block_;
-  std::int64_t next_;       // this cluster's next tile, counted over all experts
-  std::int64_t first_ = 0;  // of the open expert
+  // This cluster's next tile, counted from the open expert's first. 32 bits do: the result of 2^31
+  // tiles would fill terabytes.
+  int next_;
   int expert_ = 0;
   int begin_ = 0;
   int end_ = 0;

@@ -30,24 +30,21 @@ constexpr int kStoreBytes = 16 * 128;  // a warp's 16 rows of 64 columns, on the
 constexpr int kCopyRegisters = 40;
 constexpr int kMathRegisters = 232;
 
+constexpr int kTileColumns = 2 * kHopperWeightBox;
+constexpr int kWeightHalf = kHopperWeightBox * kStageK;  // bytes
+constexpr int kStageBytes = kRowsBytes + 2 * kWeightHalf;
+constexpr int kStages = 4;
+constexpr int kStoreOffset = kStages * kStageBytes;
+constexpr int kBarrierOffset = kStoreOffset + kMathWarps * kStoreBytes;
+constexpr int kSharedBytes = kBarrierOffset + 2 * kStages * 8;
+static_assert(kSharedBytes <= 227 * 1024);
+constexpr int kAccumulators = kTileColumns / 2;  // a thread's, of 64 rows by 128 threads
+
+// Elements of K in a stage.
 template <DataType kWeights>
-struct Shape {
-  static constexpr bool kFp8 = kWeights == DataType::kFp8E4m3;
-  // fp8 needs a second set of accumulators, for the promoted sums: half the columns.
-  static constexpr int kTileColumns = 2 * HopperWeightBox(kWeights);
-  static constexpr int kAccumulators = kTileColumns / 2;  // a thread's
-  static constexpr int kElements = kFp8 ? 128 : 64;       // of K in a stage
-  static constexpr int kWeightBytes = kTileColumns * kStageK;
-  static constexpr int kStageBytes = kRowsBytes + kWeightBytes;
-  static constexpr int kStages = kFp8 ? 6 : 4;
-  static constexpr int kStoreOffset = kStages * kStageBytes;
-  static constexpr int kBarrierOffset = kStoreOffset + kMathWarps * kStoreBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + 2 * kStages * 8;
-  static_assert(kSharedBytes <= 227 * 1024);
-};
+constexpr int kElements = kWeights == DataType::kFp8E4m3 ? kStageK : kStageK / 2;
 
 // A place in the ring, and how often the ring has gone round.
-template <int kStages>
 struct RingPosition {
   int stage = 0;
   std::uint32_t parity = 0;
@@ -59,24 +56,20 @@ struct RingPosition {
 };
 
 // Shared memory of one block, by address.
-template <DataType kWeights>
 struct Ring {
-  using S = Shape<kWeights>;
   std::uint32_t base;
-  __device__ std::uint32_t rows(int stage) const { return base + stage * S::kStageBytes; }
+  __device__ std::uint32_t rows(int stage) const { return base + stage * kStageBytes; }
   __device__ std::uint32_t weights(int stage) const { return rows(stage) + kRowsBytes; }
   __device__ std::uint32_t store(int warp) const {
-    return base + S::kStoreOffset + warp * kStoreBytes;
+    return base + kStoreOffset + warp * kStoreBytes;
   }
-  __device__ std::uint32_t full(int stage) const { return base + S::kBarrierOffset + stage * 8; }
-  __device__ std::uint32_t empty(int stage) const { return full(S::kStages + stage); }
+  __device__ std::uint32_t full(int stage) const { return base + kBarrierOffset + stage * 8; }
+  __device__ std::uint32_t empty(int stage) const { return full(kStages + stage); }
 };
 
-template <DataType kWeights>
-using TileWalk = FfnTileWalk<kTileRows, Shape<kWeights>::kTileColumns, kClusterBlocks>;
+using TileWalk = FfnTileWalk<kTileRows, kTileColumns, kClusterBlocks>;
 
-template <DataType kWeights>
-__device__ TileWalk<kWeights> WalkTiles(const FfnProductArgs& args, int block) {
+__device__ TileWalk WalkTiles(const FfnProductArgs& args, int block) {
   return {args.expert_offset,
           args.num_experts,
           args.max_rows,
@@ -90,31 +83,30 @@ __device__ TileWalk<kWeights> WalkTiles(const FfnProductArgs& args, int block) {
 // cluster have read may be overwritten, in both.
 template <DataType kWeights>
 __device__ void CopyTiles(const FfnProductArgs& args, const CUtensorMap* a, const CUtensorMap* w,
-                          const Ring<kWeights>& ring) {
-  using S = Shape<kWeights>;
-  constexpr int kWeightBox = S::kTileColumns / 2;
-  constexpr int kHalf = S::kWeightBytes / 2;
+                          const Ring& ring) {
   const int block = static_cast<int>(ClusterRank());
-  TileWalk<kWeights> walk = WalkTiles<kWeights>(args, block);
-  RingPosition<S::kStages> at;
+  TileWalk walk = WalkTiles(args, block);
+  RingPosition at;
   FfnTile tile;
   while (walk.Next(&tile)) {
     const int row_boxes = tile.end - tile.row > kHopperRowBox ? 2 : 1;
     const int weight_row = tile.expert * args.weight_rows + tile.column;
-    const std::uint32_t bytes = row_boxes * kBoxBytes + S::kWeightBytes;
-    for (int k = 0; k < args.k; k += S::kElements, at.Advance()) {
+    const std::uint32_t bytes = row_boxes * kBoxBytes + 2 * kWeightHalf;
+#pragma unroll 1
+    for (int k = 0; k < args.k; k += kElements<kWeights>, at.Advance()) {
       WaitBarrier(ring.empty(at.stage), at.parity ^ 1);
       const std::uint32_t full = ring.full(at.stage);
       const std::uint32_t rows = ring.rows(at.stage);
       const std::uint32_t weights = ring.weights(at.stage);
       ArriveExpectBytes(full, bytes);
       if (tile.same_weight) {
-        CopyBoxToBoth(weights + block * kHalf, w, k, weight_row + block * kWeightBox, full);
+        CopyBoxToBoth(weights + block * kWeightHalf, w, k, weight_row + block * kHopperWeightBox,
+                      full);
         CopyBox(rows, a, k, tile.row, full);
         if (row_boxes == 2) CopyBox(rows + kBoxBytes, a, k, tile.row + kHopperRowBox, full);
       } else {
         CopyBox(weights, w, k, weight_row, full);
-        CopyBox(weights + kHalf, w, k, weight_row + kWeightBox, full);
+        CopyBox(weights + kWeightHalf, w, k, weight_row + kHopperWeightBox, full);
         if (block < row_boxes) {
           CopyBoxToBoth(rows + block * kBoxBytes, a, k, tile.row + block * kHopperRowBox, full);
         }
@@ -124,8 +116,7 @@ __device__ void CopyTiles(const FfnProductArgs& args, const CUtensorMap* a, cons
 }
 
 // Tells both blocks' copying threads that this warp has read the stage.
-template <DataType kWeights>
-__device__ void Release(const Ring<kWeights>& ring, int stage) {
+__device__ void Release(const Ring& ring, int stage) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if (lane < kClusterBlocks) ArriveInCluster(ring.empty(stage), lane);
 }
@@ -149,12 +140,10 @@ __device__ void MultiplyStage(float (&d)[kCount], std::uint32_t rows, std::uint3
   WgmmaCommit();
 }
 
-template <int kStages, int kCount>
-__device__ void AccumulateBf16(const Ring<DataType::kBf16>& ring, int group, int k_end,
-                               RingPosition<kStages>* at, float (&d)[kCount]) {
-  constexpr int kElements = Shape<DataType::kBf16>::kElements;
+__device__ void AccumulateBf16(const Ring& ring, int group, int k_end, RingPosition* at,
+                               float (&d)[kAccumulators]) {
   int before = 0;
-  for (int k = 0; k < k_end; k += kElements, at->Advance()) {
+  for (int k = 0; k < k_end; k += kElements<DataType::kBf16>, at->Advance()) {
     WaitBarrier(ring.full(at->stage), at->parity);
     MultiplyStage<DataType::kBf16>(d, ring.rows(at->stage) + group * kBoxBytes,
                                    ring.weights(at->stage), k == 0);
@@ -169,8 +158,8 @@ __device__ void AccumulateBf16(const Ring<DataType::kBf16>& ring, int group, int
   Release(ring, before);
 }
 
-// The scales that one thread's accumulators of a stage take: of its two rows, and of the weights
-// (where gate and up are interleaved, each has its own).
+// The scales that one thread's accumulators of a stage take: of its two rows, and of the tile's two
+// blocks of weights, which are gate's and up's, or the two halves of down's columns.
 struct StageScales {
   float row[2];
   float weight[2];
@@ -184,23 +173,20 @@ class ScaleReader {
         k_blocks_((args.k + 127) / 128),
         row_(args.row_scales + min(row, args.max_rows - 1)),
         row8_(args.row_scales + min(row + 8, args.max_rows - 1)) {
-    // A tile is 128 weight rows, which is one block of down's, or half a block of gate's and up's.
-    constexpr int kBlockRows = kProduct == FfnProduct::kGateUp ? 256 : 128;
-    constexpr int kParts = kProduct == FfnProduct::kGateUp ? 2 : 1;
-    const int blocks = (args.weight_rows + kBlockRows - 1) / kBlockRows;
-    const int block = min(tile.column / kBlockRows, blocks - 1);
-    weight_ = args.weight_scales +
-              static_cast<std::int64_t>(tile.expert * blocks + block) * kParts * k_blocks_;
+    // A tile past the last block's columns is not written: any scale will do.
+    const int block_pairs = (args.weight_rows + 255) / 256;
+    const int blocks =
+        kProduct == FfnProduct::kGateUp ? 2 * block_pairs : (args.weight_rows + 127) / 128;
+    const int first = min(tile.column / 128, blocks - 1);
+    const int second = min(tile.column / 128 + 1, blocks - 1);
+    const std::int64_t expert = static_cast<std::int64_t>(tile.expert) * blocks;
+    weight_[0] = args.weight_scales + (expert + first) * k_blocks_;
+    weight_[1] = args.weight_scales + (expert + second) * k_blocks_;
   }
   __device__ StageScales Read(int k_block) const {
-    StageScales s;
     const std::int64_t to = static_cast<std::int64_t>(k_block) * max_rows_;
-    s.row[0] = __ldg(row_ + to);
-    s.row[1] = __ldg(row8_ + to);
-    s.weight[0] = __ldg(weight_ + k_block);
-    s.weight[1] =
-        kProduct == FfnProduct::kGateUp ? __ldg(weight_ + k_blocks_ + k_block) : s.weight[0];
-    return s;
+    return {{__ldg(row_ + to), __ldg(row8_ + to)},
+            {__ldg(weight_[0] + k_block), __ldg(weight_[1] + k_block)}};
   }
   __device__ int k_blocks() const { return k_blocks_; }
 
@@ -209,39 +195,46 @@ class ScaleReader {
   const int k_blocks_;
   const float* const row_;
   const float* const row8_;
-  const float* weight_;
+  const float* weight_[2];
 };
 
-// One stage: d += a * b^T, scaled. `scales` are the stage's, and become those of two stages on: the
-// reads take longer than a stage's products.
-template <FfnProduct kProduct, int kStages, int kCount>
-__device__ void AccumulateStageFp8(const Ring<DataType::kFp8E4m3>& ring, int group,
-                                   const ScaleReader<kProduct>& reader, int k_block,
-                                   StageScales* scales, RingPosition<kStages>* at,
-                                   float (&d)[kCount]) {
-  float part[kCount];
+// One stage: d += a * b^T, scaled; half the columns at a time, for want of registers. `scales` are
+// the stage's, and become those of two stages on: the reads take longer than a stage's products.
+template <FfnProduct kProduct>
+__device__ void AccumulateStageFp8(const Ring& ring, int group, const ScaleReader<kProduct>& reader,
+                                   int k_block, StageScales* scales, RingPosition* at,
+                                   float (&d)[kAccumulators]) {
+  const StageScales& s = *scales;
   WaitBarrier(ring.full(at->stage), at->parity);
-  FenceAccumulators(part);
-  MultiplyStage<DataType::kFp8E4m3>(part, ring.rows(at->stage) + group * kBoxBytes,
-                                    ring.weights(at->stage), true);
-  const StageScales s = *scales;
-  const float scale[2][2] = {{s.row[0] * s.weight[0], s.row[1] * s.weight[0]},
-                             {s.row[0] * s.weight[1], s.row[1] * s.weight[1]}};
-  if (k_block + 2 < reader.k_blocks()) *scales = reader.Read(k_block + 2);
-  WgmmaWait<0>();
-  FenceAccumulators(part);
-  Release(ring, at->stage);
-  at->Advance();
+  float scale[2][2];  // of the blocks of weights, of the rows
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) d[i] += part[i] * scale[i / 4 % 2][i / 2 % 2];
+  for (int half = 0; half < 2; ++half) {
+    float part[kAccumulators / 2];
+    FenceAccumulators(part);
+    MultiplyStage<DataType::kFp8E4m3>(part, ring.rows(at->stage) + group * kBoxBytes,
+                                      ring.weights(at->stage) + half * kWeightHalf, true);
+    if (half == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = s.weight[i / 2] * s.row[i % 2];
+      if (k_block + 2 < reader.k_blocks()) *scales = reader.Read(k_block + 2);
+    }
+    WgmmaWait<0>();
+    FenceAccumulators(part);
+    if (half == 1) Release(ring, at->stage);
+#pragma unroll
+    for (int i = 0; i < kAccumulators / 2; ++i) {
+      const int block = kProduct == FfnProduct::kGateUp ? i / 4 % 2 : half;
+      d[half * kAccumulators / 2 + i] += part[i] * scale[block][i / 2 % 2];
+    }
+  }
+  at->Advance();
 }
 
-template <FfnProduct kProduct, int kStages, int kCount>
-__device__ void AccumulateFp8(const Ring<DataType::kFp8E4m3>& ring, int group,
-                              const ScaleReader<kProduct>& reader, RingPosition<kStages>* at,
-                              float (&d)[kCount]) {
+template <FfnProduct kProduct>
+__device__ void AccumulateFp8(const Ring& ring, int group, const ScaleReader<kProduct>& reader,
+                              RingPosition* at, float (&d)[kAccumulators]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) d[i] = 0.0f;
+  for (int i = 0; i < kAccumulators; ++i) d[i] = 0.0f;
   const int k_blocks = reader.k_blocks();
   // Two sets, by name: one that moved to the other's place would be waited for.
   StageScales even = reader.Read(0);
@@ -253,8 +246,8 @@ __device__ void AccumulateFp8(const Ring<DataType::kFp8E4m3>& ring, int group,
 }
 
 // What 8 columns of out get, of this thread's row (half 0) or the one 8 below it (half 1).
-template <FfnProduct kProduct, int kCount>
-__device__ std::uint32_t OutputPair(const float (&d)[kCount], int columns8, int half) {
+template <FfnProduct kProduct>
+__device__ std::uint32_t OutputPair(const float (&d)[kAccumulators], int columns8, int half) {
   if constexpr (kProduct == FfnProduct::kGateUp) {
     const int i = columns8 * 8 + half * 2;  // gate's; up's are the next 8 columns'
     return PackBf16(SwiGlu(d[i], d[i + 4]), SwiGlu(d[i + 1], d[i + 5]));
@@ -266,10 +259,10 @@ __device__ std::uint32_t OutputPair(const float (&d)[kCount], int columns8, int 
 
 // Writes a warp's 16 rows, 64 columns at a time: through shared memory, so that a row's 128 bytes
 // leave together. Chunks of 16 bytes are swizzled against bank conflicts.
-template <FfnProduct kProduct, int kCount>
-__device__ void StoreTile(const float (&d)[kCount], const FfnProductArgs& args, std::uint32_t store,
-                          int row, int end, int column) {
-  constexpr int kOutColumns8 = kCount / (kProduct == FfnProduct::kGateUp ? 8 : 4);
+template <FfnProduct kProduct>
+__device__ void StoreTile(const float (&d)[kAccumulators], const FfnProductArgs& args,
+                          std::uint32_t store, int row, int end, int column) {
+  constexpr int kOutColumns8 = kAccumulators / (kProduct == FfnProduct::kGateUp ? 8 : 4);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int to_row = lane % 16;
   auto* const out = static_cast<uint4*>(args.out);
@@ -305,24 +298,23 @@ __device__ void StoreTile(const float (&d)[kCount], const FfnProductArgs& args, 
 
 // A warpgroup's work: 64 rows of every tile of this block.
 template <DataType kWeights, FfnProduct kProduct>
-__device__ void MultiplyTiles(const FfnProductArgs& args, const Ring<kWeights>& ring) {
-  using S = Shape<kWeights>;
+__device__ void MultiplyTiles(const FfnProductArgs& args, const Ring& ring) {
   const int group = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   const int warp = static_cast<int>(threadIdx.x) / 32 - 4;  // of the 8 that multiply
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  TileWalk<kWeights> walk = WalkTiles<kWeights>(args, static_cast<int>(ClusterRank()));
-  RingPosition<S::kStages> at;
+  TileWalk walk = WalkTiles(args, static_cast<int>(ClusterRank()));
+  RingPosition at;
   FfnTile tile;
   while (walk.Next(&tile)) {
     const int row = tile.row + warp * 16;  // of the warp
     if (tile.row + group * kHopperRowBox >= tile.end) {
-      for (int k = 0; k < args.k; k += S::kElements, at.Advance()) {
+      for (int k = 0; k < args.k; k += kElements<kWeights>, at.Advance()) {
         WaitBarrier(ring.full(at.stage), at.parity);
         Release(ring, at.stage);
       }
       continue;
     }
-    float d[S::kAccumulators];
+    float d[kAccumulators];
     if constexpr (kWeights == DataType::kBf16) {
       AccumulateBf16(ring, group, args.k, &at, d);
     } else {
@@ -337,13 +329,12 @@ template <DataType kWeights, FfnProduct kProduct>
 __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     HopperFfnKernel(const __grid_constant__ FfnProductArgs args,
                     const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap w) {
-  using S = Shape<kWeights>;
   extern __shared__ __align__(1024) std::byte shared[];
-  const Ring<kWeights> ring{SharedAddress(shared)};
+  const Ring ring{SharedAddress(shared)};
   if (threadIdx.x == 0) {
     PrefetchTensorMap(&a);
     PrefetchTensorMap(&w);
-    for (int stage = 0; stage < S::kStages; ++stage) {
+    for (int stage = 0; stage < kStages; ++stage) {
       InitBarrier(ring.full(stage), 1);
       InitBarrier(ring.empty(stage), kClusterBlocks * kMathWarps);
     }
@@ -363,7 +354,7 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kThread
 
 template <DataType kWeights, FfnProduct kProduct>
 absl::StatusOr<int> Prepare() {
-  constexpr int kBytes = Shape<kWeights>::kSharedBytes;
+  constexpr int kBytes = kSharedBytes;
   const auto kernel = HopperFfnKernel<kWeights, kProduct>;
   EPS_CUDA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
@@ -384,7 +375,7 @@ absl::StatusOr<int> Prepare() {
 template <DataType kWeights>
 absl::Status Launch(bool down, const FfnProductArgs& args, const CUtensorMap& a,
                     const CUtensorMap& w, int num_blocks, cudaStream_t stream) {
-  constexpr int kBytes = Shape<kWeights>::kSharedBytes;
+  constexpr int kBytes = kSharedBytes;
   if (down) {
     HopperFfnKernel<kWeights, FfnProduct::kDown>
         <<<num_blocks, kThreads, kBytes, stream>>>(args, a, w);

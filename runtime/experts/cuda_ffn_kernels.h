@@ -32,9 +32,9 @@ struct FfnProductArgs {
   const void* weights = nullptr;  // [E_local, N, K]
 };
 
-// Rows are copied by boxes of 64, weights by half a tile's rows: kHopperWeightBox.
+// Rows are copied by boxes of 64, weights by boxes of 128 rows.
 inline constexpr int kHopperRowBox = 64;
-constexpr int HopperWeightBox(DataType weights) { return weights == DataType::kBf16 ? 128 : 64; }
+inline constexpr int kHopperWeightBox = 128;
 
 // Blocks that fill the device. Raises the kernels' limits of shared memory.
 absl::StatusOr<int> PrepareHopperFfn(DataType weights);
