@@ -268,7 +268,7 @@ class Problem {
 };
 
 struct Errors {
-  double worst_row = 0.0;  // relative L2 error
+  double worst_row = 0.0;  // L2 error of a row, relative to its norm, or to the mean's if larger
   double all = 0.0;        // of all rows together
 };
 
@@ -279,25 +279,25 @@ Errors ErrorsOf(const std::vector<std::uint16_t>& y, const std::vector<double>& 
     const double e = error == 0.0 ? 0.0 : std::sqrt(error / norm);
     return std::isfinite(e) ? e : HUGE_VAL;
   };
-  Errors errors;
-  double all_error = 0.0, all_norm = 0.0;
-  for (std::size_t r = 0; r < reference.size() / hidden; ++r) {
-    double error = 0.0, norm = 0.0;
-    for (std::size_t i = r * hidden; i < (r + 1) * hidden; ++i) {
-      const double difference = Bf16ToFloat(y[i]) - reference[i];
-      error += difference * difference;
-      norm += reference[i] * reference[i];
-    }
-    errors.worst_row = std::max(errors.worst_row, relative(error, norm));
-    all_error += error;
-    all_norm += norm;
+  const std::size_t rows = reference.size() / hidden;
+  std::vector<double> error(rows, 0.0), norm(rows, 0.0);
+  for (std::size_t i = 0; i < reference.size(); ++i) {
+    const double difference = Bf16ToFloat(y[i]) - reference[i];
+    error[i / hidden] += difference * difference;
+    norm[i / hidden] += reference[i] * reference[i];
   }
-  errors.all = relative(all_error, all_norm);
+  const double all_norm = std::accumulate(norm.begin(), norm.end(), 0.0);
+  Errors errors;
+  errors.all = relative(std::accumulate(error.begin(), error.end(), 0.0), all_norm);
+  for (std::size_t r = 0; r < rows; ++r) {
+    const double row = relative(error[r], std::max(norm[r], all_norm / static_cast<double>(rows)));
+    errors.worst_row = std::max(errors.worst_row, row);
+  }
   return errors;
 }
 
 // Rounding of what is between the products, of the result, and (portable fp8) of the weights.
-constexpr double kLimit = 6.5e-3;
+constexpr double kLimit = 8e-3;
 constexpr double kRowLimit = 1e-2;
 // Where a value between the products lies near the middle of two e4m3 numbers, fp32 and fp64 round
 // it apart, by up to an eighth of it; in a row that it dominates that is seen.
