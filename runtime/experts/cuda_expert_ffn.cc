@@ -17,9 +17,11 @@ constexpr int kHopperCapability = 9;
 
 // What a call keeps on the device between its kernels, by byte offset.
 struct Workspace {
-  std::uint64_t middle = 0;      // [max_rows, I] bf16: silu(gate) * up
-  std::uint64_t rows = 0;        // [max_rows, max(H, I)] e4m3; fp8 alone
-  std::uint64_t row_scales = 0;  // [ceil(max(H, I) / 128), max_rows] fp32; fp8 alone
+  std::uint64_t middle = 0;  // [max_rows, I] bf16, or e4m3: silu(gate) * up
+  // fp8 alone:
+  std::uint64_t rows = 0;           // [max_rows, H] e4m3
+  std::uint64_t row_scales = 0;     // [ceil(H / 128), max_rows] fp32
+  std::uint64_t middle_scales = 0;  // [ceil(I / 128), max_rows] fp32
   std::uint64_t bytes = 0;
 };
 
@@ -29,15 +31,18 @@ Workspace LayOutWorkspace(const CudaExpertFfnConfig& config) {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   };
   const auto rows = static_cast<std::uint64_t>(config.max_rows);
-  const auto widest =
-      static_cast<std::uint64_t>(std::max(config.shape.hidden, config.shape.intermediate));
+  const auto hidden = static_cast<std::uint64_t>(config.shape.hidden);
+  const auto intermediate = static_cast<std::uint64_t>(config.shape.intermediate);
+  const auto scales = [&](std::uint64_t columns) {
+    return aligned((columns + kFfnFp8Block - 1) / kFfnFp8Block * rows * sizeof(float));
+  };
   Workspace w;
-  w.rows = aligned(rows * static_cast<std::uint64_t>(config.shape.intermediate) * 2);
-  w.row_scales = w.rows;
+  w.rows = aligned(rows * intermediate * 2);
   w.bytes = w.rows;
   if (config.shape.weights == DataType::kFp8E4m3) {
-    w.row_scales += aligned(rows * widest);
-    w.bytes = w.row_scales + aligned((widest + kFfnFp8Block - 1) / kFfnFp8Block * rows * 4);
+    w.row_scales = w.rows + aligned(rows * hidden);
+    w.middle_scales = w.row_scales + scales(hidden);
+    w.bytes = w.middle_scales + scales(intermediate);
   }
   return w;
 }
@@ -147,9 +152,28 @@ class HopperExpertFfn final : public CudaExpertFfn {
   absl::Status Run(const std::byte* layer, const void* x, const std::int32_t* expert_offset,
                    void* y, cudaStream_t stream) override {
     EPS_RETURN_IF_ERROR(CheckPointers(layer, x, expert_offset, y));
-    std::byte* const middle = workspace_.as<std::byte>() + parts_.middle;
-    EPS_RETURN_IF_ERROR(RunProduct(/*down=*/false, layer, x, expert_offset, middle, stream));
-    return RunProduct(/*down=*/true, layer, middle, expert_offset, y, stream);
+    FfnProductArgs first = ProductArgs(config_, layout_, /*down=*/false, layer, expert_offset);
+    FfnProductArgs second = ProductArgs(config_, layout_, /*down=*/true, layer, expert_offset);
+    first.a = x;
+    first.out = At<void>(parts_.middle);
+    second.a = first.out;
+    second.out = y;
+    if (is_fp8()) {
+      const FfnQuantizeArgs quantize = {x,
+                                        At<void>(parts_.rows),
+                                        At<float>(parts_.row_scales),
+                                        expert_offset + first.num_experts,
+                                        first.max_rows,
+                                        first.k};
+      // Eight of these small blocks fit on a multiprocessor, and there are as many as num_blocks_.
+      EPS_RETURN_IF_ERROR(LaunchFfnQuantize(quantize, num_blocks_ * 8, stream));
+      first.a = quantize.out;
+      first.row_scales = quantize.scales;
+      first.out_scales = At<float>(parts_.middle_scales);
+      second.row_scales = first.out_scales;
+    }
+    EPS_RETURN_IF_ERROR(RunProduct(/*down=*/false, first, stream));
+    return RunProduct(/*down=*/true, second, stream);
   }
   std::uint64_t workspace_bytes() const override { return WorkspaceBytes(config_); }
   std::string_view kernel_name() const override {
@@ -159,31 +183,19 @@ class HopperExpertFfn final : public CudaExpertFfn {
  private:
   bool is_fp8() const { return config_.shape.weights == DataType::kFp8E4m3; }
 
-  absl::Status RunProduct(bool down, const std::byte* layer, const void* a,
-                          const std::int32_t* expert_offset, void* out, cudaStream_t stream) {
-    FfnProductArgs args = ProductArgs(config_, layout_, down, layer, expert_offset);
-    args.out = out;
-    if (is_fp8()) {
-      FfnQuantizeArgs quantize;
-      quantize.in = a;
-      quantize.out = workspace_.as<std::byte>() + parts_.rows;
-      quantize.scales = reinterpret_cast<float*>(workspace_.as<std::byte>() + parts_.row_scales);
-      quantize.num_rows = expert_offset + args.num_experts;
-      quantize.max_rows = args.max_rows;
-      quantize.columns = args.k;
-      // Eight of these small blocks fit on a multiprocessor, and there are as many as num_blocks_.
-      EPS_RETURN_IF_ERROR(LaunchFfnQuantize(quantize, num_blocks_ * 8, stream));
-      args.row_scales = quantize.scales;
-      a = quantize.out;
-    }
+  template <typename T>
+  T* At(std::uint64_t offset) const {
+    return reinterpret_cast<T*>(workspace_.as<std::byte>() + offset);
+  }
+
+  absl::Status RunProduct(bool down, const FfnProductArgs& args, cudaStream_t stream) const {
+    const auto k = static_cast<std::uint64_t>(args.k);
     const std::uint64_t weight_rows =
         static_cast<std::uint64_t>(args.num_experts) * static_cast<std::uint64_t>(args.weight_rows);
     CUtensorMap rows_map, weights_map;
-    EPS_RETURN_IF_ERROR(Encode(a, static_cast<std::uint64_t>(args.k),
-                               static_cast<std::uint64_t>(args.max_rows), kHopperRowBox,
-                               &rows_map));
-    EPS_RETURN_IF_ERROR(Encode(args.weights, static_cast<std::uint64_t>(args.k), weight_rows,
-                               kHopperWeightBox, &weights_map));
+    EPS_RETURN_IF_ERROR(
+        Encode(args.a, k, static_cast<std::uint64_t>(args.max_rows), kHopperRowBox, &rows_map));
+    EPS_RETURN_IF_ERROR(Encode(args.weights, k, weight_rows, kHopperWeightBox, &weights_map));
     return LaunchHopperFfn(config_.shape.weights, down, args, rows_map, weights_map, num_blocks_,
                            stream);
   }

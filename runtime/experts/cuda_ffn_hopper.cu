@@ -8,6 +8,8 @@
 //
 // A tile may run past its expert's last row: what is read there changes nothing, and is not
 // written. A warpgroup without rows multiplies nothing.
+#include <cuda_fp8.h>
+
 #include "absl/strings/str_cat.h"
 #include "runtime/base/cuda_status.h"
 #include "runtime/experts/cuda_ffn_device.cuh"
@@ -257,15 +259,37 @@ __device__ std::uint32_t OutputPair(const float (&d)[kAccumulators], int columns
   }
 }
 
+// A warp's 16 rows of 128 bytes, from shared memory to their place, 16 bytes a lane. Chunks of 16
+// bytes lie there swizzled against bank conflicts.
+__device__ void CopyOut(const FfnProductArgs& args, std::uint32_t store, int row, int end,
+                        int column, int element_bytes) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int to_column = column + lane % 8 * (16 / element_bytes);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int from_row = i * 4 + lane / 8;
+    const int chunk = lane % 8 ^ (from_row & 7);
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(store + from_row * 128 + chunk * 16)
+                 : "memory");
+    if (row + from_row < end && to_column < args.out_columns) {
+      const std::int64_t element =
+          static_cast<std::int64_t>(row + from_row) * args.out_columns + to_column;
+      static_cast<uint4*>(args.out)[element * element_bytes / 16] = v;
+    }
+  }
+}
+
 // Writes a warp's 16 rows, 64 columns at a time: through shared memory, so that a row's 128 bytes
-// leave together. Chunks of 16 bytes are swizzled against bank conflicts.
+// leave together.
 template <FfnProduct kProduct>
 __device__ void StoreTile(const float (&d)[kAccumulators], const FfnProductArgs& args,
                           std::uint32_t store, int row, int end, int column) {
   constexpr int kOutColumns8 = kAccumulators / (kProduct == FfnProduct::kGateUp ? 8 : 4);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int to_row = lane % 16;
-  auto* const out = static_cast<uint4*>(args.out);
 #pragma unroll
   for (int pass = 0; pass < kOutColumns8 / 8; ++pass) {
 #pragma unroll
@@ -278,22 +302,58 @@ __device__ void StoreTile(const float (&d)[kAccumulators], const FfnProductArgs&
       StoreMatrices(store + to_row * 128 + chunk * 16, matrices);
     }
     __syncwarp();
-    const int to_column = column + pass * 64 + lane % 8 * 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int from_row = i * 4 + lane / 8;
-      const int chunk = lane % 8 ^ (from_row & 7);
-      uint4 v;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "r"(store + from_row * 128 + chunk * 16)
-                   : "memory");
-      if (row + from_row < end && to_column < args.out_columns) {
-        out[(static_cast<std::int64_t>(row + from_row) * args.out_columns + to_column) / 8] = v;
-      }
-    }
+    CopyOut(args, store, row, end, column + pass * 64, 2);
     __syncwarp();
   }
+}
+
+// What comes between the fp8 products: SwiGLU, cast to e4m3 with one scale a row, for a tile is as
+// wide as a scale's 128 columns. Writes a warp's 16 rows, as StoreTile does.
+__device__ void StoreQuantizedTile(float (&d)[kAccumulators], const FfnProductArgs& args,
+                                   std::uint32_t store, int row, int end, int column) {
+  constexpr int kOutColumns8 = kAccumulators / 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kOutColumns8; ++c) {
+      float* const v = d + c * 8 + half * 2;  // gate's; up's are the next 8 columns'
+      v[0] = SwiGlu(v[0], v[4]);
+      v[1] = SwiGlu(v[1], v[5]);
+      // Columns past the last are another expert's weights' work.
+      if (column + c * 8 < args.out_columns) {
+        largest = fmaxf(largest, fmaxf(fabsf(v[0]), fabsf(v[1])));
+      }
+    }
+    // Four lanes share a row.
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    const float scale = Fp8Scale(largest);
+    inverse[half] = 1.0f / scale;
+    const int to_row = row + half * 8 + lane / 4;
+    // A cluster's last tile of columns may lie past them all.
+    if (lane % 4 == 0 && to_row < end && column < args.out_columns) {
+      args.out_scales[static_cast<std::int64_t>(column / 128) * args.max_rows + to_row] = scale;
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int c = 0; c < kOutColumns8; ++c) {
+      const float* const v = d + c * 8 + half * 2;
+      const std::uint16_t pair = __nv_cvt_float2_to_fp8x2(
+          make_float2(v[0] * inverse[half], v[1] * inverse[half]), __NV_SATFINITE, __NV_E4M3);
+      const int to_row = half * 8 + lane / 4;
+      const int chunk = c / 2 ^ (to_row & 7);
+      const std::uint32_t to = store + to_row * 128 + chunk * 16 + c % 2 * 8 + lane % 4 * 2;
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(pair) : "memory");
+    }
+  }
+  __syncwarp();
+  CopyOut(args, store, row, end, column, 1);
+  __syncwarp();
 }
 
 // A warpgroup's work: 64 rows of every tile of this block.
@@ -321,7 +381,11 @@ __device__ void MultiplyTiles(const FfnProductArgs& args, const Ring& ring) {
       AccumulateFp8(ring, group, ScaleReader<kProduct>(args, tile, row + lane / 4), &at, d);
     }
     const int column = kProduct == FfnProduct::kGateUp ? tile.column / 2 : tile.column;
-    StoreTile<kProduct>(d, args, ring.store(warp), row, tile.end, column);
+    if constexpr (kWeights == DataType::kFp8E4m3 && kProduct == FfnProduct::kGateUp) {
+      StoreQuantizedTile(d, args, ring.store(warp), row, tile.end, column);
+    } else {
+      StoreTile<kProduct>(d, args, ring.store(warp), row, tile.end, column);
+    }
   }
 }
 

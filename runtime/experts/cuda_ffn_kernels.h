@@ -23,13 +23,15 @@ struct FfnProductArgs {
   int weight_rows = 0;  // N of one expert: 2 * I (interleaved) or H
   int k = 0;            // H or I
   int out_columns = 0;  // I or H
-  void* out = nullptr;  // [max_rows, out_columns] bf16
+  // bf16; but e4m3 are a of hopper's fp8 products, and out of the first of them.
+  const void* a = nullptr;        // [max_rows, K]
+  const void* weights = nullptr;  // [E_local, N, K]
+  void* out = nullptr;            // [max_rows, out_columns]
   // fp8 weights alone:
   const float* weight_scales = nullptr;  // as cuda_ffn_weights.h has them
-  const float* row_scales = nullptr;     // [ceil(K / 128), max_rows]; hopper alone
-  // portable alone:
-  const void* a = nullptr;        // [max_rows, K] bf16
-  const void* weights = nullptr;  // [E_local, N, K]
+  // e4m3 rows alone, one for each row and 128 columns:
+  const float* row_scales = nullptr;  // [ceil(K / 128), max_rows]
+  float* out_scales = nullptr;        // [ceil(out_columns / 128), max_rows]
 };
 
 // Rows are copied by boxes of 64, weights by boxes of 128 rows.

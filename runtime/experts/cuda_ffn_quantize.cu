@@ -3,6 +3,7 @@
 #include <cuda_fp8.h>
 
 #include "runtime/base/cuda_status.h"
+#include "runtime/experts/cuda_ffn_device.cuh"
 #include "runtime/experts/cuda_ffn_kernels.h"
 
 namespace epserve::runtime {
@@ -13,7 +14,6 @@ constexpr int kLanes = 16;  // that share a block of columns
 constexpr int kVector = 8;  // elements a lane
 constexpr int kBlock = kLanes * kVector;
 static_assert(kBlock == 128, "the weights' scales are of 128 columns too");
-constexpr float kLargestFp8 = 448.0f;
 
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(const FfnQuantizeArgs args) {
   const int rows = min(*args.num_rows, args.max_rows);
@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(const FfnQuantizeArgs
     for (int to = kLanes / 2; to > 0; to /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, to));
     }
-    // Below this the scale's reciprocal would overflow; such values round to 0.
-    const float scale = fmaxf(largest, 1e-30f) / kLargestFp8;
+    const float scale = Fp8Scale(largest);
     const float inverse = 1.0f / scale;
     uint2 out;
     auto* bytes = reinterpret_cast<__nv_fp8x2_storage_t*>(&out);

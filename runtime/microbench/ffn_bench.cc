@@ -48,8 +48,8 @@ class FfnBench {
     EPS_RETURN_IF_ERROR(Open());
     EPS_RETURN_IF_ERROR(MakeLayers());
     EPS_RETURN_IF_ERROR(Verify());
-    EPS_ASSIGN_OR_RETURN(report_.ffn, Time(params_.iterations, [this](int i) { return Once(i); }));
-    EPS_RETURN_IF_ERROR(TimeBaselines());
+    EPS_RETURN_IF_ERROR(TimeProducts());
+    EPS_RETURN_IF_ERROR(TimeCopy(std::min(params_.iterations, kBaselineIterations)));
     return report_;
   }
 
@@ -158,27 +158,38 @@ class FfnBench {
                      offset_buffer_.as<std::int32_t>(), y_.as<void>(), stream_.get());
   }
 
-  // Everything is enqueued at once, so that the host's part is not measured.
-  absl::StatusOr<Percentiles> Time(int iterations, const std::function<absl::Status(int)>& once) {
-    std::deque<EventPair> events(static_cast<std::size_t>(iterations));
-    for (EventPair& e : events) EPS_RETURN_IF_ERROR(e.Create());
-    for (int i = 0; i < params_.warmup; ++i) EPS_RETURN_IF_ERROR(once(i));
-    for (int i = 0; i < iterations; ++i) {
-      EPS_RETURN_IF_ERROR(events[static_cast<std::size_t>(i)].RecordBegin(stream_.get()));
-      EPS_RETURN_IF_ERROR(once(params_.warmup + i));
-      EPS_RETURN_IF_ERROR(events[static_cast<std::size_t>(i)].RecordEnd(stream_.get()));
+  using Work = std::function<absl::Status(int iteration)>;
+
+  // Everything is enqueued at once, so that the host's part is not measured. Where there are
+  // several, they take turns: the clocks, which follow the chip's power, are the same for all.
+  absl::StatusOr<std::vector<Percentiles>> Time(int iterations, const std::vector<Work>& works) {
+    std::vector<std::deque<EventPair>> events(works.size());
+    for (auto& of_work : events) {
+      for (int i = 0; i < iterations; ++i) EPS_RETURN_IF_ERROR(of_work.emplace_back().Create());
+    }
+    for (int i = -params_.warmup; i < iterations; ++i) {
+      for (std::size_t w = 0; w < works.size(); ++w) {
+        EventPair* pair = i < 0 ? nullptr : &events[w][static_cast<std::size_t>(i)];
+        if (pair != nullptr) EPS_RETURN_IF_ERROR(pair->RecordBegin(stream_.get()));
+        EPS_RETURN_IF_ERROR(works[w](params_.warmup + i));
+        if (pair != nullptr) EPS_RETURN_IF_ERROR(pair->RecordEnd(stream_.get()));
+      }
     }
     EPS_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_.get()));
-    std::vector<double> samples;
-    for (const EventPair& e : events) {
-      EPS_ASSIGN_OR_RETURN(const double us, e.ElapsedUs());
-      samples.push_back(us);
+    std::vector<Percentiles> times;
+    for (const auto& of_work : events) {
+      std::vector<double> samples;
+      for (const EventPair& e : of_work) {
+        EPS_ASSIGN_OR_RETURN(const double us, e.ElapsedUs());
+        samples.push_back(us);
+      }
+      times.push_back(PercentilesOf(std::move(samples)));
     }
-    return PercentilesOf(std::move(samples));
+    return times;
   }
 
-  absl::Status TimeBaselines() {
-    const int iterations = std::min(params_.iterations, kBaselineIterations);
+  // The feed-forward and cuBLAS's dense products in turn; then cuBLAS's grouped ones.
+  absl::Status TimeProducts() {
     EPS_ASSIGN_OR_RETURN(const auto cublas, CublasBaselines::Create(stream_.get()));
     const std::int64_t widest = std::max(2 * params_.intermediate, params_.hidden);
     EPS_ASSIGN_OR_RETURN(DeviceBuffer middle,
@@ -204,21 +215,25 @@ class FfnBench {
                                 params_.hidden};
     const BenchProduct second = {middle.as<void>(), static_cast<const std::byte*>(weights) + down,
                                  out.as<void>(), params_.hidden, params_.intermediate};
-    EPS_ASSIGN_OR_RETURN(const Percentiles dense, Time(iterations, [&](int) -> absl::Status {
-                           EPS_RETURN_IF_ERROR(cublas->EnqueueDense(first, params_.rows));
-                           return cublas->EnqueueDense(second, params_.rows);
-                         }));
-    report_.dense_us = dense.p50_us;
-    if (!is_fp8()) {
-      EPS_RETURN_IF_ERROR(cublas->PrepareGrouped(first, offsets_));
-      EPS_RETURN_IF_ERROR(cublas->PrepareGrouped(second, offsets_));
-      EPS_ASSIGN_OR_RETURN(const Percentiles grouped, Time(iterations, [&](int) -> absl::Status {
-                             EPS_RETURN_IF_ERROR(cublas->EnqueueGrouped(0));
-                             return cublas->EnqueueGrouped(1);
-                           }));
-      report_.grouped_us = grouped.p50_us;
-    }
-    return TimeCopy(iterations);
+    const Work dense = [&](int) -> absl::Status {
+      EPS_RETURN_IF_ERROR(cublas->EnqueueDense(first, params_.rows));
+      return cublas->EnqueueDense(second, params_.rows);
+    };
+    EPS_ASSIGN_OR_RETURN(const auto times,
+                         Time(params_.iterations, {[this](int i) { return Once(i); }, dense}));
+    report_.ffn = times[0];
+    report_.dense_us = times[1].p50_us;
+    if (is_fp8()) return absl::OkStatus();
+    EPS_RETURN_IF_ERROR(cublas->PrepareGrouped(first, offsets_));
+    EPS_RETURN_IF_ERROR(cublas->PrepareGrouped(second, offsets_));
+    const Work grouped = [&](int) -> absl::Status {
+      EPS_RETURN_IF_ERROR(cublas->EnqueueGrouped(0));
+      return cublas->EnqueueGrouped(1);
+    };
+    EPS_ASSIGN_OR_RETURN(const auto grouped_times,
+                         Time(std::min(params_.iterations, kBaselineIterations), {grouped}));
+    report_.grouped_us = grouped_times[0].p50_us;
+    return absl::OkStatus();
   }
 
   absl::Status TimeCopy(int iterations) {
@@ -226,13 +241,13 @@ class FfnBench {
     EPS_ASSIGN_OR_RETURN(DeviceBuffer to, DeviceBuffer::Create(kCopyBytes));
     EPS_RETURN_IF_ERROR(LaunchFillRandom(
         {from.as<void>(), DataType::kBf16, kCopyBytes / 2, SeedOf(0), 1.0f}, stream_.get()));
-    EPS_ASSIGN_OR_RETURN(
-        const Percentiles copy, Time(iterations, [&](int) -> absl::Status {
-          EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to.as<void>(), from.as<void>(), kCopyBytes,
-                                                   cudaMemcpyDeviceToDevice, stream_.get()));
-          return absl::OkStatus();
-        }));
-    report_.copy_gbps = 2.0 * static_cast<double>(kCopyBytes) / copy.p50_us / 1e3;
+    const Work copy = [&](int) -> absl::Status {
+      EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to.as<void>(), from.as<void>(), kCopyBytes,
+                                               cudaMemcpyDeviceToDevice, stream_.get()));
+      return absl::OkStatus();
+    };
+    EPS_ASSIGN_OR_RETURN(const auto times, Time(iterations, {copy}));
+    report_.copy_gbps = 2.0 * static_cast<double>(kCopyBytes) / times[0].p50_us / 1e3;
     return absl::OkStatus();
   }
 
