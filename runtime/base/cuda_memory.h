@@ -19,6 +19,8 @@ class DeviceBuffer {
     DeviceBuffer buffer;
     EPS_CUDA_RETURN_IF_ERROR(cudaMalloc(&buffer.data_, bytes > 0 ? bytes : 1));
     EPS_CUDA_RETURN_IF_ERROR(cudaMemset(buffer.data_, 0, bytes));
+    // cudaMemset returns early, and streams of the non-blocking kind do not wait for it.
+    EPS_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(cudaStreamLegacy));
     return buffer;
   }
   DeviceBuffer() = default;

@@ -1,6 +1,9 @@
+#include <cuda_fp8.h>
+
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/base/cuda_status.h"
+#include "runtime/microbench/bench_random.h"
 #include "runtime/microbench/cuda_bench_kernels.h"
 
 namespace epserve::runtime {
@@ -53,6 +56,16 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+template <typename Element>
+__global__ void __launch_bounds__(256) FillRandomKernel(const FillRandomArgs args) {
+  auto* const out = static_cast<Element*>(args.out);
+  const std::uint64_t stride = static_cast<std::uint64_t>(gridDim.x) * blockDim.x;
+  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < args.count; i += stride) {
+    out[i] = static_cast<Element>(RandomUnit(args.seed, i) * args.amplitude);
+  }
+}
+
 }  // namespace
 
 absl::Status LaunchPlainPush(const PlainPushArgs& args, int num_blocks, cudaStream_t stream) {
@@ -77,6 +90,27 @@ absl::Status LaunchStandInExperts(const StandInExpertsArgs& args, cudaStream_t s
       return absl::InvalidArgumentError(absl::StrCat("stand-in experts: dtype ",
                                                      std::string(DataTypeName(args.dtype)),
                                                      " is none of fp32, fp16, bf16"));
+  }
+  EPS_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+  return absl::OkStatus();
+}
+
+absl::Status LaunchFillRandom(const FillRandomArgs& args, cudaStream_t stream) {
+  constexpr int kBlocks = 132 * 8;
+  switch (args.dtype) {
+    case DataType::kBf16:
+      FillRandomKernel<__nv_bfloat16><<<kBlocks, 256, 0, stream>>>(args);
+      break;
+    case DataType::kFp32:
+      FillRandomKernel<float><<<kBlocks, 256, 0, stream>>>(args);
+      break;
+    case DataType::kFp8E4m3:
+      FillRandomKernel<__nv_fp8_e4m3><<<kBlocks, 256, 0, stream>>>(args);
+      break;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat("fill random: dtype ",
+                                                     std::string(DataTypeName(args.dtype)),
+                                                     " is none of bf16, fp32, fp8"));
   }
   EPS_CUDA_RETURN_IF_ERROR(cudaGetLastError());
   return absl::OkStatus();

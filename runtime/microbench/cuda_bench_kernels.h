@@ -1,5 +1,6 @@
 // What the benchmark runs on GPUs beside the exchange itself: the plain push that is the copy
-// limit, and the stand-in for the experts. Launchers enqueue on `stream` and return.
+// limit, the stand-in for the experts, and random numbers. Launchers enqueue on `stream` and
+// return.
 #ifndef EPSERVE_RUNTIME_MICROBENCH_CUDA_BENCH_KERNELS_H_
 #define EPSERVE_RUNTIME_MICROBENCH_CUDA_BENCH_KERNELS_H_
 
@@ -36,6 +37,17 @@ struct StandInExpertsArgs {
 
 // Expert e multiplies its rows by 1 + e / E, as RunStandInExperts does on the host.
 absl::Status LaunchStandInExperts(const StandInExpertsArgs& args, cudaStream_t stream);
+
+struct FillRandomArgs {
+  void* out;       // [count] dtype
+  DataType dtype;  // bf16, fp32 or fp8
+  std::uint64_t count;
+  std::uint64_t seed;
+  float amplitude;
+};
+
+// Element i becomes RandomUnit(seed, i) * amplitude, rounded.
+absl::Status LaunchFillRandom(const FillRandomArgs& args, cudaStream_t stream);
 
 }  // namespace epserve::runtime
 

@@ -109,6 +109,73 @@ void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
       ->envname("EPSERVE_JSON");
 }
 
+void AddFfnShape(CLI::App* app, FfnBenchParams* p) {
+  app->add_option("--rows", p->rows, "Rows of all experts together")
+      ->envname("EPSERVE_ROWS")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  app->add_option("--experts", p->experts, "Experts on this GPU")
+      ->envname("EPSERVE_EXPERTS")
+      ->check(CLI::Range(1, 512))
+      ->capture_default_str();
+  app->add_option("--hidden", p->hidden, "Elements of a row, a multiple of 16")
+      ->envname("EPSERVE_HIDDEN")
+      ->check(CLI::Range(16, 1 << 20))
+      ->capture_default_str();
+  app->add_option("--intermediate", p->intermediate,
+                  "Elements of a row between the products, a multiple of 16")
+      ->envname("EPSERVE_INTERMEDIATE")
+      ->check(CLI::Range(16, 1 << 20))
+      ->capture_default_str();
+}
+
+void AddFfn(CLI::App* app, MicrobenchOptions* options) {
+  FfnBenchParams* p = &options->ffn;
+  AddFfnShape(app, p);
+  app->add_option_function<std::string>(
+         "--weights",
+         [p](const std::string& name) {
+           p->weights = name == "fp8" ? DataType::kFp8E4m3 : DataType::kBf16;
+         },
+         "Type that weights are held in")
+      ->envname("EPSERVE_WEIGHTS")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->default_str("bf16");
+  app->add_option_function<std::string>(
+         "--distribution",
+         [p](const std::string& name) {
+           p->distribution = name == "skewed" ? RowDistribution::kSkewed : RowDistribution::kEven;
+         },
+         "Rows of each expert: the same, or as 1, 1/2, 1/3 and so on")
+      ->envname("EPSERVE_DISTRIBUTION")
+      ->check(CLI::IsMember({"even", "skewed"}))
+      ->default_str("even");
+  app->add_option_function<std::string>(
+         "--kernel",
+         [p](const std::string& name) {
+           p->kernel = name == "hopper"     ? FfnKernelChoice::kHopper
+                       : name == "portable" ? FfnKernelChoice::kPortable
+                                            : FfnKernelChoice::kAuto;
+         },
+         "Kernel; auto takes the best that the GPU has")
+      ->envname("EPSERVE_KERNEL")
+      ->check(CLI::IsMember({"auto", "hopper", "portable"}))
+      ->default_str("auto");
+  app->add_option("--iterations", p->iterations, "Measured iterations")
+      ->envname("EPSERVE_ITERATIONS")
+      ->check(CLI::Range(1, 100'000))
+      ->capture_default_str();
+  app->add_option("--warmup", p->warmup, "Iterations before the measured ones")
+      ->envname("EPSERVE_WARMUP")
+      ->check(CLI::Range(0, 100'000))
+      ->capture_default_str();
+  app->add_option("--seed", p->seed, "Seed of rows and weights")
+      ->envname("EPSERVE_SEED")
+      ->capture_default_str();
+  app->add_flag("--json", options->json, "Print one JSON object instead of a table")
+      ->envname("EPSERVE_JSON");
+}
+
 }  // namespace
 
 std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, int* exit_code) {
@@ -121,6 +188,9 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
       "Dispatch and combine under random routing, beside plain copies of the same "
       "bytes. Every flag can also be given as environment variable EPSERVE_<FLAG>");
   AddAllToAllV(alltoallv, &options);
+  CLI::App* ffn = app.add_subcommand(
+      "ffn", "The experts' feed-forward on a GPU, beside cuBLAS's products and a plain copy");
+  AddFfn(ffn, &options);
   // Started by the program itself only, so it stands in no help.
   CLI::App* rank = app.add_subcommand("alltoallv-rank", "One rank of alltoallv")->group("");
   rank->add_option("--rank", options.rank)->required();
@@ -136,12 +206,16 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
     *exit_code = EXIT_SUCCESS;
     return std::nullopt;
   } catch (const CLI::ParseError& error) {
+    const char* command = ffn->parsed()                   ? "ffn "
+                          : app.get_subcommands().empty() ? ""
+                                                          : "alltoallv ";
     std::fprintf(stderr, "epserve-microbench: options: %s; see epserve-microbench %s--help\n",
-                 error.what(), app.get_subcommands().empty() ? "" : "alltoallv ");
+                 error.what(), command);
     *exit_code = kUsageExitCode;
     return std::nullopt;
   }
   options.is_rank = rank->parsed();
+  options.is_ffn = ffn->parsed();
   return options;
 }
 

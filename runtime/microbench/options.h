@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "runtime/microbench/coordination.h"
+#include "runtime/microbench/ffn_report.h"
 
 namespace epserve::runtime {
 
@@ -13,6 +14,8 @@ inline constexpr int kUsageExitCode = 2;
 
 struct MicrobenchOptions {
   BenchParams params;
+  bool is_ffn = false;  // ffn, with these parameters; else alltoallv
+  FfnBenchParams ffn;
   bool json = false;
   // Set in the processes that the program starts of itself, one a rank.
   bool is_rank = false;

@@ -22,7 +22,7 @@ PROGRAMS = {
     "epserve-coordinator": [],
     "epserve-worker": [],
     "epserve": ["up", "infer", "verify", "bench", "status", "drain", "make-checkpoint"],
-    "epserve-microbench": ["alltoallv"],
+    "epserve-microbench": ["alltoallv", "ffn"],
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')

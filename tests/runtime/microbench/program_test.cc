@@ -86,10 +86,27 @@ TEST(MicrobenchProgramTest, BadArgumentsAreRefusedWithExitCode2) {
   for (const char* arguments :
        {"", "nothing", "alltoallv --ranks=0", "alltoallv --ranks=65", "alltoallv --dtype=int8",
         "alltoallv --tokens=x", "alltoallv --topk=17", "alltoallv --unknown=1",
-        "alltoallv --topk=8 --experts=7"}) {
+        "alltoallv --topk=8 --experts=7", "ffn --rows=0", "ffn --experts=513", "ffn --weights=fp32",
+        "ffn --distribution=odd", "ffn --kernel=fast", "ffn --unknown=1"}) {
     const Outcome outcome = RunProgram(arguments);
     EXPECT_EQ(outcome.exit_code, 2) << arguments;
     EXPECT_THAT(outcome.output, StartsWith("epserve-microbench: ")) << arguments;
+  }
+}
+
+TEST(MicrobenchProgramTest, FeedForwardWithoutAGpuIsRefusedOrElseMeasured) {
+  const Outcome outcome =
+      RunProgram("ffn --rows=100 --experts=3 --hidden=64 --intermediate=32 --iterations=3 --json");
+  if (outcome.exit_code == 0) {
+    const auto json = nlohmann::json::parse(outcome.output, nullptr, /*allow_exceptions=*/false);
+    ASSERT_TRUE(json.is_object()) << outcome.output;
+    for (const char* key : {"ffn_us_p50", "ffn_us_p99", "tflops", "weight_gbps", "dense_tflops",
+                            "copy_gbps", "relative_error"}) {
+      EXPECT_GT(json[key].get<double>(), 0.0) << key;
+    }
+  } else {
+    EXPECT_EQ(outcome.exit_code, 1);
+    EXPECT_THAT(outcome.output, StartsWith("epserve-microbench: UNAVAILABLE: ffn: "));
   }
 }
 
