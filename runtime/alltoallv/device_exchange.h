@@ -20,12 +20,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "runtime/alltoallv/cuda_layout.h"
 #include "runtime/base/dtype.h"
 #include "runtime/routing/count_matrix.h"
 
 namespace epserve::runtime {
-
-enum class RowPayload { kCopy, kFp8 };  // kFp8: bf16 rows are cast to e4m3 with a scale per 128
 
 // One rank's tokens, in device memory.
 struct CudaTokens {
