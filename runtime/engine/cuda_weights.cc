@@ -90,10 +90,10 @@ class Loader {
     EPS_ASSIGN_OR_RETURN(const PinnedBuffer staging, PinnedBuffer::Create(staging_bytes));
     for (std::size_t i = next_++; i < parts_.size() && !Failed(); i = next_++) {
       const absl::Status status = ReadOne(parts_[i], staging, stream.get());
-      // The staging memory is the device's until the stream has run, also where a later step failed.
-      const absl::Status synchronised =
-          CudaStatus(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize", __FILE__,
-                     __LINE__);
+      // The staging memory is the device's until the stream has run, also where a later step
+      // failed.
+      const absl::Status synchronised = CudaStatus(cudaStreamSynchronize(stream.get()),
+                                                   "cudaStreamSynchronize", __FILE__, __LINE__);
       EPS_RETURN_IF_ERROR(status);
       EPS_RETURN_IF_ERROR(synchronised);
     }
@@ -104,8 +104,8 @@ class Loader {
     const Checkpoint::StoredMatrix stored = Describe(part);
     std::byte* const data = staging.as<std::byte>();
     std::byte* const scales = data + StagingBytes({stored.dtype, stored.bytes, 0});
-    EPS_RETURN_IF_ERROR(checkpoint_.ReadStored(part.layer, first_ + part.local_expert, part.matrix,
-                                               data, scales));
+    EPS_RETURN_IF_ERROR(
+        checkpoint_.ReadStored(part.layer, first_ + part.local_expert, part.matrix, data, scales));
     CheckpointTensor tensor;
     tensor.data = data;
     tensor.dtype = stored.dtype;
@@ -165,8 +165,7 @@ CudaFfnShape CudaWeights::ShapeOf(const Checkpoint& checkpoint, std::int64_t num
 
 std::uint64_t CudaWeights::PlanBytes(const Checkpoint& checkpoint, std::int64_t num_experts) {
   if (num_experts == 0) return 0;
-  return checkpoint.info().layers.size() *
-         LayOutFfnWeights(ShapeOf(checkpoint, num_experts)).bytes;
+  return checkpoint.info().layers.size() * LayOutFfnWeights(ShapeOf(checkpoint, num_experts)).bytes;
 }
 
 absl::StatusOr<CudaWeights> CudaWeights::Load(const Checkpoint& checkpoint, std::int64_t first,

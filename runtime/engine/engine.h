@@ -40,10 +40,10 @@ enum class HandleChoice {
 
 // Of the cuda backend alone.
 struct CudaOptions {
-  int device = 0;                 // ordinal among the visible ones
-  int comm_blocks = 24;           // blocks of dispatch and of each role of combine, a slot
-  bool fp8_dispatch = false;      // rows are cast to fp8 on their way to the experts
-  std::string handle_dir;         // of the handle sockets; empty: abstract names
+  int device = 0;             // ordinal among the visible ones
+  int comm_blocks = 24;       // blocks of dispatch and of each role of combine, a slot
+  bool fp8_dispatch = false;  // rows are cast to fp8 on their way to the experts
+  std::string handle_dir;     // of the handle sockets; empty: abstract names
   HandleChoice handle_type = HandleChoice::kAuto;
 };
 
@@ -72,11 +72,11 @@ struct DeviceMemory {
 
 struct ShardInput {
   int slot = 0;
-  std::uint64_t sequence = 0;              // batch number in the epoch
-  std::int64_t layer = 0;                  // model layer number
-  DataType dtype = DataType::kFp32;        // kFp32, kFp16, kBf16
-  std::int64_t num_tokens = 0;             // T
-  int topk = 0;                            // K
+  std::uint64_t sequence = 0;        // batch number in the epoch
+  std::int64_t layer = 0;            // model layer number
+  DataType dtype = DataType::kFp32;  // kFp32, kFp16, kBf16
+  std::int64_t num_tokens = 0;       // T
+  int topk = 0;                      // K
   // [T, H] dtype; stays valid until Finish. A device backend takes memory of its device, too.
   const void* hidden = nullptr;
   const std::int32_t* topk_ids = nullptr;  // [T, K], null: the router decides
