@@ -103,8 +103,13 @@ TEST(OptionsTest, WrongValuesAreRefusedNamingTheFlag) {
 }
 
 TEST(OptionsTest, BackendThatIsNotBuiltIsRefusedNamingWhatIs) {
-  ExpectRefused({"--checkpoint=/m", "--backend=cuda"}, "--backend cuda is not in this build");
-  ExpectRefused({"--checkpoint=/m", "--backend=cuda"}, "which has: host");
+  ExpectRefused({"--checkpoint=/m", "--backend=tpu"}, "--backend");
+  ExpectRefused({"--checkpoint=/m", "--device=-1"}, "--device");
+  ExpectRefused({"--checkpoint=/m", "--local-rank=x"}, "--local-rank");
+  ExpectRefused({"--checkpoint=/m", "--comm-blocks=0"}, "--comm-blocks");
+  ExpectRefused({"--checkpoint=/m", "--dispatch-dtype=fp4"}, "--dispatch-dtype");
+  ExpectRefused({"--checkpoint=/m", "--handle-type=ipc"}, "--handle-type");
+  ExpectRefused({"--checkpoint=/m", "--handle-dir=/nonexistent"}, "--handle-dir");
 }
 
 TEST(OptionsTest, HelpAndVersionAreTexts) {
