@@ -219,6 +219,11 @@ void AddVerify(CLI::App& app, Parsed& parsed) {
   verify->add_option("--layers", parsed.verify_layers, "all, or layer numbers with commas between")
       ->capture_default_str();
   verify->add_option("--seed", options.seed, "Seed of the random batches")->capture_default_str();
+  verify
+      ->add_option("--max-error", options.max_error,
+                   "Largest relative L2 error that is right (default: 1e-5 for fp32, else 1e-2); "
+                   "GPUs compute in bf16, so give 1e-2 there, and 6e-2 with fp8 weights or rows")
+      ->check(CLI::Range(1e-12, 1.0));
   verify->add_flag("--json", options.json, "Print one JSON object instead of a table");
   AddModel(verify, options.model);
   AddServer(verify, options.server, options.timeout_s, options.security);
