@@ -35,6 +35,8 @@ constexpr int kMaxCudaSlots = 24;
 constexpr absl::Duration kOpenTimeout = absl::Seconds(2);
 // What a batch may take on the device beyond its waits for peers, before the GPU is taken to hang.
 constexpr absl::Duration kComputeTimeout = absl::Minutes(1);
+// What is left on the device ends in once its waits have been aborted.
+constexpr absl::Duration kDrainTimeout = absl::Seconds(20);
 constexpr int kMinComputeCapability = 9;
 
 // Before the first CUDA call: queues for all slots' streams, and kernels loaded at start. A kernel
@@ -69,6 +71,7 @@ class CudaEngine final : public EngineBase {
 
   absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
   absl::Status OpenPeers(std::span<const std::string> handles) override;
+  absl::Status UseHostRows(std::span<std::byte> memory) override;
   void SealHeap() override;
   void Abort() override { exchange_.Abort(); }
   void CloseEpoch() override;
@@ -116,6 +119,7 @@ class CudaEngine final : public EngineBase {
   std::vector<std::unique_ptr<CudaSlot>> slots_;
 
   EpochExchange<DeviceExchange> exchange_;
+  PinnedRange host_rows_;  // of the epoch
   // The GPU has not come back: nothing on it may be freed or used again.
   std::atomic<bool> hangs_ = false;
 };
@@ -271,6 +275,12 @@ absl::Status CudaEngine::OpenPeers(std::span<const std::string> handles) {
   return exchange->OpenPeers(handles, kOpenTimeout);
 }
 
+absl::Status CudaEngine::UseHostRows(std::span<std::byte> memory) {
+  EPS_RETURN_IF_ERROR(UseDevice());
+  EPS_ASSIGN_OR_RETURN(host_rows_, PinnedRange::Pin(memory));
+  return absl::OkStatus();
+}
+
 void CudaEngine::SealHeap() {
   if (const auto exchange = exchange_.Peek()) exchange->Seal();
 }
@@ -282,14 +292,15 @@ void CudaEngine::GiveUp(const char* operation, const absl::Status& why) {
 
 void CudaEngine::CloseEpoch() {
   std::shared_ptr<DeviceExchange> exchange = exchange_.Take();
-  if (exchange == nullptr) return;
+  if (exchange == nullptr) return;  // Nothing is on the device.
   exchange->Abort();  // Whatever a failed batch has left on the device ends its waits.
   absl::Status status = UseDevice();
   for (const auto& slot : slots_) {
-    if (status.ok()) status = slot->Drain(BatchTimeout());
+    if (status.ok()) status = slot->Drain(kDrainTimeout);
     slot->Disengage();
     slot->Release();
   }
+  host_rows_ = {};
   if (status.ok()) return;
   GiveUp("close epoch", status);
   // Kernels may still use the heap: it stays for as long as the process does.
@@ -389,7 +400,7 @@ void CudaEngine::Discard(int index) {
   // batches: this rank's epoch is over. The coordinator forms a new one.
   if (slot.engaged()) exchange_.Abort();
   absl::Status status = UseDevice();
-  if (status.ok()) status = slot.Drain(BatchTimeout());
+  if (status.ok()) status = slot.Drain(kDrainTimeout);
   if (!status.ok()) GiveUp("discard", status);
   slot.Disengage();
   slot.Release();
@@ -446,6 +457,14 @@ absl::StatusOr<std::unique_ptr<Engine>> CreateCudaEngine(const EngineOptions& op
   EPS_ASSIGN_OR_RETURN(const cudaDeviceProp device, FindDevice(options.cuda.device));
   EPS_CUDA_RETURN_IF_ERROR(cudaSetDevice(options.cuda.device));
   if (options.cuda.handle_type == HandleChoice::kFabric) EPS_RETURN_IF_ERROR(ProbeFabricHandles());
+  if (!options.cuda.handle_dir.empty()) {
+    EPS_ASSIGN_OR_RETURN(const int reclaimed,
+                         ReclaimStaleSockets(options.cuda.handle_dir, options.cluster_id));
+    if (reclaimed > 0) {
+      LogInfo("stale_sockets_reclaimed",
+              {{"directory", options.cuda.handle_dir}, {"count", reclaimed}});
+    }
+  }
   EPS_ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint,
                        Checkpoint::Open(options.checkpoint_dir));
   auto engine = std::make_unique<CudaEngine>(options, std::move(checkpoint), device);

@@ -16,12 +16,23 @@ constexpr std::int64_t kBf16Bytes = 2;
 constexpr std::int64_t kWidestBytes = 4;  // of a request's element
 constexpr DeviceExchange::Path kPath = DeviceExchange::Path::kPrefill;
 
+constexpr std::size_t kPartAlignment = 256;
+
 std::int64_t ShardElements(const CudaSlotConfig& config) {
   return config.intake.max_shard_tokens * config.intake.hidden;
 }
 
 std::int64_t ShardPairs(const CudaSlotConfig& config) {
   return config.intake.max_shard_tokens * kMaxTopk;
+}
+
+std::size_t Aligned(std::size_t bytes) {
+  return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+}
+
+std::size_t InputBytes(const CudaSlotConfig& config) {
+  return Aligned(static_cast<std::size_t>(ShardElements(config) * kWidestBytes)) +
+         2 * Aligned(static_cast<std::size_t>(ShardPairs(config)) * 4);
 }
 
 CudaExpertFfnConfig FfnConfig(const CudaSlotConfig& config) {
@@ -55,11 +66,11 @@ CudaSlot::CudaSlot(const CudaSlotConfig& config)
       local_expert_rows_(static_cast<std::size_t>(config.shape.num_local_experts)) {}
 
 std::uint64_t CudaSlot::PlanBytes(const CudaSlotConfig& config) {
-  std::int64_t bytes =
-      ShardElements(config) * (kWidestBytes + 2 * kBf16Bytes) + ShardPairs(config) * 8;
-  if (config.shape.num_local_experts == 0) return static_cast<std::uint64_t>(bytes);
-  bytes += 2 * config.max_rows * config.intake.hidden * kBf16Bytes;
-  return static_cast<std::uint64_t>(bytes) + CudaExpertFfn::WorkspaceBytes(FfnConfig(config));
+  std::uint64_t bytes =
+      InputBytes(config) + static_cast<std::uint64_t>(2 * ShardElements(config) * kBf16Bytes);
+  if (config.shape.num_local_experts == 0) return bytes;
+  bytes += static_cast<std::uint64_t>(2 * config.max_rows * config.intake.hidden * kBf16Bytes);
+  return bytes + CudaExpertFfn::WorkspaceBytes(FfnConfig(config));
 }
 
 absl::StatusOr<std::unique_ptr<CudaSlot>> CudaSlot::Create(const CudaSlotConfig& config) {
@@ -73,13 +84,10 @@ absl::Status CudaSlot::Initialize() {
   EPS_RETURN_IF_ERROR(stream_.Create());
   for (Event& mark : marks_) EPS_RETURN_IF_ERROR(mark.Create());
   const std::int64_t elements = ShardElements(config_);
-  const std::int64_t pairs = ShardPairs(config_);
-  EPS_ASSIGN_OR_RETURN(staging_, PinnedBuffer::Create(elements * kWidestBytes + pairs * 8));
-  EPS_ASSIGN_OR_RETURN(request_rows_, DeviceBuffer::Create(elements * kWidestBytes));
+  EPS_ASSIGN_OR_RETURN(staging_, PinnedBuffer::Create(InputBytes(config_)));
+  EPS_ASSIGN_OR_RETURN(input_, DeviceBuffer::Create(InputBytes(config_)));
   EPS_ASSIGN_OR_RETURN(x_, DeviceBuffer::Create(elements * kBf16Bytes));
   EPS_ASSIGN_OR_RETURN(out_, DeviceBuffer::Create(elements * kBf16Bytes));
-  EPS_ASSIGN_OR_RETURN(topk_ids_, DeviceBuffer::Create(pairs * 4));
-  EPS_ASSIGN_OR_RETURN(topk_weights_, DeviceBuffer::Create(pairs * 4));
   if (config_.shape.num_local_experts == 0) return absl::OkStatus();
   const std::int64_t expert_bytes = config_.max_rows * config_.intake.hidden * kBf16Bytes;
   EPS_ASSIGN_OR_RETURN(expert_inputs_, DeviceBuffer::Create(expert_bytes));
@@ -88,41 +96,40 @@ absl::Status CudaSlot::Initialize() {
   return absl::OkStatus();
 }
 
-// `staging` is used where the device cannot read `from` itself.
-absl::Status CudaSlot::CopyIn(const void* from, std::size_t bytes, void* staging, void* to) {
-  if (bytes == 0) return absl::OkStatus();
-  EPS_ASSIGN_OR_RETURN(const bool pageable, IsPageable(from));
-  if (pageable) {
-    std::memcpy(staging, from, bytes);
-    from = staging;
-  }
-  EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()));
-  return absl::OkStatus();
-}
-
 absl::Status CudaSlot::EnqueueStage() {
   const ShardInput& input = intake().input();
-  auto* const staging = staging_.as<std::byte>();
-  std::byte* const staged_ids = staging + ShardElements(config_) * kWidestBytes;
-  const std::size_t index_bytes = intake().ids().size() * 4;
+  const std::size_t row_bytes = intake().row_bytes();
+  const std::size_t index_bytes = intake().ids().size_bytes();
+  const std::size_t ids_at = Aligned(row_bytes);
+  const std::size_t weights_at = ids_at + Aligned(index_bytes);
+  auto* const device = input_.as<std::byte>();
   const bool converted = input.dtype != DataType::kBf16;
-  EPS_RETURN_IF_ERROR(CopyIn(input.hidden, intake().row_bytes(), staging,
-                             converted ? request_rows_.as<void>() : x_.as<void>()));
-  if (converted) {
-    EPS_RETURN_IF_ERROR(LaunchToBf16(input.dtype, request_rows_.as<void>(), x_.as<void>(),
-                                     input.num_tokens * config_.intake.hidden, stream_.get()));
+  tokens_ = {.x = converted ? x_.as<void>() : input_.as<void>(),
+             .topk_ids = reinterpret_cast<const std::int32_t*>(device + ids_at),
+             .topk_weights = reinterpret_cast<const float*>(device + weights_at),
+             .num_tokens = input.num_tokens,
+             .topk = input.topk,
+             .dtype = DataType::kBf16,
+             .payload = config_.payload};
+  if (input.num_tokens == 0) return absl::OkStatus();
+  auto* const staging = staging_.as<std::byte>();
+  std::memcpy(staging + ids_at, intake().topk_ids(), index_bytes);
+  std::memcpy(staging + weights_at, intake().topk_weights(), index_bytes);
+  EPS_ASSIGN_OR_RETURN(const bool pageable, IsPageable(input.hidden));
+  std::size_t staged_from = ids_at;
+  if (pageable) {
+    std::memcpy(staging, input.hidden, row_bytes);
+    staged_from = 0;
+  } else {
+    EPS_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(device, input.hidden, row_bytes, cudaMemcpyDefault, stream_.get()));
   }
-  EPS_RETURN_IF_ERROR(CopyIn(intake().topk_ids(), index_bytes, staged_ids, topk_ids_.as<void>()));
-  EPS_RETURN_IF_ERROR(CopyIn(intake().topk_weights(), index_bytes,
-                             staged_ids + ShardPairs(config_) * 4, topk_weights_.as<void>()));
-  tokens_.x = x_.as<void>();
-  tokens_.topk_ids = topk_ids_.as<std::int32_t>();
-  tokens_.topk_weights = topk_weights_.as<float>();
-  tokens_.num_tokens = input.num_tokens;
-  tokens_.topk = input.topk;
-  tokens_.dtype = DataType::kBf16;
-  tokens_.payload = config_.payload;
-  return absl::OkStatus();
+  EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device + staged_from, staging + staged_from,
+                                           weights_at + index_bytes - staged_from,
+                                           cudaMemcpyHostToDevice, stream_.get()));
+  if (!converted) return absl::OkStatus();
+  return LaunchToBf16(input.dtype, device, x_.as<void>(), input.num_tokens * config_.intake.hidden,
+                      stream_.get());
 }
 
 absl::Status CudaSlot::EnqueueDispatch(DeviceExchange& exchange, int index,
@@ -161,7 +168,7 @@ absl::Status CudaSlot::EnqueueCombine(DeviceExchange& exchange, int index) {
                                        out_.as<void>(), stream_.get()));
   const ShardInput& input = intake().input();
   if (input.dtype != DataType::kBf16) {
-    EPS_RETURN_IF_ERROR(LaunchFromBf16(input.dtype, out_.as<void>(), request_rows_.as<void>(),
+    EPS_RETURN_IF_ERROR(LaunchFromBf16(input.dtype, out_.as<void>(), input_.as<void>(),
                                        input.num_tokens * config_.intake.hidden, stream_.get()));
   }
   return Mark(kCombineEnd);
@@ -170,7 +177,7 @@ absl::Status CudaSlot::EnqueueCombine(DeviceExchange& exchange, int index) {
 absl::Status CudaSlot::Finish(DeviceExchange& exchange, void* output, absl::Duration timeout) {
   const std::size_t bytes = intake().row_bytes();
   const bool converted = intake().input().dtype != DataType::kBf16;
-  const void* result = converted ? request_rows_.as<void>() : out_.as<void>();
+  const void* result = converted ? input_.as<void>() : out_.as<void>();
   bool pageable = false;
   if (bytes > 0) {
     EPS_ASSIGN_OR_RETURN(pageable, IsPageable(output));

@@ -61,7 +61,6 @@ class CudaSlot final : public ShardSlot {
 
   explicit CudaSlot(const CudaSlotConfig& config);
   absl::Status Initialize();
-  absl::Status CopyIn(const void* from, std::size_t bytes, void* staging, void* to);
   absl::Status Mark(Mark mark) { return marks_[mark].Record(stream_.get()); }
   absl::Status WaitForDone(DeviceExchange* exchange, absl::Duration timeout);
   absl::StatusOr<std::int64_t> ElapsedNs(enum Mark begin, enum Mark end) const;

@@ -119,6 +119,10 @@ class Engine {
   // Creates this rank's heap for `epoch`; returns the handle that the peers open it by.
   virtual absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) = 0;
   virtual absl::Status OpenPeers(std::span<const std::string> handles) = 0;  // [R], by rank
+  // Memory of the host that rows and outputs of this epoch's shards may lie in; it stays until
+  // CloseEpoch. A device backend pins it, and then copies straight from and to it. A failure says
+  // why that is not to be had; batches are served all the same.
+  virtual absl::Status UseHostRows(std::span<std::byte> /*memory*/) { return absl::OkStatus(); }
   // Every peer has opened this heap: takes its name out of the system, so that a crash leaves
   // nothing behind.
   virtual void SealHeap() = 0;

@@ -401,6 +401,11 @@ void Worker::DoCreateHeap() {
   // The lease must be there by the first batch.
   if (stream) stream->HurryHeartbeat();
   absl::StatusOr<std::string> handle = engine_->CreateHeap(epoch);
+  // A GPU that is lost does not come back in this process: whoever started it starts another.
+  if (absl::IsInternal(handle.status())) {
+    Fail(handle.status());
+    return;
+  }
   if (!handle.ok()) {
     EpochFailed(handle.status());
     return;
@@ -411,6 +416,10 @@ void Worker::DoCreateHeap() {
                                            .max_batch_tokens = config_.max_batch_tokens,
                                            .hidden = engine_->model().hidden,
                                            .topk = engine_->model().topk});
+  if (row_arena_ != nullptr) {
+    const absl::Status pinned = engine_->UseHostRows(row_arena_->bytes());
+    if (!pinned.ok()) LogWarning("rows_not_pinned", {{"epoch", epoch}, {"error", pinned}});
+  }
   Report(HeapCreated{
       .epoch = epoch, .handle = *std::move(handle), .row_arena_mapped = row_arena_ != nullptr});
 }
@@ -430,9 +439,9 @@ void Worker::DoOpenPeers() {
 void Worker::DoEndEpoch() {
   executor_->AbortAnyEpoch();
   executor_->Drain();
-  row_arena_ = nullptr;
   lease_.Leave();
   engine_->CloseEpoch();
+  row_arena_ = nullptr;  // Only now: the engine may have used it in place.
 }
 
 void Worker::EpochFailed(const absl::Status& status) {

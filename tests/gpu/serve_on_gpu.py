@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -50,10 +51,10 @@ def check(condition, what):
 class Service:
     """One `epserve up`, its log in a file."""
 
-    def __init__(self, options, directory):
+    def __init__(self, options, directory, name):
         self.bin_dir = pathlib.Path(options.bin_dir)
-        self.ready_file = directory / "ready"
-        self.log_dir = directory / "logs"
+        self.ready_file = directory / f"{name}.ready"
+        self.log_dir = directory / f"{name}.logs"
         self.log_dir.mkdir()
         self.num_workers = options.workers
         self.process = subprocess.Popen(
@@ -77,10 +78,9 @@ class Service:
     def wait_until_ready(self):
         deadline = time.monotonic() + READY_S + 10
         while not self.ready_file.exists():
-            check_alive = self.process.poll()
-            if check_alive is not None or time.monotonic() > deadline:
-                self.show_logs()
-                raise SystemExit(f"FAILED: epserve up is not ready (exit code {check_alive})")
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                raise SystemExit(f"FAILED: epserve up is not ready (exit code {code})")
             time.sleep(0.02)
 
     def run(self, command, *flags, timeout_s=120):
@@ -101,6 +101,18 @@ class Service:
         code, out = self.run("status", "--json")
         return json.loads(out) if code == 0 else None
 
+    def wait_until_serving(self, after_epoch=0):
+        """Seconds until the service serves, in an epoch after `after_epoch`."""
+        started = time.monotonic()
+        while True:
+            state = self.status()
+            waited = time.monotonic() - started
+            if state and state["state"] == "serving" and state["epoch"] > after_epoch:
+                return waited
+            if waited > AGAIN_READY_S:
+                raise SystemExit(f"FAILED: not serving after {waited:.1f} s: {state}")
+            time.sleep(0.02)
+
     def log(self):
         return "".join(path.read_text() for path in sorted(self.log_dir.iterdir()))
 
@@ -115,8 +127,8 @@ class Service:
 
 
 @contextlib.contextmanager
-def serving(options, directory):
-    service = Service(options, directory)
+def serving(options, directory, name):
+    service = Service(options, directory, name)
     try:
         service.wait_until_ready()
         yield service
@@ -166,16 +178,8 @@ def kill_under_load(service):
     time.sleep(2)
     victim = len(before) - 1
     os.kill(before[victim], signal.SIGKILL)
-    killed = time.monotonic()
-    while True:
-        state = service.status()
-        if state and state["state"] == "serving" and state["epoch"] > epoch:
-            break
-        check_time = time.monotonic() - killed
-        if check_time > AGAIN_READY_S:
-            raise SystemExit(f"FAILED: not serving {check_time:.1f} s after the kill: {state}")
-        time.sleep(0.02)
-    print(f"serving again {time.monotonic() - killed:.2f} s after the kill", flush=True)
+    took_s = service.wait_until_serving(after_epoch=epoch)
+    print(f"serving again {took_s:.2f} s after the kill", flush=True)
     out, _ = load.communicate(timeout=60)
     print(f"load over the kill: {out.strip()}", flush=True)
     after = service.worker_pids()
@@ -183,6 +187,58 @@ def kill_under_load(service):
     check(after[:victim] == before[:victim], "no other worker was restarted")
     for pid in after:
         os.kill(pid, 0)
+
+
+def pause_worker(service):
+    """A worker that is slow for a while, within its lease, costs time and no request."""
+    load = service.start("bench", "--tokens=256", "--duration=2", "--concurrency=2", "--json")
+    time.sleep(0.7)
+    slow = service.worker_pids()[-1]
+    os.kill(slow, signal.SIGSTOP)
+    time.sleep(0.4)
+    os.kill(slow, signal.SIGCONT)
+    load.communicate(timeout=60)
+    check(load.returncode == 0, "a peer that is slow for 0.4 s is not taken for dead")
+
+
+def write_request(path, options):
+    """An input file of `epserve infer`: one token of zeros for every expert in turn."""
+    tokens = options.experts
+    ids = [[(t + k) % options.experts for k in range(options.topk)] for t in range(tokens)]
+    parts = [
+        ("hidden_states", "BF16", [tokens, options.hidden], bytes(2 * tokens * options.hidden)),
+        ("topk_ids", "I32", [tokens, options.topk],
+         b"".join(struct.pack("<i", i) for row in ids for i in row)),
+        ("topk_weights", "F32", [tokens, options.topk],
+         struct.pack("<f", 0.5) * (tokens * options.topk)),
+    ]
+    header, at = {}, 0
+    for name, dtype, shape, data in parts:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(part[3] for part in parts))
+
+
+def silent_peer_is_named(options, directory):
+    """Past --peer-timeout-ms the request fails with rank, peer, stage and time; then all is well."""
+    options.up_flag += ["--peer-timeout-ms=300", "--lease-ms=4000"]
+    write_request(directory / "request", options)
+    with serving(options, directory, "impatient") as service:
+        silent = service.worker_pids()[-1]
+        os.kill(silent, signal.SIGSTOP)
+        failed = subprocess.run(
+            [service.bin_dir / "epserve", "infer", f"--server={service.facts()['grpc']}",
+             f"--input={directory / 'request'}", f"--output={directory / 'answer'}"],
+            stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )
+        os.kill(silent, signal.SIGCONT)
+        print(failed.stderr.strip(), flush=True)
+        check(failed.returncode != 0, "a request whose worker is silent fails")
+        wanted = "ms for rank" if options.backend == "cuda" else "rank"
+        check(wanted in failed.stderr, "its error names the stage, the ranks and how long")
+        service.wait_until_serving()
+        verify(service, options, directory)
 
 
 def main():
@@ -207,15 +263,17 @@ def main():
         directory = pathlib.Path(name)
         make_checkpoint(options, directory)
         started = time.monotonic()
-        with serving(options, directory) as service:
+        with serving(options, directory, "first") as service:
             print(f"ready after {time.monotonic() - started:.2f} s", flush=True)
             if options.backend == "cuda":
                 check("handle_type=fd" in service.log(), "the log says which handles are used")
             verify(service, options, directory)
             bench(service, options)
+            pause_worker(service)
             kill_under_load(service)
             verify(service, options, directory)
             check(service.stop() == 0, "epserve up stopped with 0")
+        silent_peer_is_named(options, directory)
     return 0
 
 
