@@ -69,11 +69,12 @@ class CudaSlot final : public ShardSlot {
   const CudaSlotConfig config_;
   Stream stream_;
   std::array<Event, kNumMarks> marks_;
-  PinnedBuffer staging_;                // rows in the request's type, then ids, then weights
-  DeviceBuffer request_rows_;           // [T, H] in the request's type, where that is not bf16
-  DeviceBuffer x_;                      // [T, H] bf16
-  DeviceBuffer topk_ids_;               // [T, K] i32
-  DeviceBuffer topk_weights_;           // [T, K] f32
+  // What came in, in one piece on either side, so that one copy takes it over: rows [T, H] in the
+  // request's type, ids [T, K] i32, weights [T, K] f32, each from a multiple of kPartAlignment. The
+  // output, where it is not bf16, takes the rows' place.
+  PinnedBuffer staging_;
+  DeviceBuffer input_;
+  DeviceBuffer x_;                      // [T, H] bf16, of a request in another type
   DeviceBuffer expert_inputs_;          // [max_rows, H] bf16
   DeviceBuffer expert_rows_;            // [max_rows, H] bf16
   DeviceBuffer out_;                    // [T, H] bf16
