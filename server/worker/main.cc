@@ -58,8 +58,7 @@ absl::StatusOr<AvailableMemory> ReadMemoryOf(const runtime::Engine& engine) {
                          .shm_bytes = std::nullopt};
 }
 
-WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine,
-                        std::string secret) {
+WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine, std::string secret) {
   WorkerConfig config;
   config.coordinator.target = options.coordinator;
   config.coordinator.tls = options.tls;

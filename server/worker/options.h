@@ -24,8 +24,8 @@ struct Options {
   int compute_threads = 1;
   std::int64_t peer_timeout_ms = 30000;
   server::TlsFiles tls;
-  std::string tls_server_name;  // empty: the host of `coordinator`
-  std::string secret_file;      // empty: none
+  std::string tls_server_name;   // empty: the host of `coordinator`
+  std::string secret_file;       // empty: none
   std::string backend = "host";  // auto, host, cuda
   // Of the cuda backend.
   int device = -1;  // -1: local_rank modulo the number of visible GPUs

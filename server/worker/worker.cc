@@ -402,24 +402,15 @@ void Worker::DoCreateHeap() {
   if (stream) stream->HurryHeartbeat();
   absl::StatusOr<std::string> handle = engine_->CreateHeap(epoch);
   // A GPU that is lost does not come back in this process: whoever started it starts another.
-  if (absl::IsInternal(handle.status())) {
-    Fail(handle.status());
-    return;
-  }
-  if (!handle.ok()) {
-    EpochFailed(handle.status());
-    return;
-  }
+  if (absl::IsInternal(handle.status())) return Fail(handle.status());
+  if (!handle.ok()) return EpochFailed(handle.status());
   row_arena_ = MapRowArena(arena_handle_, {.cluster_id = config_.cluster_id,
                                            .epoch = epoch,
                                            .num_slots = config_.num_slots,
                                            .max_batch_tokens = config_.max_batch_tokens,
                                            .hidden = engine_->model().hidden,
                                            .topk = engine_->model().topk});
-  if (row_arena_ != nullptr) {
-    const absl::Status pinned = engine_->UseHostRows(row_arena_->bytes());
-    if (!pinned.ok()) LogWarning("rows_not_pinned", {{"epoch", epoch}, {"error", pinned}});
-  }
+  if (row_arena_ != nullptr) UseRowsInPlace(*row_arena_, *engine_);
   Report(HeapCreated{
       .epoch = epoch, .handle = *std::move(handle), .row_arena_mapped = row_arena_ != nullptr});
 }
@@ -427,10 +418,7 @@ void Worker::DoCreateHeap() {
 void Worker::DoOpenPeers() {
   const std::uint64_t epoch = session_.epoch();
   const absl::Status opened = engine_->OpenPeers(peer_handles_);
-  if (!opened.ok()) {
-    EpochFailed(opened);
-    return;
-  }
+  if (!opened.ok()) return EpochFailed(opened);
   // Before the answer goes out: shards may follow on its heels.
   executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank, row_arena_);
   Report(PeersOpened{.epoch = epoch, .probe_output = probe_output_});

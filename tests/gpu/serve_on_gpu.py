@@ -60,7 +60,8 @@ class Service:
         self.process = subprocess.Popen(
             [
                 self.bin_dir / "epserve", "up", f"--checkpoint={directory / 'model'}",
-                f"--workers={options.workers}", f"--backend={options.backend}", "--listen=127.0.0.1:0",
+                f"--workers={options.workers}", f"--backend={options.backend}",
+                "--listen=127.0.0.1:0",
                 "--metrics-listen=off", f"--cluster-id=gpu-{os.getpid()}",
                 f"--ready-file={self.ready_file}", f"--log-dir={self.log_dir}",
                 f"--ready-timeout={READY_S}", *options.up_flag,
@@ -221,7 +222,7 @@ def write_request(path, options):
 
 
 def silent_peer_is_named(options, directory):
-    """Past --peer-timeout-ms the request fails with rank, peer, stage and time; then all is well."""
+    """Past --peer-timeout-ms the request fails, saying who waited for whom; then all is well."""
     options.up_flag += ["--peer-timeout-ms=300", "--lease-ms=4000"]
     write_request(directory / "request", options)
     with serving(options, directory, "impatient") as service:
