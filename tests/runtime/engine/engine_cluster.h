@@ -50,7 +50,7 @@ class EngineCluster {
   // On as many ranks as the backend's machine has room for, up to `wanted_ranks`.
   EngineCluster(const std::string& checkpoint_dir, int wanted_ranks,
                 std::int64_t max_batch_tokens = 64, int compute_threads = 1,
-                absl::Duration peer_timeout = absl::Seconds(60)) {
+                absl::Duration peer_timeout = absl::Seconds(60), bool fp8_dispatch = false) {
     static int number = 0;
     const int num_ranks = NumTestRanks(wanted_ranks);
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -61,6 +61,7 @@ class EngineCluster {
       options.max_batch_tokens = max_batch_tokens;
       options.compute_threads = compute_threads;
       options.peer_timeout = peer_timeout;
+      options.cuda.fp8_dispatch = fp8_dispatch;
       auto engine = CreateTestEngine(options, rank);
       EXPECT_TRUE(engine.ok()) << engine.status();
       engines_.push_back(*std::move(engine));
