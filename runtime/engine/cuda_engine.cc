@@ -3,7 +3,7 @@
 // One stream a slot. Two slots' kernels may wait for peers at once while a third computes: so
 // waiting kernels may never fill the GPU, and streams may not share a hardware queue, where one
 // slot's waiting kernel would hold up another slot's. The first is seen to by MaxReduceBlocks, the
-// second by PrepareProcess and kMaxCudaSlots.
+// second by PrepareProcess: a process can have 32 queues, and an exchange 16 slots at most.
 #include "runtime/engine/cuda_engine.h"
 
 #include <cuda_runtime_api.h>
@@ -29,8 +29,6 @@
 namespace epserve::runtime {
 namespace {
 
-// Hardware queues that a process can have are 32; some are the loader's and the copies'.
-constexpr int kMaxCudaSlots = 24;
 // A peer's socket answers at once, unless the peer is gone: the epoch is formed anew then.
 constexpr absl::Duration kOpenTimeout = absl::Seconds(2);
 // What a batch may take on the device beyond its waits for peers, before the GPU is taken to hang.
@@ -407,11 +405,6 @@ void CudaEngine::Discard(int index) {
 }
 
 absl::Status CheckOptions(const EngineOptions& options) {
-  if (options.num_slots > kMaxCudaSlots) {
-    return absl::InvalidArgumentError(absl::StrCat("create engine: num_slots ", options.num_slots,
-                                                   " exceeds the cuda backend's ", kMaxCudaSlots,
-                                                   "; lower --slots"));
-  }
   if (options.cuda.comm_blocks < 1 || options.cuda.comm_blocks > 128) {
     return absl::InvalidArgumentError(absl::StrCat(
         "create engine: comm_blocks ", options.cuda.comm_blocks, " is outside [1, 128]"));

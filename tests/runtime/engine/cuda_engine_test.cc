@@ -196,7 +196,7 @@ TEST_F(CudaEngineTest, MissingDeviceIsRefusedNamingHowManyThereAre) {
 TEST_F(CudaEngineTest, WhatDoesNotFitTheDeviceIsRefusedSayingNeededAndFree) {
   EngineOptions options = Options(0);
   options.max_batch_tokens = std::int64_t{1} << 24;
-  options.num_slots = 24;
+  options.num_slots = 16;
   const auto engine = CreateCudaEngine(options);
   ASSERT_TRUE(engine.ok()) << engine.status();
   const absl::Status status = (*engine)->LoadExperts(EvenPlacement(8, 1), 0, nullptr);

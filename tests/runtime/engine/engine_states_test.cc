@@ -74,12 +74,11 @@ TEST_F(EngineStatesTest, BadOptionsOrCheckpointAreRefusedAtCreation) {
   options.num_slots = 0;
   EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
   options = Options();
-  // Each has a number of its own that the other does not look at.
-  if (testing::kCudaBackend) {
-    options.num_slots = 25;
-  } else {
-    options.compute_threads = 0;
-  }
+  options.num_slots = 17;
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
+  if (testing::kCudaBackend) return;  // It has no threads that compute.
+  options = Options();
+  options.compute_threads = 0;
   EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
 }
 
