@@ -65,6 +65,14 @@ constexpr PassThrough kPassThrough[] = {
      false},
     {"--row-transport", "How rows reach the workers: shared or messages (default: shared)", true,
      false},
+    {"--backend", "What computes and moves rows: host, cuda, auto (default: host)", false, true},
+    {"--comm-blocks", "GPU blocks that move rows, per batch (default: the worker's own)", false,
+     true, true},
+    {"--dispatch-dtype", "Form of rows on their way to the experts (cuda): bf16, fp8", false, true},
+    {"--handle-dir", "Directory of the sockets that hand GPU heaps to peers (default: none)", false,
+     true},
+    {"--handle-type", "How GPU heaps are handed to peers: auto, fd, fabric (default: auto)", false,
+     true},
     {"--compute-threads", "Threads per slot of each worker (default: the worker's own)", false,
      true, true},
     {"--peer-timeout-ms", "Longest wait for a peer, milliseconds (default: the worker's own)",
@@ -211,6 +219,11 @@ void AddVerify(CLI::App& app, Parsed& parsed) {
   verify->add_option("--layers", parsed.verify_layers, "all, or layer numbers with commas between")
       ->capture_default_str();
   verify->add_option("--seed", options.seed, "Seed of the random batches")->capture_default_str();
+  verify
+      ->add_option("--max-error", options.max_error,
+                   "Largest relative L2 error that is right (default: 1e-5 for fp32, else 1e-2); "
+                   "GPUs compute in bf16, so give 1e-2 there, and 6e-2 with fp8 weights or rows")
+      ->check(CLI::Range(1e-12, 1.0));
   verify->add_flag("--json", options.json, "Print one JSON object instead of a table");
   AddModel(verify, options.model);
   AddServer(verify, options.server, options.timeout_s, options.security);

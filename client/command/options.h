@@ -54,6 +54,7 @@ struct VerifyOptions {
   std::vector<std::string> dtypes;   // of "fp32", "bf16", "fp16"
   std::vector<std::int64_t> layers;  // Empty: all.
   std::uint64_t seed = 1;
+  double max_error = 0;  // relative L2 of a batch; 0: ErrorLimit of the rows' type
   double timeout_s = 60;
   bool json = false;
 };

@@ -149,7 +149,8 @@ std::vector<std::string> Session::CoordinatorArgv() const {
 std::vector<std::string> Session::WorkerArgv(int index) const {
   std::vector<std::string> argv = {program_dir_ + "/epserve-worker", "--coordinator=" + address_,
                                    "--checkpoint=" + options_.checkpoint_dir,
-                                   "--worker-id=" + WorkerName(index)};
+                                   "--worker-id=" + WorkerName(index),
+                                   absl::StrCat("--local-rank=", index)};
   argv.insert(argv.end(), options_.worker_args.begin(), options_.worker_args.end());
   return argv;
 }

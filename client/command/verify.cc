@@ -59,7 +59,7 @@ class Verifier {
     for (std::size_t i = 0; i < plans.size(); ++i) {
       VerifyRow row;
       row.dtype = options_.dtypes[i];
-      row.limit = ErrorLimit(row.dtype);
+      row.limit = options_.max_error > 0 ? options_.max_error : ErrorLimit(row.dtype);
       for (const Batch& batch : plans[i]) {
         EPC_RETURN_IF_ERROR(Check(batch, row));
         ++done;

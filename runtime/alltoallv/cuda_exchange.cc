@@ -52,6 +52,28 @@ absl::Status Validate(const CudaExchangeConfig& config) {
   return absl::OkStatus();
 }
 
+// FNV-1a over everything that both sides of a mapping must have alike.
+std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& layout) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  const auto add = [&hash](std::int64_t value) {
+    for (int i = 0; i < 8; ++i) {
+      hash = (hash ^ ((static_cast<std::uint64_t>(value) >> (8 * i)) & 0xffu)) * 0x100000001b3u;
+    }
+  };
+  for (const std::int64_t first : config.base.placement.first_expert) add(first);
+  for (const std::int64_t value :
+       {static_cast<std::int64_t>(config.base.num_slots),
+        static_cast<std::int64_t>(config.base.max_topk), config.base.hidden,
+        config.base.max_batch_tokens, config.max_decode_tokens,
+        static_cast<std::int64_t>(config.max_element_bytes),
+        static_cast<std::int64_t>(config.comm_blocks),
+        static_cast<std::int64_t>(config.decode_blocks), layout.bytes,
+        static_cast<std::int64_t>(config.settings_digest)}) {
+    add(value);
+  }
+  return hash;
+}
+
 const char* StageName(std::uint32_t stage) {
   switch (static_cast<WaitStage>(stage)) {
     case WaitStage::kDispatch:
@@ -87,6 +109,18 @@ CudaExchange::CudaExchange(const CudaExchangeConfig& config)
 
 CudaExchange::~CudaExchange() = default;
 
+std::int64_t CudaExchange::DeviceBytes(const CudaExchangeConfig& config) {
+  const CudaHeapLayout layout = MakeCudaHeapLayout(ShapeOf(config));
+  const ExchangeConfig& base = config.base;
+  const std::int64_t shard = MaxShardTokens(base.max_batch_tokens, base.num_ranks);
+  const auto local_bytes = [&](const AreaLayout& area, std::int64_t tokens) {
+    return 4 * (tokens * base.num_ranks + area.row_capacity * base.max_topk +
+                base.placement.num_local_experts(base.rank) + 1);
+  };
+  return layout.bytes + base.num_slots * local_bytes(layout.slot, shard) +
+         local_bytes(layout.decode, config.max_decode_tokens);
+}
+
 std::int64_t CudaExchange::HeapBytes(const CudaExchangeConfig& config) {
   return MakeCudaHeapLayout(ShapeOf(config)).bytes;
 }
@@ -100,7 +134,6 @@ absl::StatusOr<std::unique_ptr<CudaExchange>> CudaExchange::Create(
 }
 
 absl::Status CudaExchange::Initialize() {
-  const ExchangeConfig& base = config_.base;
   EPS_RETURN_IF_ERROR(LoadDispatchKernels());
   EPS_RETURN_IF_ERROR(LoadCombineKernels());
   EPS_RETURN_IF_ERROR(LoadBarrierKernel());
@@ -109,6 +142,12 @@ absl::Status CudaExchange::Initialize() {
                        PinnedBuffer::Create(sizeof(std::uint64_t) + sizeof(WaitReport)));
   std::memset(host_words_.as<std::byte>(), 0, sizeof(std::uint64_t) + sizeof(WaitReport));
   EPS_ASSIGN_OR_RETURN(barrier_use_, DeviceBuffer::Create(sizeof(std::uint64_t)));
+  EPS_RETURN_IF_ERROR(AllocateLocals());
+  return ShareHeap();
+}
+
+absl::Status CudaExchange::AllocateLocals() {
+  const ExchangeConfig& base = config_.base;
   const std::int64_t local_experts = base.placement.num_local_experts(base.rank);
   const std::int64_t shard = MaxShardTokens(base.max_batch_tokens, base.num_ranks);
   for (int i = 0; i <= base.num_slots; ++i) {
@@ -123,44 +162,75 @@ absl::Status CudaExchange::Initialize() {
     EPS_ASSIGN_OR_RETURN(local->sequence, DeviceBuffer::Create(4 * sizeof(std::uint64_t)));
     locals_.push_back(std::move(local));
   }
-  EPS_ASSIGN_OR_RETURN(DeviceAllocation allocation, DeviceAllocation::Create(layout_.bytes));
+  return absl::OkStatus();
+}
+
+absl::Status CudaExchange::ShareHeap() {
+  const ExchangeConfig& base = config_.base;
+  EPS_ASSIGN_OR_RETURN(DeviceAllocation allocation,
+                       DeviceAllocation::Create(layout_.bytes, config_.handle_type));
   EPS_ASSIGN_OR_RETURN(heap_, DeviceMapping::Map(std::move(allocation)));
   // Flags start at zero; poisoning the rest is the caller's choice.
   EPS_CUDA_RETURN_IF_ERROR(cudaMemset(heap_.data(), 0, layout_.bytes));
   EPS_CUDA_RETURN_IF_ERROR(cudaDeviceSynchronize());
-  EPS_ASSIGN_OR_RETURN(UniqueFd descriptor, heap_.allocation().Export());
-  EPS_ASSIGN_OR_RETURN(
-      server_, HandleServer::Start(HandleSocketAddress(config_.socket_directory, base.cluster_id,
-                                                       base.epoch, base.rank),
-                                   config_.secret, std::move(descriptor), heap_.bytes()));
+  own_.type = config_.handle_type;
+  own_.rank = base.rank;
+  own_.epoch = base.epoch;
+  own_.bytes = heap_.bytes();
+  own_.layout_digest = DigestOf(config_, layout_);
+  if (config_.handle_type == HandleType::kFabric) {
+    EPS_ASSIGN_OR_RETURN(own_.fabric, heap_.allocation().ExportFabric());
+  } else {
+    EPS_ASSIGN_OR_RETURN(own_.secret, RandomSecret());
+    own_.address =
+        HandleSocketAddress(config_.socket_directory, base.cluster_id, base.epoch, base.rank);
+    EPS_ASSIGN_OR_RETURN(UniqueFd descriptor, heap_.allocation().Export());
+    EPS_ASSIGN_OR_RETURN(server_, HandleServer::Start(own_.address, own_.secret,
+                                                      std::move(descriptor), heap_.bytes()));
+  }
+  EPS_ASSIGN_OR_RETURN(handle_, EncodeHandle(own_));
   return absl::OkStatus();
 }
 
-absl::Status CudaExchange::OpenPeers(absl::Duration timeout) {
+std::string CudaExchange::handle_type() const {
+  return std::string(HandleTypeName(config_.handle_type));
+}
+
+absl::Status CudaExchange::OpenPeers(std::span<const std::string> handles, absl::Duration timeout) {
   const ExchangeConfig& base = config_.base;
+  if (handles.size() != static_cast<std::size_t>(base.num_ranks)) {
+    return absl::InvalidArgumentError(absl::StrCat("open peers: ", handles.size(),
+                                                   " handles are not one for each of the ",
+                                                   base.num_ranks, " ranks"));
+  }
   const absl::Time deadline = absl::Now() + timeout;
   peers_.resize(base.num_ranks);
   for (int r = 0; r < base.num_ranks; ++r) {
     if (r == base.rank) continue;
-    const std::string address =
-        HandleSocketAddress(config_.socket_directory, base.cluster_id, base.epoch, r);
-    auto fetched = FetchHandle(address, config_.secret, absl::Seconds(1));
-    while (absl::IsUnavailable(fetched.status()) && absl::Now() < deadline) {
-      absl::SleepFor(absl::Milliseconds(5));  // The peer has not opened its socket yet.
-      fetched = FetchHandle(address, config_.secret, absl::Seconds(1));
-    }
-    EPS_RETURN_IF_ERROR(fetched.status());
-    if (fetched->bytes != heap_.bytes()) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "cuda exchange: rank ", r, " has a heap of ", fetched->bytes, " bytes, this rank of ",
-          heap_.bytes(), "; start all workers with the same flags"));
-    }
-    EPS_ASSIGN_OR_RETURN(DeviceAllocation allocation,
-                         DeviceAllocation::Import(fetched->descriptor.get(), fetched->bytes));
+    EPS_ASSIGN_OR_RETURN(const CudaHeapHandle peer, DecodeHandle(handles[r]));
+    EPS_RETURN_IF_ERROR(CheckHandle(peer, r, own_));
+    EPS_ASSIGN_OR_RETURN(DeviceAllocation allocation, OpenPeer(peer, deadline));
     EPS_ASSIGN_OR_RETURN(peers_[r], DeviceMapping::Map(std::move(allocation)));
   }
   opened_ = true;
   return absl::OkStatus();
+}
+
+absl::StatusOr<DeviceAllocation> CudaExchange::OpenPeer(const CudaHeapHandle& peer,
+                                                        absl::Time deadline) const {
+  if (peer.type == HandleType::kFabric) return DeviceAllocation::Import(peer.fabric, peer.bytes);
+  auto fetched = FetchHandle(peer.address, peer.secret, absl::Seconds(1));
+  // A socket that answers nobody now may be busy with another rank, or belong to a dead one.
+  while (absl::IsUnavailable(fetched.status()) && absl::Now() < deadline) {
+    if (aborted_) {
+      return absl::AbortedError(
+          absl::StrCat("open peers: the epoch ended while rank ", peer.rank, " was awaited"));
+    }
+    absl::SleepFor(absl::Milliseconds(5));
+    fetched = FetchHandle(peer.address, peer.secret, absl::Seconds(1));
+  }
+  EPS_RETURN_IF_ERROR(fetched.status());
+  return DeviceAllocation::Import(fetched->descriptor.get(), peer.bytes);
 }
 
 void CudaExchange::Seal() { server_.reset(); }
@@ -354,6 +424,9 @@ absl::Status CudaExchange::CheckWaits() const {
                    absl::ToDoubleMilliseconds(config_.base.peer_timeout), " ms"));
 }
 
-void CudaExchange::Abort() { *host_words_.as<volatile std::uint32_t>() = 1; }
+void CudaExchange::Abort() {
+  aborted_ = true;
+  *host_words_.as<volatile std::uint32_t>() = 1;
+}
 
 }  // namespace epserve::runtime

@@ -46,8 +46,6 @@ struct AreaView {
   std::uint64_t* device_sequence;  // [4]: two counters, two tickets; zero at start
 };
 
-enum class RowPayload { kCopy, kFp8 };  // kFp8: bf16 rows are cast to e4m3 with a scale per 128
-
 struct CudaDispatchArgs {
   AreaView area;
   const void* x;                 // [T, H] dtype, 16-byte aligned

@@ -14,6 +14,9 @@ inline constexpr int kFp8GroupElements = 128;  // elements that share one fp32 s
 inline constexpr int kFlagStrideBytes =
     128;  // a flag a cache line: sources do not disturb each other
 
+// Form of a row on its way; kFp8: a bf16 row is cast to e4m3 with a scale a group.
+enum class RowPayload { kCopy, kFp8 };
+
 // Byte offsets from an area's start.
 struct AreaLayout {
   std::int64_t arrivals;   // u64 [kMaxCudaRanks], kFlagStrideBytes apart; blocks that have arrived

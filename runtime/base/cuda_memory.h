@@ -1,10 +1,12 @@
-// Owners of plain device memory and of pinned host memory that the device can reach. Move-only.
+// Owners of plain device memory, of pinned host memory that the device can reach, and of the
+// pinning of other people's. Move-only.
 #ifndef EPSERVE_RUNTIME_BASE_CUDA_MEMORY_H_
 #define EPSERVE_RUNTIME_BASE_CUDA_MEMORY_H_
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <span>
 #include <utility>
 
 #include "absl/status/statusor.h"
@@ -65,6 +67,34 @@ class PinnedBuffer {
   }
 
  private:
+  void* data_ = nullptr;
+};
+
+// Memory of the host's that somebody else owns, pinned for as long as this lives, so that the
+// device reaches it. It must not be given back before.
+class PinnedRange {
+ public:
+  static absl::StatusOr<PinnedRange> Pin(std::span<std::byte> memory) {
+    PinnedRange range;
+    if (memory.empty()) return range;
+    EPS_CUDA_RETURN_IF_ERROR(cudaHostRegister(memory.data(), memory.size(),
+                                              cudaHostRegisterPortable | cudaHostRegisterMapped));
+    range.data_ = memory.data();
+    return range;
+  }
+  PinnedRange() = default;
+  PinnedRange(PinnedRange&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  PinnedRange& operator=(PinnedRange&& other) noexcept {
+    PinnedRange old(std::exchange(data_, std::exchange(other.data_, nullptr)));
+    return *this;
+  }
+  ~PinnedRange() {
+    if (data_ != nullptr) (void)cudaHostUnregister(data_);
+  }
+
+ private:
+  explicit PinnedRange(void* data) : data_(data) {}
+
   void* data_ = nullptr;
 };
 

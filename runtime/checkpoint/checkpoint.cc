@@ -328,49 +328,89 @@ std::string Checkpoint::BiasName(std::size_t layer_index) const {
                       ".mlp.gate.e_score_correction_bias");
 }
 
-absl::StatusOr<ExpertWeights> Checkpoint::LoadExpertRange(std::int64_t first, std::int64_t num,
-                                                          const LoadProgress& progress) const {
-  const std::int64_t hidden = config_.hidden;
-  const std::int64_t intermediate = config_.intermediate;
-  const auto matrix_size = static_cast<std::uint64_t>(hidden * intermediate);
-  std::uint64_t total_bytes = 0;
-  for (std::size_t layer = 0; layer < config_.layers.size(); ++layer) {
-    for (std::int64_t e = first; e < first + num; ++e) {
-      const auto index = static_cast<std::int64_t>(layer) * config_.num_experts + e;
-      for (const Matrix& matrix : experts_[static_cast<std::size_t>(index)].matrices) {
-        total_bytes += matrix_size * DataTypeBytes(matrix.weight.dtype);
-        if (matrix.scale.file < 0) continue;
-        total_bytes +=
-            sizeof(float) * static_cast<std::uint64_t>(CeilDiv(hidden, kFp8BlockSize) *
-                                                       CeilDiv(intermediate, kFp8BlockSize));
-      }
+absl::StatusOr<LayerExperts> Checkpoint::LoadLayer(Loader& loader, std::size_t layer_index,
+                                                   std::int64_t first, std::int64_t num) const {
+  const auto matrix_size = static_cast<std::uint64_t>(config_.hidden * config_.intermediate);
+  const auto count = static_cast<std::uint64_t>(num);
+  LayerExperts experts;
+  EPS_ASSIGN_OR_RETURN(experts.gate_up,
+                       FloatBuffer::Create(count * 2 * matrix_size, "expert weights"));
+  EPS_ASSIGN_OR_RETURN(experts.down, FloatBuffer::Create(count * matrix_size, "expert weights"));
+  for (std::int64_t e = 0; e < num; ++e) {
+    const auto local = static_cast<std::uint64_t>(e);
+    float* const gate = experts.gate_up.data() + 2 * local * matrix_size;
+    const std::array<float*, 3> places = {gate, gate + matrix_size,
+                                          experts.down.data() + local * matrix_size};
+    for (const Projection projection : {kGate, kUp, kDown}) {
+      EPS_RETURN_IF_ERROR(loader.Read(ExpertAt(layer_index, first + e).matrices[projection],
+                                      ExpertName(layer_index, first + e, projection),
+                                      Rows(projection), Cols(projection), places[projection]));
     }
   }
+  return experts;
+}
+
+absl::StatusOr<ExpertWeights> Checkpoint::LoadExpertRange(std::int64_t first, std::int64_t num,
+                                                          const LoadProgress& progress) const {
+  const std::uint64_t total_bytes = StoredExpertBytes(first, num);
   Loader loader(*this, total_bytes, progress);
   ExpertWeights weights{.first_expert = first, .num_experts = num, .layers = {}};
   if (progress) progress(0, total_bytes);
   for (std::size_t layer = 0; layer < config_.layers.size(); ++layer) {
-    LayerExperts experts;
-    const auto count = static_cast<std::uint64_t>(num);
-    EPS_ASSIGN_OR_RETURN(experts.gate_up,
-                         FloatBuffer::Create(count * 2 * matrix_size, "expert weights"));
-    EPS_ASSIGN_OR_RETURN(experts.down, FloatBuffer::Create(count * matrix_size, "expert weights"));
-    for (std::int64_t e = 0; e < num; ++e) {
-      const auto local = static_cast<std::uint64_t>(e);
-      float* const gate = experts.gate_up.data() + 2 * local * matrix_size;
-      const std::array<float*, 3> places = {gate, gate + matrix_size,
-                                            experts.down.data() + local * matrix_size};
-      const auto index = static_cast<std::int64_t>(layer) * config_.num_experts + first + e;
-      for (const Projection projection : {kGate, kUp, kDown}) {
-        EPS_RETURN_IF_ERROR(
-            loader.Read(experts_[static_cast<std::size_t>(index)].matrices[projection],
-                        ExpertName(layer, first + e, projection), Rows(projection),
-                        Cols(projection), places[projection]));
-      }
-    }
+    EPS_ASSIGN_OR_RETURN(LayerExperts experts, LoadLayer(loader, layer, first, num));
     weights.layers.push_back(std::move(experts));
   }
   return weights;
+}
+
+absl::StatusOr<LayerExperts> Checkpoint::LoadExpert(std::size_t layer_index,
+                                                    std::int64_t expert) const {
+  const LoadProgress no_progress;
+  Loader loader(*this, 0, no_progress);
+  return LoadLayer(loader, layer_index, expert, 1);
+}
+
+Checkpoint::StoredMatrix Checkpoint::Describe(std::size_t layer_index, std::int64_t expert,
+                                              ExpertMatrix matrix) const {
+  const auto projection = static_cast<Projection>(matrix);
+  const Matrix& found = ExpertAt(layer_index, expert).matrices[projection];
+  StoredMatrix stored;
+  stored.dtype = found.weight.dtype;
+  stored.bytes = static_cast<std::uint64_t>(config_.hidden * config_.intermediate) *
+                 DataTypeBytes(stored.dtype);
+  if (found.scale.file >= 0) {
+    stored.scale_bytes =
+        sizeof(float) * static_cast<std::uint64_t>(CeilDiv(Rows(projection), kFp8BlockSize) *
+                                                   CeilDiv(Cols(projection), kFp8BlockSize));
+  }
+  return stored;
+}
+
+absl::Status Checkpoint::ReadStored(std::size_t layer_index, std::int64_t expert,
+                                    ExpertMatrix matrix, void* data, void* scales) const {
+  const auto projection = static_cast<Projection>(matrix);
+  const Matrix& found = ExpertAt(layer_index, expert).matrices[projection];
+  const StoredMatrix stored = Describe(layer_index, expert, matrix);
+  const std::string name = ExpertName(layer_index, expert, projection);
+  EPS_RETURN_IF_ERROR(ReadPart(files_[static_cast<std::size_t>(found.weight.file)], name,
+                               found.weight.offset, data, stored.bytes));
+  if (stored.scale_bytes == 0) return absl::OkStatus();
+  return ReadPart(files_[static_cast<std::size_t>(found.scale.file)], name, found.scale.offset,
+                  scales, stored.scale_bytes);
+}
+
+std::uint64_t Checkpoint::StoredExpertBytes(std::int64_t first, std::int64_t num) const {
+  std::uint64_t bytes = 0;
+  for (std::size_t layer = 0; layer < config_.layers.size(); ++layer) {
+    for (std::int64_t expert = first; expert < first + num; ++expert) {
+      for (const ExpertMatrix matrix :
+           {ExpertMatrix::kGate, ExpertMatrix::kUp, ExpertMatrix::kDown}) {
+        const StoredMatrix stored = Describe(layer, expert, matrix);
+        bytes += stored.bytes + stored.scale_bytes;
+      }
+    }
+  }
+  return bytes;
 }
 
 absl::StatusOr<RouterWeights> Checkpoint::LoadRouter(std::size_t layer_index) const {

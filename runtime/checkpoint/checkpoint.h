@@ -2,9 +2,10 @@
 // model.safetensors or the shards of its index. Opening checks the presence, type and shape of
 // every expert tensor of every layer from the headers, and reads no weights but the few bytes that
 // ModelInfo::fingerprint is made of; loading reads only the bytes of the experts asked for, in
-// bounded pieces, and converts them to fp32, the type that weights are held in.
+// bounded pieces, and converts them to fp32, the type that the host backend holds weights in. Other
+// backends read them in the files' own types.
 //
-// fp32 because the GEMM of the machines this backend runs on is fp32, and because holding BF16
+// fp32 because the GEMM of the machines the host backend runs on is fp32, and because holding BF16
 // would widen the weights again on every batch; it costs twice the memory of a BF16 checkpoint.
 //
 // Shared experts are not read: they stay with the caller. Immutable once open, so thread-safe.
@@ -84,9 +85,28 @@ class Checkpoint {
   absl::StatusOr<ExpertWeights> LoadExpertRange(std::int64_t first, std::int64_t num,
                                                 const LoadProgress& progress) const;
 
+  // One expert of one layer, as LoadExpertRange has it.
+  // REQUIRES: 0 <= expert < E; `layer_index` indexes ModelInfo::layers.
+  absl::StatusOr<LayerExperts> LoadExpert(std::size_t layer_index, std::int64_t expert) const;
+
+  // A matrix of one expert as it lies in the files, for backends that hold it in its own type.
+  enum class ExpertMatrix : int { kGate, kUp, kDown };  // [I, H], [I, H], [H, I]
+  struct StoredMatrix {
+    DataType dtype = DataType::kFp32;  // kFp32, kFp16, kBf16, kFp8E4m3
+    std::uint64_t bytes = 0;
+    std::uint64_t scale_bytes = 0;  // kFp8E4m3 alone: f32 [ceil(rows / 128), ceil(cols / 128)]
+  };
+  // REQUIRES, of both: as LoadExpert.
+  StoredMatrix Describe(std::size_t layer_index, std::int64_t expert, ExpertMatrix matrix) const;
+  // Reads it to `data` [bytes] and `scales` [scale_bytes]. DATA_LOSS names file and tensor.
+  absl::Status ReadStored(std::size_t layer_index, std::int64_t expert, ExpertMatrix matrix,
+                          void* data, void* scales) const;
+
   // REQUIRES: info().has_router; `layer_index` indexes ModelInfo::layers.
   absl::StatusOr<RouterWeights> LoadRouter(std::size_t layer_index) const;
 
+  // Bytes that the experts [first, first + num) of every layer take in the files.
+  std::uint64_t StoredExpertBytes(std::int64_t first, std::int64_t num) const;
   // What LoadExpertRange of `num` experts and all routers hold in memory.
   std::uint64_t HeldExpertBytes(std::int64_t num) const;
   std::uint64_t HeldRouterBytes() const;
@@ -114,6 +134,12 @@ class Checkpoint {
   class Loader;   // reads and converts, counting its progress
 
   Checkpoint() = default;
+  absl::StatusOr<LayerExperts> LoadLayer(Loader& loader, std::size_t layer_index,
+                                         std::int64_t first, std::int64_t num) const;
+  const Expert& ExpertAt(std::size_t layer_index, std::int64_t expert) const {
+    return experts_[layer_index * static_cast<std::size_t>(config_.num_experts) +
+                    static_cast<std::size_t>(expert)];
+  }
   std::int64_t Rows(Projection projection) const;
   std::int64_t Cols(Projection projection) const;
   std::string ExpertName(std::size_t layer_index, std::int64_t expert, Projection projection) const;

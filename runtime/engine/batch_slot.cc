@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "runtime/base/status.h"
-
 namespace epserve::runtime {
 namespace {
 
@@ -24,26 +22,8 @@ std::uint64_t BufferBytes(const BatchSlotConfig& config) {
 
 }  // namespace
 
-const char* BatchSlot::StateName(State state) {
-  switch (state) {
-    case State::kFree:
-      return "free";
-    case State::kStaged:
-      return "staged";
-    case State::kDispatched:
-      return "dispatched";
-    case State::kComputed:
-      return "computed";
-    case State::kCombined:
-      return "combined";
-    case State::kFailed:
-      return "failed";
-  }
-  return "unknown";
-}
-
 BatchSlot::BatchSlot(const BatchSlotConfig& config)
-    : intake_(config.intake),
+    : ShardSlot(config.intake),
       local_expert_rows_(static_cast<std::size_t>(config.num_local_experts)),
       ffn_(ExpertFfn::Create(FfnConfig(config))) {}
 
@@ -53,26 +33,18 @@ std::uint64_t BatchSlot::PlanBytes(const BatchSlotConfig& config) {
   return ExpertFfn::Create(ffn)->workspace_bytes() + BufferBytes(config);
 }
 
-absl::Status BatchSlot::Stage(const ShardInput& input, std::size_t layer_index,
-                              const RouterWeights* router) {
-  EPS_RETURN_IF_ERROR(intake_.Take(input, router));
-  layer_index_ = layer_index;
-  times_ = {};
-  std::fill(local_expert_rows_.begin(), local_expert_rows_.end(), 0);
-  state_ = State::kStaged;
-  return absl::OkStatus();
-}
+void BatchSlot::Reset() { std::fill(local_expert_rows_.begin(), local_expert_rows_.end(), 0); }
 
 DispatchArgs BatchSlot::MakeDispatchArgs(int slot, const CountMatrix& counts) {
   counts_ = counts;
   DispatchArgs args;
   args.slot = slot;
-  const ShardInput& input = intake_.input();
+  const ShardInput& input = intake().input();
   args.sequence = input.sequence;
   args.dtype = input.dtype;
   args.x = input.hidden;
-  args.topk_ids = intake_.topk_ids();
-  args.topk_weights = intake_.topk_weights();
+  args.topk_ids = intake().topk_ids();
+  args.topk_weights = intake().topk_weights();
   args.num_tokens = input.num_tokens;
   args.topk = input.topk;
   args.counts = &counts_;

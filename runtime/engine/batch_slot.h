@@ -12,6 +12,7 @@
 #include "runtime/checkpoint/checkpoint.h"
 #include "runtime/engine/engine.h"
 #include "runtime/engine/shard_intake.h"
+#include "runtime/engine/shard_slot.h"
 #include "runtime/experts/expert_ffn.h"
 
 namespace epserve::runtime {
@@ -23,39 +24,25 @@ struct BatchSlotConfig {
   int compute_threads = 1;
 };
 
-class BatchSlot {
+class BatchSlot final : public ShardSlot {
  public:
-  enum class State : std::uint8_t { kFree, kStaged, kDispatched, kComputed, kCombined, kFailed };
-  static const char* StateName(State state);
-
   explicit BatchSlot(const BatchSlotConfig& config);
   // What a slot of `config` takes.
   static std::uint64_t PlanBytes(const BatchSlotConfig& config);
 
-  State state() const { return state_; }
-  void SetState(State state) { state_ = state; }
-  void Release() { state_ = State::kFree; }
-
-  // Checks the shard, and takes its routing in or makes it with `router` (null: there is none).
-  absl::Status Stage(const ShardInput& input, std::size_t layer_index, const RouterWeights* router);
+  // The rest of Stage: no row has been counted yet.
+  void Reset();
   // Keeps a copy of `counts`, for as long as the exchange needs it.
   DispatchArgs MakeDispatchArgs(int slot, const CountMatrix& counts);
   void RunExperts(const LayerWeights& layer, const ReceivedRows& received);
 
-  const ShardIntake& intake() const { return intake_; }
-  std::size_t layer_index() const { return layer_index_; }
-  BatchTimes& times() { return times_; }
   // Where Combine has left the shard's output.
   const std::byte* output() const { return output_; }
   void SetOutput(const std::byte* output) { output_ = output; }
   const std::vector<std::int64_t>& local_expert_rows() const { return local_expert_rows_; }
 
  private:
-  ShardIntake intake_;
-  State state_ = State::kFree;
-  std::size_t layer_index_ = 0;
   CountMatrix counts_;
-  BatchTimes times_;
   const std::byte* output_ = nullptr;
   std::vector<std::int64_t> local_expert_rows_;  // [E_local]
   std::unique_ptr<ExpertFfn> ffn_;

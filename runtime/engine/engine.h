@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -30,6 +31,22 @@
 
 namespace epserve::runtime {
 
+// How a rank's GPU heap is handed to its peers.
+enum class HandleChoice {
+  kAuto,    // as kFd: what peers of one host can always open
+  kFd,      // a file descriptor over a Unix socket
+  kFabric,  // a fabric handle, for peers of one NVLink domain; refused where the driver grants none
+};
+
+// Of the cuda backend alone.
+struct CudaOptions {
+  int device = 0;             // ordinal among the visible ones
+  int comm_blocks = 24;       // blocks of dispatch and of each role of combine, a slot
+  bool fp8_dispatch = false;  // rows are cast to fp8 on their way to the experts
+  std::string handle_dir;     // of the handle sockets; empty: abstract names
+  HandleChoice handle_type = HandleChoice::kAuto;
+};
+
 struct EngineOptions {
   std::string checkpoint_dir;
   std::string cluster_id;
@@ -37,6 +54,7 @@ struct EngineOptions {
   int num_slots = 2;                     // batches in flight
   int compute_threads = 1;               // per slot, host backend
   absl::Duration peer_timeout = absl::Seconds(30);
+  CudaOptions cuda;
 };
 
 struct MemoryPlan {
@@ -46,14 +64,21 @@ struct MemoryPlan {
   std::string held_type;  // "fp32", "bf16", ...
 };
 
+// The memory that a device backend's plan is for.
+struct DeviceMemory {
+  std::uint64_t available_bytes = 0;  // free, or held by this engine already
+  std::string name;                   // "GPU 0 (NVIDIA H200)"
+};
+
 struct ShardInput {
   int slot = 0;
-  std::uint64_t sequence = 0;              // batch number in the epoch
-  std::int64_t layer = 0;                  // model layer number
-  DataType dtype = DataType::kFp32;        // kFp32, kFp16, kBf16
-  std::int64_t num_tokens = 0;             // T
-  int topk = 0;                            // K
-  const void* hidden = nullptr;            // [T, H] dtype; stays valid until Finish
+  std::uint64_t sequence = 0;        // batch number in the epoch
+  std::int64_t layer = 0;            // model layer number
+  DataType dtype = DataType::kFp32;  // kFp32, kFp16, kBf16
+  std::int64_t num_tokens = 0;       // T
+  int topk = 0;                      // K
+  // [T, H] dtype; stays valid until Finish. A device backend takes memory of its device, too.
+  const void* hidden = nullptr;
   const std::int32_t* topk_ids = nullptr;  // [T, K], null: the router decides
   const float* topk_weights = nullptr;     // [T, K], null where topk_ids is
 };
@@ -79,6 +104,11 @@ class Engine {
   // What `rank` of `placement` will hold; computed from the headers alone.
   virtual absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const = 0;
 
+  // Nothing where the plan is for the host's memory.
+  virtual absl::StatusOr<std::optional<DeviceMemory>> ReadDeviceMemory() const {
+    return std::nullopt;
+  }
+
   // Loads the experts that `rank` owns in every layer, reading no other expert's bytes. Keeps what
   // it holds if the placement and rank are those already loaded. `progress(loaded, total)` in
   // bytes.
@@ -89,6 +119,10 @@ class Engine {
   // Creates this rank's heap for `epoch`; returns the handle that the peers open it by.
   virtual absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) = 0;
   virtual absl::Status OpenPeers(std::span<const std::string> handles) = 0;  // [R], by rank
+  // Memory of the host that rows and outputs of this epoch's shards may lie in; it stays until
+  // CloseEpoch. A device backend pins it, and then copies straight from and to it. A failure says
+  // why that is not to be had; batches are served all the same.
+  virtual absl::Status UseHostRows(std::span<std::byte> /*memory*/) { return absl::OkStatus(); }
   // Every peer has opened this heap: takes its name out of the system, so that a crash leaves
   // nothing behind.
   virtual void SealHeap() = 0;

@@ -56,7 +56,7 @@ struct TimeSpan {
 
 struct RankEntry {
   std::uint32_t handle_bytes = 0;
-  char handle[256] = {};
+  char handle[512] = {};
   std::uint64_t dispatch_bytes = 0;  // of rows that it sends to others
   std::uint64_t combine_bytes = 0;   // of rows that come back to others from it
   std::uint64_t heap_bytes = 0;

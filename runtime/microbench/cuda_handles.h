@@ -1,4 +1,4 @@
-// Owners of the runtime API's streams, timing events and graphs. Made by Create or Capture, dropped
+// Owners of pairs of timing events and of graphs. Made by Create or Capture, dropped
 // with their owner; neither copied nor moved.
 #ifndef EPSERVE_RUNTIME_MICROBENCH_CUDA_HANDLES_H_
 #define EPSERVE_RUNTIME_MICROBENCH_CUDA_HANDLES_H_
@@ -10,26 +10,9 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "runtime/base/cuda_status.h"
+#include "runtime/base/cuda_stream.h"
 
 namespace epserve::runtime {
-
-class Stream {
- public:
-  Stream() = default;
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() {
-    if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
-  }
-  absl::Status Create() {
-    EPS_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    return absl::OkStatus();
-  }
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
 
 // Two events around a piece of work; recorded the same way in a stream and in a graph's capture.
 class EventPair {

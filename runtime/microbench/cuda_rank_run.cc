@@ -77,12 +77,29 @@ class CudaBenchRank {
     CudaExchangeConfig plain = config_;
     absl::StrAppend(&plain.base.cluster_id, "-plain");
     EPS_ASSIGN_OR_RETURN(plain_, CudaExchange::Create(plain));
+    EPS_RETURN_IF_ERROR(OpenPeers(*exchange_));
+    return OpenPeers(*plain_);
+  }
+
+  // All ranks at once: every rank writes its handle, then reads the others'.
+  absl::Status OpenPeers(DeviceExchange& exchange) {
+    RankEntry& entry = coordination_.rank(rank_);
+    const std::string& handle = exchange.handle();
+    if (handle.size() > sizeof(entry.handle)) {
+      return absl::InternalError(absl::StrCat("microbench: a handle of ", handle.size(),
+                                              " bytes exceeds ", sizeof(entry.handle)));
+    }
+    std::copy(handle.begin(), handle.end(), entry.handle);
+    entry.handle_bytes = static_cast<std::uint32_t>(handle.size());
     EPS_RETURN_IF_ERROR(coordination_.Barrier(&barriers_));
-    EPS_RETURN_IF_ERROR(exchange_->OpenPeers(config_.base.peer_timeout));
-    EPS_RETURN_IF_ERROR(plain_->OpenPeers(config_.base.peer_timeout));
+    std::vector<std::string> handles;
+    for (int rank = 0; rank < params_.num_ranks; ++rank) {
+      const RankEntry& other = coordination_.rank(rank);
+      handles.emplace_back(other.handle, other.handle_bytes);
+    }
+    EPS_RETURN_IF_ERROR(exchange.OpenPeers(handles, config_.base.peer_timeout));
     EPS_RETURN_IF_ERROR(coordination_.Barrier(&barriers_));
-    exchange_->Seal();
-    plain_->Seal();
+    exchange.Seal();
     return absl::OkStatus();
   }
 

@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstring>
+
 #include "absl/strings/str_cat.h"
 #include "runtime/base/cuda_status.h"
 
@@ -59,13 +61,18 @@ absl::StatusOr<const Driver*> GetDriver() {
   return &driver->value();
 }
 
-absl::StatusOr<CUmemAllocationProp> CurrentDeviceProperties() {
+CUmemAllocationHandleType DriverType(HandleType type) {
+  return type == HandleType::kFabric ? CU_MEM_HANDLE_TYPE_FABRIC
+                                     : CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+}
+
+absl::StatusOr<CUmemAllocationProp> CurrentDeviceProperties(HandleType type) {
   int device = 0;
   EPS_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   EPS_CUDA_RETURN_IF_ERROR(cudaFree(nullptr));  // Makes the primary context exist.
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  properties.requestedHandleTypes = DriverType(type);
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = device;
   return properties;
@@ -73,9 +80,9 @@ absl::StatusOr<CUmemAllocationProp> CurrentDeviceProperties() {
 
 }  // namespace
 
-absl::StatusOr<DeviceAllocation> DeviceAllocation::Create(std::size_t bytes) {
+absl::StatusOr<DeviceAllocation> DeviceAllocation::Create(std::size_t bytes, HandleType type) {
   EPS_ASSIGN_OR_RETURN(const Driver* driver, GetDriver());
-  EPS_ASSIGN_OR_RETURN(const CUmemAllocationProp properties, CurrentDeviceProperties());
+  EPS_ASSIGN_OR_RETURN(const CUmemAllocationProp properties, CurrentDeviceProperties(type));
   std::size_t granularity = 0;
   EPS_DRIVER_RETURN_IF_ERROR(
       driver->granularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
@@ -110,6 +117,21 @@ absl::StatusOr<DeviceAllocation> DeviceAllocation::Import(int fd, std::size_t by
   return result;
 }
 
+absl::StatusOr<DeviceAllocation> DeviceAllocation::Import(const FabricHandle& fabric,
+                                                          std::size_t bytes) {
+  static_assert(sizeof(CUmemFabricHandle) == kFabricHandleBytes);
+  EPS_ASSIGN_OR_RETURN(const Driver* driver, GetDriver());
+  EPS_CUDA_RETURN_IF_ERROR(cudaFree(nullptr));
+  CUmemFabricHandle shared;
+  std::memcpy(&shared, fabric.data(), sizeof(shared));
+  DeviceAllocation result;
+  CUmemGenericAllocationHandle handle = 0;
+  EPS_DRIVER_RETURN_IF_ERROR(driver->mem_import(&handle, &shared, CU_MEM_HANDLE_TYPE_FABRIC));
+  result.handle_ = handle;
+  result.bytes_ = bytes;
+  return result;
+}
+
 DeviceAllocation::~DeviceAllocation() {
   if (handle_ != 0) (void)(*GetDriver())->mem_release(handle_);
 }
@@ -120,6 +142,29 @@ absl::StatusOr<UniqueFd> DeviceAllocation::Export() const {
   EPS_DRIVER_RETURN_IF_ERROR(
       driver->mem_export(&fd, handle_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
   return UniqueFd(fd);
+}
+
+absl::StatusOr<FabricHandle> DeviceAllocation::ExportFabric() const {
+  EPS_ASSIGN_OR_RETURN(const Driver* driver, GetDriver());
+  CUmemFabricHandle shared;
+  EPS_DRIVER_RETURN_IF_ERROR(driver->mem_export(&shared, handle_, CU_MEM_HANDLE_TYPE_FABRIC, 0));
+  FabricHandle fabric;
+  std::memcpy(fabric.data(), &shared, sizeof(shared));
+  return fabric;
+}
+
+absl::Status ProbeFabricHandles() {
+  const auto probe = []() -> absl::Status {
+    EPS_ASSIGN_OR_RETURN(const DeviceAllocation allocation,
+                         DeviceAllocation::Create(1, HandleType::kFabric));
+    EPS_ASSIGN_OR_RETURN(const FabricHandle fabric, allocation.ExportFabric());
+    return DeviceAllocation::Import(fabric, allocation.bytes()).status();
+  };
+  const absl::Status status = probe();
+  if (status.ok()) return status;
+  return absl::FailedPreconditionError(
+      absl::StrCat("symmetric heap: this driver grants no fabric handles (",
+                   std::string(status.message()), "); they need an IMEX channel, or use fd"));
 }
 
 absl::StatusOr<AddressRange> AddressRange::Reserve(std::size_t bytes) {
@@ -138,7 +183,8 @@ AddressRange::~AddressRange() {
 
 absl::StatusOr<DeviceMapping> DeviceMapping::Map(DeviceAllocation allocation) {
   EPS_ASSIGN_OR_RETURN(const Driver* driver, GetDriver());
-  EPS_ASSIGN_OR_RETURN(const CUmemAllocationProp properties, CurrentDeviceProperties());
+  int device = 0;
+  EPS_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   DeviceMapping result;
   EPS_ASSIGN_OR_RETURN(result.range_, AddressRange::Reserve(allocation.bytes()));
   result.allocation_ = std::move(allocation);
@@ -146,7 +192,8 @@ absl::StatusOr<DeviceMapping> DeviceMapping::Map(DeviceAllocation allocation) {
                                          result.allocation_.handle(), 0));
   result.mapped_ = true;
   CUmemAccessDesc access{};
-  access.location = properties.location;
+  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  access.location.id = device;
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
   EPS_DRIVER_RETURN_IF_ERROR(
       driver->set_access(result.range_.address(), result.allocation_.bytes(), &access, 1));

@@ -1,6 +1,7 @@
 // Symmetric memory on GPUs: one physical allocation a rank, mapped by its owner and by every peer
-// through CUDA's virtual memory management, shared as a POSIX file descriptor. Works where each
-// process sees only its own GPU through CUDA_VISIBLE_DEVICES.
+// through CUDA's virtual memory management, shared as a POSIX file descriptor or, where the driver
+// grants it, as a fabric handle. Works where each process sees only its own GPU through
+// CUDA_VISIBLE_DEVICES.
 //
 // Ownership: one move-only handle a step (allocation, address range, mapping), so that whatever
 // fails half-way unwinds what was done. The current device must be the same at creation and at
@@ -15,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "runtime/base/unique_fd.h"
+#include "runtime/symmetric/cuda_heap_handle.h"
 
 namespace epserve::runtime {
 
@@ -23,9 +25,11 @@ class DeviceAllocation {
  public:
   // `bytes` is rounded up to the device's granularity (2 MiB on H200).
   // RESOURCE_EXHAUSTED: the device has not that much free; the message says how much it has.
-  static absl::StatusOr<DeviceAllocation> Create(std::size_t bytes);
+  static absl::StatusOr<DeviceAllocation> Create(std::size_t bytes,
+                                                 HandleType type = HandleType::kFd);
   // Takes part in an allocation that a peer exported. `fd` stays the caller's.
   static absl::StatusOr<DeviceAllocation> Import(int fd, std::size_t bytes);
+  static absl::StatusOr<DeviceAllocation> Import(const FabricHandle& handle, std::size_t bytes);
   DeviceAllocation() = default;
   DeviceAllocation(DeviceAllocation&& other) noexcept { Swap(other); }
   DeviceAllocation& operator=(DeviceAllocation&& other) noexcept {
@@ -34,7 +38,8 @@ class DeviceAllocation {
   }
   ~DeviceAllocation();
 
-  absl::StatusOr<UniqueFd> Export() const;
+  absl::StatusOr<UniqueFd> Export() const;            // REQUIRES: HandleType::kFd
+  absl::StatusOr<FabricHandle> ExportFabric() const;  // REQUIRES: HandleType::kFabric
   std::size_t bytes() const { return bytes_; }
   std::uint64_t handle() const { return handle_; }
 
@@ -46,6 +51,10 @@ class DeviceAllocation {
   std::uint64_t handle_ = 0;
   std::size_t bytes_ = 0;
 };
+
+// OK if the driver grants fabric handles on the current device: creates, exports and imports one.
+// FAILED_PRECONDITION says what is missing.
+absl::Status ProbeFabricHandles();
 
 // A reserved range of device addresses.
 class AddressRange {

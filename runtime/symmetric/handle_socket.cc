@@ -1,5 +1,6 @@
 #include "runtime/symmetric/handle_socket.h"
 
+#include <dirent.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -11,6 +12,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <string_view>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
@@ -69,6 +71,19 @@ absl::Status SetTimeouts(int fd, absl::Duration timeout, const std::string& addr
   return absl::OkStatus();
 }
 
+// epserve-<cluster_id>-<epoch>-<rank>.sock, exactly: a cluster's id may hold dashes too.
+bool IsSocketOf(std::string_view file, const std::string& prefix) {
+  constexpr std::string_view kSuffix = ".sock";
+  if (!file.starts_with(prefix) || !file.ends_with(kSuffix)) return false;
+  file.remove_prefix(prefix.size());
+  file.remove_suffix(kSuffix.size());
+  const std::size_t dash = file.find('-');
+  const auto is_number = [](std::string_view text) {
+    return !text.empty() && text.find_first_not_of("0123456789") == text.npos;
+  };
+  return dash != file.npos && is_number(file.substr(0, dash)) && is_number(file.substr(dash + 1));
+}
+
 bool SameUser(int fd) {
   ucred peer{};
   socklen_t size = sizeof(peer);
@@ -91,6 +106,28 @@ std::string HandleSocketAddress(const std::string& directory, const std::string&
                                 std::uint64_t epoch, int rank) {
   const std::string name = absl::StrCat("epserve-", cluster_id, "-", epoch, "-", rank);
   return directory.empty() ? absl::StrCat("@", name) : absl::StrCat(directory, "/", name, ".sock");
+}
+
+absl::StatusOr<int> ReclaimStaleSockets(const std::string& directory,
+                                        const std::string& cluster_id) {
+  const std::unique_ptr<DIR, int (*)(DIR*)> opened(::opendir(directory.c_str()), &::closedir);
+  if (opened == nullptr) {
+    return absl::NotFoundError(
+        absl::StrCat("handle socket: opendir of ", directory, " failed: ", std::strerror(errno)));
+  }
+  const std::string prefix = absl::StrCat("epserve-", cluster_id, "-");
+  int reclaimed = 0;
+  while (const dirent* entry = ::readdir(opened.get())) {
+    if (!IsSocketOf(entry->d_name, prefix)) continue;
+    const std::string path = absl::StrCat(directory, "/", entry->d_name);
+    sockaddr_un name;
+    EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(path, &name));
+    const UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!probe.valid()) return SocketError("socket", path);
+    if (connect(probe.get(), reinterpret_cast<sockaddr*>(&name), length) == 0) continue;
+    if (errno == ECONNREFUSED && unlink(path.c_str()) == 0) ++reclaimed;
+  }
+  return reclaimed;
 }
 
 absl::StatusOr<std::unique_ptr<HandleServer>> HandleServer::Start(const std::string& address,

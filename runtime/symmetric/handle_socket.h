@@ -22,6 +22,12 @@ namespace epserve::runtime {
 std::string HandleSocketAddress(const std::string& directory, const std::string& cluster_id,
                                 std::uint64_t epoch, int rank);
 
+// Removes the sockets of `cluster_id` in `directory` that nobody serves any more: what workers
+// leave that were killed before their peers had opened them. Returns how many. NOT_FOUND: no
+// directory.
+absl::StatusOr<int> ReclaimStaleSockets(const std::string& directory,
+                                        const std::string& cluster_id);
+
 // Serves one descriptor from a thread of its own until destroyed.
 class HandleServer {
  public:

@@ -63,6 +63,10 @@ absl::StatusOr<std::shared_ptr<RowArena>> RowArena::Open(const std::string& hand
   return arena;
 }
 
+std::span<std::byte> RowArena::bytes() const {
+  return {data_, static_cast<std::size_t>(Bytes(spec_) - kHeapHeaderBytes)};
+}
+
 std::byte* RowArena::slot_begin(int slot) const {
   return data_ + static_cast<std::uint64_t>(slot) * SlotBytes(spec_);
 }

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -47,6 +48,8 @@ class RowArena {
   std::byte* rows(int slot) const { return slot_begin(slot); }
   std::int32_t* topk_ids(int slot) const;  // [T, K]
   float* topk_weights(int slot) const;     // [T, K]
+  // All slots' places.
+  std::span<std::byte> bytes() const;
 
  private:
   explicit RowArena(const RowArenaSpec& spec) : spec_(spec) {}

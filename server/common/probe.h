@@ -16,9 +16,9 @@
 
 namespace epserve::server {
 
-// Largest relative L2 error of one row that passes. Both sides sum in fp32, in different orders;
-// what is to be caught (a wrong peer, offset or expert) is off by order 1.
-inline constexpr double kProbeTolerance = 1e-3;
+// Largest relative L2 error of one row that passes. What is to be caught (a wrong peer, offset or
+// expert) is off by order 1; rows and weights that a GPU takes in fp8 are off by up to 0.05.
+inline constexpr double kProbeTolerance = 0.1;
 
 // Element `index` of the probe row, in [-1, 1) and exact in fp32. All arithmetic wraps at 32 bits:
 //   z = index * 0x9e3779b9 + 0x7f4a7c15

@@ -247,6 +247,7 @@ void Host::Handle(NewStream& opened) {
   event.last_epoch = opened.hello.last_epoch;
   event.held_rank = opened.hello.held_rank;
   event.held_num_ranks = opened.hello.held_num_ranks;
+  event.backend = opened.hello.backend;
   runtime::LogInfo("worker_hello", {{"worker", opened.hello.worker_id},
                                     {"node", opened.hello.node},
                                     {"pid", opened.hello.pid},

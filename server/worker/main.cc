@@ -4,14 +4,17 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
+#include "runtime/base/status.h"
 #include "runtime/engine/engine.h"
 #include "server/worker/clock.h"
+#include "server/worker/make_engine.h"
 #include "server/worker/memory_report.h"
 #include "server/worker/options.h"
 #include "server/worker/worker.h"
@@ -45,7 +48,17 @@ sigset_t BlockSignals() {
   _exit(128 + number);
 }
 
-WorkerConfig MakeConfig(const Options& options, std::string secret) {
+// What the engine's memory plan is held against: its device's memory, or the host's.
+absl::StatusOr<AvailableMemory> ReadMemoryOf(const runtime::Engine& engine) {
+  EPS_ASSIGN_OR_RETURN(const std::optional<runtime::DeviceMemory> device,
+                       engine.ReadDeviceMemory());
+  if (!device) return ReadAvailableMemory("", "/dev/shm");
+  return AvailableMemory{.memory_bytes = device->available_bytes,
+                         .memory_limit = device->name,
+                         .shm_bytes = std::nullopt};
+}
+
+WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine, std::string secret) {
   WorkerConfig config;
   config.coordinator.target = options.coordinator;
   config.coordinator.tls = options.tls;
@@ -59,7 +72,7 @@ WorkerConfig MakeConfig(const Options& options, std::string secret) {
   config.num_slots = options.num_slots;
   config.peer_timeout = absl::Milliseconds(options.peer_timeout_ms);
   config.now_us = SteadyNowUs;
-  config.available_memory = [] { return ReadAvailableMemory("", "/dev/shm"); };
+  config.available_memory = [&engine] { return ReadMemoryOf(engine); };
   config.progress_on_terminal = isatty(STDERR_FILENO) == 1;
   return config;
 }
@@ -86,18 +99,11 @@ int Main(int argc, char** argv) {
     secret = *std::move(read);
   }
 
-  runtime::EngineOptions engine_options;
-  engine_options.checkpoint_dir = options.checkpoint_dir;
-  engine_options.cluster_id = options.cluster_id;
-  engine_options.max_batch_tokens = options.max_batch_tokens;
-  engine_options.num_slots = options.num_slots;
-  engine_options.compute_threads = options.compute_threads;
-  engine_options.peer_timeout = absl::Milliseconds(options.peer_timeout_ms);
-  absl::StatusOr<std::unique_ptr<runtime::Engine>> engine =
-      runtime::CreateHostEngine(engine_options);
+  absl::StatusOr<std::unique_ptr<runtime::Engine>> engine = MakeEngine(options);
   if (!engine.ok()) return Complain(engine.status());
 
-  Worker worker(MakeConfig(options, std::move(secret)), *std::move(engine));
+  WorkerConfig config = MakeConfig(options, **engine, std::move(secret));
+  Worker worker(std::move(config), *std::move(engine));
   std::thread([&signals, &worker] { TakeSignals(signals, worker); }).detach();
   const absl::Status status = worker.Run();
   int code = EXIT_SUCCESS;

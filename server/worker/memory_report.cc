@@ -112,11 +112,11 @@ absl::Status CheckMemoryFits(const runtime::MemoryPlan& plan, const AvailableMem
                      FormatBytes(available.memory_bytes), " that ", available.memory_limit,
                      " leaves; spread the experts over more workers or lower --max-batch-tokens"));
   }
-  if (plan.heap_bytes > available.shm_bytes) {
+  if (available.shm_bytes && plan.heap_bytes > *available.shm_bytes) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "memory: the heap needs ", FormatBytes(plan.heap_bytes), ", ",
-        FormatBytes(plan.heap_bytes - available.shm_bytes), " more than the ",
-        FormatBytes(available.shm_bytes),
+        FormatBytes(plan.heap_bytes - *available.shm_bytes), " more than the ",
+        FormatBytes(*available.shm_bytes),
         " free in /dev/shm; enlarge it (docker: --shm-size) or lower --max-batch-tokens"));
   }
   return absl::OkStatus();
@@ -131,7 +131,9 @@ std::string MemoryTable(const runtime::MemoryPlan& plan, const AvailableMemory& 
   };
   row("weights", plan.weight_bytes, absl::StrCat("held as ", plan.held_type));
   row("heap", plan.heap_bytes,
-      absl::StrCat("in /dev/shm, ", FormatBytes(available.shm_bytes), " free there"));
+      available.shm_bytes
+          ? absl::StrCat("in /dev/shm, ", FormatBytes(*available.shm_bytes), " free there")
+          : "");
   row("workspace", plan.workspace_bytes, "");
   row("total", total,
       absl::StrCat("of ", FormatBytes(available.memory_bytes), " available (",
@@ -145,7 +147,10 @@ void LogMemoryPlan(const runtime::MemoryPlan& plan, const AvailableMemory& avail
                                    {"heap_bytes", plan.heap_bytes},
                                    {"workspace_bytes", plan.workspace_bytes},
                                    {"available_bytes", available.memory_bytes},
-                                   {"shm_free_bytes", available.shm_bytes}});
+                                   {"available_in", available.memory_limit}});
+  if (available.shm_bytes) {
+    runtime::LogInfo("shared_memory", {{"free_bytes", *available.shm_bytes}});
+  }
 }
 
 std::string FormatBytes(std::uint64_t bytes) {

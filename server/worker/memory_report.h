@@ -4,6 +4,7 @@
 #define EPSERVE_SERVER_WORKER_MEMORY_REPORT_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -14,8 +15,10 @@ namespace epserve::worker {
 
 struct AvailableMemory {
   std::uint64_t memory_bytes = 0;
-  std::string memory_limit;     // what bounds it: "MemAvailable" or a control group's memory.max
-  std::uint64_t shm_bytes = 0;  // free in /dev/shm, where the heap lies; the heap counts twice
+  // What bounds it: "MemAvailable", a control group's memory.max, or "GPU 0 (NVIDIA H200)".
+  std::string memory_limit;
+  // Free in /dev/shm, where the heap lies, which counts twice; nothing for a heap on a GPU.
+  std::optional<std::uint64_t> shm_bytes;
 };
 
 // `root` stands before /proc and /sys ("" but in tests), `shm_dir` is where heaps are created.

@@ -64,8 +64,45 @@ void AddEngineFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_PEER_TIMEOUT_MS")
       ->check(CLI::Range(std::int64_t{10}, std::int64_t{86'400'000}))
       ->capture_default_str();
-  app.add_option("--backend", options.backend, "How tokens move between workers; built here: host")
+  app.add_option(
+         "--backend", options.backend,
+         "What computes and moves rows: host, cuda, or auto (cuda where a GPU is); the same "
+         "everywhere")
       ->envname("EPSERVE_BACKEND")
+      ->check(CLI::IsMember({"auto", "host", "cuda"}))
+      ->capture_default_str();
+}
+
+void AddCudaFlags(CLI::App& app, Options& options) {
+  app.add_option("--device", options.device,
+                 "GPU of the cuda backend, among those CUDA_VISIBLE_DEVICES leaves (default: "
+                 "--local-rank modulo their number)")
+      ->envname("EPSERVE_DEVICE")
+      ->check(CLI::Range(0, 1023));
+  app.add_option("--local-rank", options.local_rank,
+                 "Number of this worker among those of its machine")
+      ->envname("EPSERVE_LOCAL_RANK")
+      ->check(CLI::Range(0, 1023))
+      ->capture_default_str();
+  app.add_option("--comm-blocks", options.comm_blocks,
+                 "GPU blocks that move rows, per batch; the same everywhere")
+      ->envname("EPSERVE_COMM_BLOCKS")
+      ->check(CLI::Range(1, 128))
+      ->capture_default_str();
+  app.add_option("--dispatch-dtype", options.dispatch_dtype,
+                 "Form of rows on their way to the experts (cuda): bf16, fp8; the same everywhere")
+      ->envname("EPSERVE_DISPATCH_DTYPE")
+      ->check(CLI::IsMember({"bf16", "fp8"}))
+      ->capture_default_str();
+  app.add_option("--handle-dir", options.handle_dir,
+                 "Directory of the sockets that hand GPU heaps to peers, for containers that share "
+                 "a volume and no network namespace (default: abstract sockets)")
+      ->envname("EPSERVE_HANDLE_DIR")
+      ->check(CLI::ExistingDirectory);
+  app.add_option("--handle-type", options.handle_type,
+                 "How GPU heaps are handed to peers: fd, fabric, or auto (fd)")
+      ->envname("EPSERVE_HANDLE_TYPE")
+      ->check(CLI::IsMember({"auto", "fd", "fabric"}))
       ->capture_default_str();
 }
 
@@ -128,10 +165,6 @@ absl::Status ValidateOptions(const Options& options) {
     return absl::InvalidArgumentError(absl::StrCat("options: ", flag, " \"", absl::CHexEscape(id),
                                                    "\" is not of [A-Za-z0-9_.-]{1,64}"));
   }
-  if (options.backend != "host") {
-    return absl::InvalidArgumentError(absl::StrCat("options: --backend ", options.backend,
-                                                   " is not in this build, which has: host"));
-  }
   return absl::OkStatus();
 }
 
@@ -161,6 +194,7 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   AddClusterFlags(app, options);
   AddEngineFlags(app, options);
   AddSecurityFlags(app, options);
+  AddCudaFlags(app, options);
   AddLogFlags(app, options);
   CLI::Option* const worker_id = app.get_option("--worker-id");
   // CLI11 reports by exception; they end here.

@@ -23,10 +23,17 @@ struct Options {
   int num_slots = 2;
   int compute_threads = 1;
   std::int64_t peer_timeout_ms = 30000;
-  std::string backend = "host";
   server::TlsFiles tls;
-  std::string tls_server_name;  // empty: the host of `coordinator`
-  std::string secret_file;      // empty: none
+  std::string tls_server_name;   // empty: the host of `coordinator`
+  std::string secret_file;       // empty: none
+  std::string backend = "host";  // auto, host, cuda
+  // Of the cuda backend.
+  int device = -1;  // -1: local_rank modulo the number of visible GPUs
+  int local_rank = 0;
+  int comm_blocks = 24;
+  std::string dispatch_dtype = "bf16";  // bf16, fp8
+  std::string handle_dir;
+  std::string handle_type = "auto";  // auto, fd, fabric
   std::string log_format = "text";
   std::string log_level = "info";
 };

@@ -17,4 +17,9 @@ std::shared_ptr<runtime::RowArena> MapRowArena(const std::string& handle,
   return nullptr;
 }
 
+void UseRowsInPlace(const runtime::RowArena& arena, runtime::Engine& engine) {
+  const absl::Status pinned = engine.UseHostRows(arena.bytes());
+  if (!pinned.ok()) runtime::LogWarning("rows_not_pinned", {{"error", pinned}});
+}
+
 }  // namespace epserve::worker

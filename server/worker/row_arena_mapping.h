@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "runtime/engine/engine.h"
 #include "runtime/symmetric/row_arena.h"
 
 namespace epserve::worker {
@@ -14,6 +15,10 @@ namespace epserve::worker {
 // the log says so.
 std::shared_ptr<runtime::RowArena> MapRowArena(const std::string& handle,
                                                const runtime::RowArenaSpec& spec);
+
+// Lets a device engine copy straight from and to the arena, until its epoch is closed. Where that
+// is not to be had, rows take a copy more, and the log says so.
+void UseRowsInPlace(const runtime::RowArena& arena, runtime::Engine& engine);
 
 }  // namespace epserve::worker
 

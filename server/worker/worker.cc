@@ -401,16 +401,16 @@ void Worker::DoCreateHeap() {
   // The lease must be there by the first batch.
   if (stream) stream->HurryHeartbeat();
   absl::StatusOr<std::string> handle = engine_->CreateHeap(epoch);
-  if (!handle.ok()) {
-    EpochFailed(handle.status());
-    return;
-  }
+  // A GPU that is lost does not come back in this process: whoever started it starts another.
+  if (absl::IsInternal(handle.status())) return Fail(handle.status());
+  if (!handle.ok()) return EpochFailed(handle.status());
   row_arena_ = MapRowArena(arena_handle_, {.cluster_id = config_.cluster_id,
                                            .epoch = epoch,
                                            .num_slots = config_.num_slots,
                                            .max_batch_tokens = config_.max_batch_tokens,
                                            .hidden = engine_->model().hidden,
                                            .topk = engine_->model().topk});
+  if (row_arena_ != nullptr) UseRowsInPlace(*row_arena_, *engine_);
   Report(HeapCreated{
       .epoch = epoch, .handle = *std::move(handle), .row_arena_mapped = row_arena_ != nullptr});
 }
@@ -418,10 +418,7 @@ void Worker::DoCreateHeap() {
 void Worker::DoOpenPeers() {
   const std::uint64_t epoch = session_.epoch();
   const absl::Status opened = engine_->OpenPeers(peer_handles_);
-  if (!opened.ok()) {
-    EpochFailed(opened);
-    return;
-  }
+  if (!opened.ok()) return EpochFailed(opened);
   // Before the answer goes out: shards may follow on its heels.
   executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank, row_arena_);
   Report(PeersOpened{.epoch = epoch, .probe_output = probe_output_});
@@ -430,9 +427,9 @@ void Worker::DoOpenPeers() {
 void Worker::DoEndEpoch() {
   executor_->AbortAnyEpoch();
   executor_->Drain();
-  row_arena_ = nullptr;
   lease_.Leave();
   engine_->CloseEpoch();
+  row_arena_ = nullptr;  // Only now: the engine may have used it in place.
 }
 
 void Worker::EpochFailed(const absl::Status& status) {

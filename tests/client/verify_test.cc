@@ -104,6 +104,18 @@ TEST_F(VerifyTest, ErrorOverTheLimitFailsAndSaysWhere) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("3.0e-05 in fp32 exceeds 1.0e-05"));
 }
 
+TEST_F(VerifyTest, LimitThatIsGivenHoldsForEveryType) {
+  options_.max_error = 1e-4;
+  options_.dtypes = {"fp32"};
+  Serve([](std::vector<double>& y) {
+    for (double& value : y) value *= 1 + 3e-5;
+  });
+  const absl::Status status = RunVerify(options_);
+  EXPECT_TRUE(status.ok()) << status;
+  options_.dtypes = {"bf16"};
+  EXPECT_EQ(RunVerify(options_).code(), absl::StatusCode::kDataLoss);
+}
+
 TEST_F(VerifyTest, OneWrongRowFailsInTheCoarsestType) {
   options_.dtypes = {"bf16"};
   Serve([](std::vector<double>& y) {

@@ -129,6 +129,12 @@ double RelativeError(const std::vector<float>& got, const std::vector<double>& w
   return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
 }
 
+void OpenAll(const std::vector<std::unique_ptr<CudaExchange>>& ranks) {
+  std::vector<std::string> handles;
+  for (const auto& rank : ranks) handles.push_back(rank->handle());
+  for (const auto& rank : ranks) ASSERT_TRUE(rank->OpenPeers(handles, absl::Seconds(5)).ok());
+}
+
 class CudaExchangeTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -154,7 +160,6 @@ class CudaExchangeTest : public ::testing::Test {
     config.base.max_topk = c.topk;
     config.base.placement = EvenPlacement(c.experts, c.num_ranks);
     config.base.peer_timeout = absl::Seconds(10);
-    config.secret = "a secret";
     config.max_decode_tokens = 256;
     config.max_element_bytes = 4;
     config.comm_blocks = c.comm_blocks;
@@ -194,10 +199,11 @@ class CudaExchangeTest : public ::testing::Test {
     std::vector<std::vector<std::byte>> outputs(c.num_ranks * rounds);
     std::vector<std::thread> threads;
     std::barrier meet(c.num_ranks);
+    std::vector<std::string> handles(c.num_ranks);
     for (int rank = 0; rank < c.num_ranks; ++rank) {
       threads.emplace_back([&, rank] {
         ASSERT_EQ(cudaSetDevice(rank % num_devices_), cudaSuccess);
-        RunRank(c, Config(c, rank, this_epoch), tokens, &meet, &outputs);
+        RunRank(c, Config(c, rank, this_epoch), tokens, &meet, &handles, &outputs);
       });
     }
     for (std::thread& t : threads) t.join();
@@ -206,12 +212,14 @@ class CudaExchangeTest : public ::testing::Test {
 
   void RunRank(const Case& c, const CudaExchangeConfig& config,
                const std::vector<std::vector<HostTokens>>& rounds, std::barrier<>* meet,
-               std::vector<std::vector<std::byte>>* outputs) {
+               std::vector<std::string>* handles, std::vector<std::vector<std::byte>>* outputs) {
     const int rank = config.base.rank;
     auto created = CudaExchange::Create(config);
     ASSERT_TRUE(created.ok()) << created.status();
     CudaExchange& exchange = **created;
-    ASSERT_TRUE(exchange.OpenPeers(absl::Seconds(20)).ok());
+    (*handles)[rank] = exchange.handle();
+    meet->arrive_and_wait();
+    ASSERT_TRUE(exchange.OpenPeers(*handles, absl::Seconds(20)).ok());
     cudaStream_t stream;
     ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
     const std::int64_t element = DataTypeBytes(c.dtype);
@@ -370,7 +378,7 @@ TEST_F(CudaExchangeTest, SilentPeerTimesOutNamingIt) {
     ASSERT_TRUE(created.ok()) << created.status();
     ranks.push_back(std::move(created).value());
   }
-  for (auto& rank : ranks) ASSERT_TRUE(rank->OpenPeers(absl::Seconds(5)).ok());
+  OpenAll(ranks);
   DeviceBuffer x, ids, weights;
   CudaTokens t;
   t.x = Upload(tokens[0].packed, &x);
@@ -397,7 +405,7 @@ TEST_F(CudaExchangeTest, AbortEndsADeviceWait) {
     ASSERT_TRUE(created.ok()) << created.status();
     ranks.push_back(std::move(created).value());
   }
-  for (auto& rank : ranks) ASSERT_TRUE(rank->OpenPeers(absl::Seconds(5)).ok());
+  OpenAll(ranks);
   ASSERT_TRUE(ranks[0]->Barrier(nullptr).ok());
   ranks[0]->Abort();
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);

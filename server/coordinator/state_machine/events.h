@@ -28,6 +28,7 @@ struct WorkerHello {
   EpochId last_epoch = 0;   // highest epoch this process took part in, 0: none
   int held_rank = -1;       // whose weights are in memory, -1: none
   int held_num_ranks = 0;   // the R of that placement
+  std::string backend;      // what computes and moves its rows; all workers have one
 };
 
 struct WorkerLoadProgress {

@@ -19,6 +19,7 @@ struct Session {
   StreamId stream = 0;
   std::string worker_id;
   std::string incarnation;
+  std::string backend;
   EpochId last_epoch = 0;  // as its Hello said
   int held_rank = -1;      // as its Hello said; -1 where it is of another placement
   std::uint64_t join_order = 0;

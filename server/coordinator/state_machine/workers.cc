@@ -31,6 +31,16 @@ void StateMachine::Impl::On(const WorkerHello& event) {
                                    "; restart the worker")});
     return;
   }
+  // Heaps of different backends cannot be opened by one another.
+  for (const auto& [stream, other] : membership_.sessions()) {
+    if (other.worker_id == event.worker_id || other.backend == event.backend) continue;
+    Emit(RejectWorker{event.stream, absl::StatusCode::kInvalidArgument,
+                      absl::StrCat("join: worker ", absl::CHexEscape(event.worker_id),
+                                   " has backend ", absl::CHexEscape(event.backend),
+                                   ", which differs from worker ", other.worker_id, "'s ",
+                                   other.backend, "; give all workers the same --backend")});
+    return;
+  }
   if (Session* older = membership_.FindWorker(event.worker_id)) {
     // A process that is gone has taken its stream with it, or falls silent. One that is alive keeps
     // its name: two of one name would otherwise throw each other out for ever.
@@ -55,6 +65,7 @@ void StateMachine::Impl::On(const WorkerHello& event) {
   session.worker_id = event.worker_id;
   session.incarnation = event.incarnation;
   session.last_epoch = event.last_epoch;
+  session.backend = event.backend;
   const bool same_placement = event.held_num_ranks == config_.num_workers && event.held_rank >= 0 &&
                               event.held_rank < config_.num_workers;
   session.held_rank = same_placement ? event.held_rank : -1;

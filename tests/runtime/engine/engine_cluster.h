@@ -1,5 +1,5 @@
-// R host engines in threads of one process, driven as workers drive theirs: shards staged, counts
-// gathered, batches run to the end.
+// R engines of the tested backend in threads of one process, driven as workers drive theirs: shards
+// staged, counts gathered, batches run to the end.
 #ifndef EPSERVE_TESTS_RUNTIME_ENGINE_ENGINE_CLUSTER_H_
 #define EPSERVE_TESTS_RUNTIME_ENGINE_ENGINE_CLUSTER_H_
 
@@ -8,11 +8,13 @@
 
 #include <barrier>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "runtime/engine/engine.h"
+#include "tests/runtime/engine/engine_backend.h"
 
 namespace epserve::testing {
 
@@ -45,10 +47,12 @@ struct BatchResult {
 
 class EngineCluster {
  public:
-  EngineCluster(const std::string& checkpoint_dir, int num_ranks,
+  // On as many ranks as the backend's machine has room for, up to `wanted_ranks`.
+  EngineCluster(const std::string& checkpoint_dir, int wanted_ranks,
                 std::int64_t max_batch_tokens = 64, int compute_threads = 1,
-                absl::Duration peer_timeout = absl::Seconds(60)) {
+                absl::Duration peer_timeout = absl::Seconds(60), bool fp8_dispatch = false) {
     static int number = 0;
+    const int num_ranks = NumTestRanks(wanted_ranks);
     for (int rank = 0; rank < num_ranks; ++rank) {
       runtime::EngineOptions options;
       options.checkpoint_dir = checkpoint_dir;
@@ -57,7 +61,8 @@ class EngineCluster {
       options.max_batch_tokens = max_batch_tokens;
       options.compute_threads = compute_threads;
       options.peer_timeout = peer_timeout;
-      auto engine = runtime::CreateHostEngine(options);
+      options.cuda.fp8_dispatch = fp8_dispatch;
+      auto engine = CreateTestEngine(options, rank);
       EXPECT_TRUE(engine.ok()) << engine.status();
       engines_.push_back(*std::move(engine));
     }

@@ -68,6 +68,41 @@ TEST(HandleSocketTest, PathFormIsRemovedWithItsServer) {
   EXPECT_NE(stat(address.c_str(), &info), 0);
 }
 
+TEST(HandleSocketTest, SocketsOfTheDeadAreReclaimedAndNoOthers) {
+  std::string directory = "/tmp/epserve-sockets-XXXXXX";
+  ASSERT_NE(mkdtemp(directory.data()), nullptr);
+  // Bound and closed: what a killed worker leaves.
+  const auto abandon = [&](const std::string& cluster, const std::string& suffix) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    const std::string path = HandleSocketAddress(directory, cluster, 7, 1) + suffix;
+    std::memcpy(name.sun_path, path.data(), path.size());
+    const UniqueFd fd(socket(AF_UNIX, SOCK_STREAM, 0));
+    EXPECT_EQ(bind(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof(name)), 0);
+    return path;
+  };
+  const std::string dead = abandon("mine", "");
+  const std::string other = abandon("mine-too", "");
+  const std::string stranger = abandon("mine", ".bak");
+  const std::string alive = HandleSocketAddress(directory, "mine", 7, 2);
+  auto server = HandleServer::Start(alive, "s", MemoryWith("x"), 1);
+  ASSERT_TRUE(server.ok()) << server.status();
+  const auto reclaimed = ReclaimStaleSockets(directory, "mine");
+  ASSERT_TRUE(reclaimed.ok()) << reclaimed.status();
+  EXPECT_EQ(*reclaimed, 1);
+  struct stat info;
+  EXPECT_NE(stat(dead.c_str(), &info), 0);
+  EXPECT_EQ(stat(other.c_str(), &info), 0);
+  EXPECT_EQ(stat(stranger.c_str(), &info), 0);
+  EXPECT_TRUE(FetchHandle(alive, "s", absl::Seconds(5)).ok());
+  EXPECT_EQ(ReclaimStaleSockets(directory + "/none", "mine").status().code(),
+            absl::StatusCode::kNotFound);
+  server->reset();
+  unlink(other.c_str());
+  unlink(stranger.c_str());
+  rmdir(directory.c_str());
+}
+
 TEST(HandleSocketTest, OverlongNamesAndSecretsAreRefused) {
   EXPECT_EQ(
       HandleServer::Start("@" + std::string(200, 'a'), "s", MemoryWith("x"), 1).status().code(),

@@ -230,6 +230,21 @@ TEST_F(WorkerTest, PeersThatCannotBeOpenedCostTheEpochAndNotTheProcess) {
   RunBatch(*session, 8, 1);
 }
 
+// A lost GPU cannot be had back by this process, so it ends, for its supervisor to start another.
+TEST_F(WorkerTest, HeapThatFailsWithInternalEndsTheWorker) {
+  engine_->FailAt("create", absl::InternalError("create heap: GPU 0 hangs; restart the worker"));
+  StartCoordinator();
+  StartWorker();
+  std::shared_ptr<ControlSession> session = GreetAndLoad();
+  ASSERT_NE(session, nullptr);
+  session->Send(CreateHeapMessage(7));
+  const v1::WorkerMessage failure = session->Next();
+  ASSERT_TRUE(failure.has_failure()) << failure.DebugString();
+  const absl::Status status = AwaitExit();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("GPU 0 hangs"));
+}
+
 TEST_F(WorkerTest, FailedBatchIsReportedAndTheEpochGoesOn) {
   std::shared_ptr<ControlSession> session = Serve(7);
   ASSERT_NE(session, nullptr);

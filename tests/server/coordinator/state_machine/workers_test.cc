@@ -67,6 +67,21 @@ TEST(WorkersTest, HelloWithoutIdentityIsRejected) {
   EXPECT_TRUE(cluster.snapshot().workers.empty());
 }
 
+TEST(WorkersTest, HelloOfAnotherBackendIsRejectedNamingBoth) {
+  TestCluster cluster;
+  cluster.Do(WorkerHello{.stream = 1, .worker_id = "w0", .incarnation = "a", .backend = "cuda"});
+  const auto rejected = First<RejectWorker>(cluster.Do(
+      WorkerHello{.stream = 2, .worker_id = "w1", .incarnation = "b", .backend = "host"}));
+  ASSERT_TRUE(rejected);
+  EXPECT_EQ(rejected->stream, 2u);
+  EXPECT_NE(rejected->message.find("w1 has backend host, which differs from worker w0's cuda"),
+            std::string::npos)
+      << rejected->message;
+  // The only worker may come back with another one.
+  EXPECT_FALSE(Has<RejectWorker>(cluster.Do(
+      WorkerHello{.stream = 3, .worker_id = "w0", .incarnation = "a", .backend = "host"})));
+}
+
 TEST(WorkersTest, HelloWithAnImpossibleEpochIsRejected) {
   TestCluster cluster;
   const Commands commands = cluster.Join("w0", {.last_epoch = ~EpochId{0}});

@@ -32,9 +32,21 @@ Batch SmallBatch(std::uint64_t sequence) {
   return batch;
 }
 
-class HostEngineStatesTest : public ::testing::Test {
+// A batch from Dispatch to its end: a device backend says only in Finish what went wrong before.
+absl::Status RunStaged(Engine& engine, int slot, const CountMatrix& counts) {
+  std::vector<float> output(4 * 32);
+  if (auto status = engine.Dispatch(slot, counts); !status.ok()) return status;
+  if (auto status = engine.RunExperts(slot); !status.ok()) return status;
+  if (auto status = engine.Combine(slot); !status.ok()) return status;
+  return engine.Finish(slot, output.data(), nullptr, nullptr);
+}
+
+class EngineStatesTest : public testing::EngineBackendTest {
  protected:
-  void SetUp() override { testing::WriteCheckpoint(path(), {}); }
+  void SetUp() override {
+    testing::EngineBackendTest::SetUp();
+    testing::WriteCheckpoint(path(), {});
+  }
   std::filesystem::path path() const { return directory_.path() / "model"; }
 
   EngineOptions Options() const {
@@ -48,40 +60,49 @@ class HostEngineStatesTest : public ::testing::Test {
   TempDirectory directory_;
 };
 
-TEST_F(HostEngineStatesTest, BadOptionsOrCheckpointAreRefusedAtCreation) {
+TEST_F(EngineStatesTest, BadOptionsOrCheckpointAreRefusedAtCreation) {
   EngineOptions options = Options();
   options.checkpoint_dir = "/nonexistent/model";
-  EXPECT_EQ(CreateHostEngine(options).status().code(), Code::kNotFound);
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kNotFound);
   options = Options();
   options.cluster_id = "a/b";
-  EXPECT_EQ(CreateHostEngine(options).status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
   options = Options();
   options.max_batch_tokens = 0;
-  EXPECT_EQ(CreateHostEngine(options).status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
   options = Options();
   options.num_slots = 0;
-  EXPECT_EQ(CreateHostEngine(options).status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
+  options = Options();
+  options.num_slots = 17;
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
+  if (testing::kCudaBackend) return;  // It has no threads that compute.
   options = Options();
   options.compute_threads = 0;
-  EXPECT_EQ(CreateHostEngine(options).status().code(), Code::kInvalidArgument);
+  EXPECT_EQ(testing::CreateTestEngine(options, 0).status().code(), Code::kInvalidArgument);
 }
 
-TEST_F(HostEngineStatesTest, MemoryPlanCountsWeightsAsTheyAreHeld) {
-  const auto engine = CreateHostEngine(Options());
+TEST_F(EngineStatesTest, MemoryPlanCountsWeightsAsTheyAreHeld) {
+  const auto engine = testing::CreateTestEngine(Options(), 0);
   ASSERT_TRUE(engine.ok()) << engine.status();
   const Placement placement = EvenPlacement(8, 3);
   const auto plan = (*engine)->PlanMemory(placement, 0);
   ASSERT_TRUE(plan.ok()) << plan.status();
-  EXPECT_EQ(plan->held_type, "fp32");
-  EXPECT_EQ(plan->weight_bytes, 2u * (3u * 3u * 32u * 48u + 8u * 32u) * 4u);
+  if (testing::kCudaBackend) {
+    EXPECT_EQ(plan->held_type, "bf16, rows as bf16");
+    EXPECT_EQ(plan->weight_bytes, 2u * 3u * 3u * 32u * 48u * 2u);
+  } else {
+    EXPECT_EQ(plan->held_type, "fp32");
+    EXPECT_EQ(plan->weight_bytes, 2u * (3u * 3u * 32u * 48u + 8u * 32u) * 4u);
+  }
   EXPECT_GT(plan->heap_bytes, 0u);
   EXPECT_GT(plan->workspace_bytes, 0u);
   EXPECT_EQ((*engine)->PlanMemory(placement, 3).status().code(), Code::kInvalidArgument);
   EXPECT_EQ((*engine)->PlanMemory(EvenPlacement(9, 3), 0).status().code(), Code::kInvalidArgument);
 }
 
-TEST_F(HostEngineStatesTest, SameRangeIsKeptAndAnotherIsReadAgain) {
-  const auto engine = CreateHostEngine(Options());
+TEST_F(EngineStatesTest, SameRangeIsKeptAndAnotherIsReadAgain) {
+  const auto engine = testing::CreateTestEngine(Options(), 0);
   ASSERT_TRUE(engine.ok());
   int calls = 0;
   const auto progress = [&](std::uint64_t, std::uint64_t) { ++calls; };
@@ -98,8 +119,8 @@ TEST_F(HostEngineStatesTest, SameRangeIsKeptAndAnotherIsReadAgain) {
   EXPECT_EQ((*engine)->CreateHeap(1).status().code(), Code::kFailedPrecondition);
 }
 
-TEST_F(HostEngineStatesTest, CallsOutOfTurnAreFailedPrecondition) {
-  const auto fresh = CreateHostEngine(Options());
+TEST_F(EngineStatesTest, CallsOutOfTurnAreFailedPrecondition) {
+  const auto fresh = testing::CreateTestEngine(Options(), 0);
   ASSERT_TRUE(fresh.ok());
   EXPECT_EQ((*fresh)->CreateHeap(1).status().code(), Code::kFailedPrecondition);
   EXPECT_EQ((*fresh)->OpenPeers({}).code(), Code::kFailedPrecondition);
@@ -124,7 +145,7 @@ TEST_F(HostEngineStatesTest, CallsOutOfTurnAreFailedPrecondition) {
   EXPECT_TRUE(engine.Stage(input).ok());
 }
 
-TEST_F(HostEngineStatesTest, BadShardIsRefusedNamingTheValue) {
+TEST_F(EngineStatesTest, BadShardIsRefusedNamingTheValue) {
   EngineCluster cluster(path().string(), 2);
   cluster.StartEpoch(1);
   const std::vector<float> hidden(2 * 32);
@@ -164,7 +185,7 @@ TEST_F(HostEngineStatesTest, BadShardIsRefusedNamingTheValue) {
   expect(input, Code::kInvalidArgument, "topk 1 is not the router's 2");
 }
 
-TEST_F(HostEngineStatesTest, ShardWithoutIdsNeedsARouter) {
+TEST_F(EngineStatesTest, ShardWithoutIdsNeedsARouter) {
   const CheckpointSpec spec{.router = false};
   testing::WriteCheckpoint(directory_.path() / "plain", spec);
   EngineCluster cluster((directory_.path() / "plain").string(), 1);
@@ -178,7 +199,7 @@ TEST_F(HostEngineStatesTest, ShardWithoutIdsNeedsARouter) {
   EXPECT_THAT(std::string(staged.status().message()), HasSubstr("no router"));
 }
 
-TEST_F(HostEngineStatesTest, CountsThatContradictTheShardAreRefused) {
+TEST_F(EngineStatesTest, CountsThatContradictTheShardAreRefused) {
   EngineCluster cluster(path().string(), 1);
   cluster.StartEpoch(1);
   const Batch batch = SmallBatch(1);
@@ -199,7 +220,7 @@ TEST_F(HostEngineStatesTest, CountsThatContradictTheShardAreRefused) {
   EXPECT_TRUE(cluster.Run(SmallBatch(2)).ok());
 }
 
-TEST_F(HostEngineStatesTest, AbortEndsAWaitAndHoldsUntilTheNextHeap) {
+TEST_F(EngineStatesTest, AbortEndsAWaitAndHoldsUntilTheNextHeap) {
   EngineCluster cluster(path().string(), 2);
   const Batch batch = SmallBatch(1);
   ShardInput input;
@@ -216,7 +237,7 @@ TEST_F(HostEngineStatesTest, AbortEndsAWaitAndHoldsUntilTheNextHeap) {
     input.sequence = 1;
     ASSERT_TRUE(engine.Stage(input).ok());
     // Rank 1 never dispatches.
-    auto waiting = std::async(std::launch::async, [&] { return engine.Dispatch(0, counts); });
+    auto waiting = std::async(std::launch::async, [&] { return RunStaged(engine, 0, counts); });
     std::this_thread::sleep_for(std::chrono::milliseconds(4 * (round - 1)));
     engine.Abort();
     ASSERT_EQ(waiting.wait_for(std::chrono::seconds(20)), std::future_status::ready);
@@ -233,7 +254,7 @@ TEST_F(HostEngineStatesTest, AbortEndsAWaitAndHoldsUntilTheNextHeap) {
   EXPECT_TRUE(cluster.Run(SmallBatch(1)).ok());
 }
 
-TEST_F(HostEngineStatesTest, PeerThatNeverComesIsDeadlineExceededNamingIt) {
+TEST_F(EngineStatesTest, PeerThatNeverComesIsDeadlineExceededNamingIt) {
   EngineCluster cluster(path().string(), 2, 64, 1, absl::Milliseconds(50));
   cluster.StartEpoch(1);
   const Batch batch = SmallBatch(1);
@@ -246,12 +267,12 @@ TEST_F(HostEngineStatesTest, PeerThatNeverComesIsDeadlineExceededNamingIt) {
   input.topk_weights = batch.weights.data();
   ASSERT_TRUE(cluster.engine(0).Stage(input).ok());
   const CountMatrix counts = ComputeCountMatrix(batch.ids, 4, 2, cluster.placement());
-  const absl::Status status = cluster.engine(0).Dispatch(0, counts);
+  const absl::Status status = RunStaged(cluster.engine(0), 0, counts);
   EXPECT_EQ(status.code(), Code::kDeadlineExceeded);
   EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1"));
 }
 
-TEST_F(HostEngineStatesTest, EpochsFollowOneAnotherWithTheSameWeights) {
+TEST_F(EngineStatesTest, EpochsFollowOneAnotherWithTheSameWeights) {
   EngineCluster cluster(path().string(), 3);
   std::vector<std::byte> first;
   for (std::uint64_t epoch = 10; epoch < 14; ++epoch) {

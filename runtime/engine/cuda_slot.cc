@@ -1,0 +1,233 @@
+#include "runtime/engine/cuda_slot.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+#include "runtime/engine/cuda_convert.h"
+
+namespace epserve::runtime {
+namespace {
+
+constexpr std::int64_t kBf16Bytes = 2;
+constexpr std::int64_t kWidestBytes = 4;  // of a request's element
+constexpr DeviceExchange::Path kPath = DeviceExchange::Path::kPrefill;
+
+constexpr std::size_t kPartAlignment = 256;
+
+std::int64_t ShardElements(const CudaSlotConfig& config) {
+  return config.intake.max_shard_tokens * config.intake.hidden;
+}
+
+std::int64_t ShardPairs(const CudaSlotConfig& config) {
+  return config.intake.max_shard_tokens * kMaxTopk;
+}
+
+std::size_t Aligned(std::size_t bytes) {
+  return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+}
+
+std::size_t InputBytes(const CudaSlotConfig& config) {
+  return Aligned(static_cast<std::size_t>(ShardElements(config) * kWidestBytes)) +
+         2 * Aligned(static_cast<std::size_t>(ShardPairs(config)) * 4);
+}
+
+CudaExpertFfnConfig FfnConfig(const CudaSlotConfig& config) {
+  CudaExpertFfnConfig ffn;
+  ffn.shape = config.shape;
+  ffn.max_rows = config.max_rows;
+  return ffn;
+}
+
+// Memory that the device cannot reach by itself: what malloc gives.
+absl::StatusOr<bool> IsPageable(const void* memory) {
+  cudaPointerAttributes attributes;
+  EPS_CUDA_RETURN_IF_ERROR(cudaPointerGetAttributes(&attributes, memory));
+  return attributes.type == cudaMemoryTypeUnregistered;
+}
+
+// How long to sleep before the next look at a stream that has been awaited for `waited`: late by an
+// eighth of the wait at most, and by 0.2 ms. A thread that waits so takes a few per cent of a core
+// and, unlike cudaEventSynchronize, can stop waiting.
+std::chrono::nanoseconds PauseAfter(std::chrono::nanoseconds waited) {
+  constexpr std::chrono::nanoseconds kLeast = std::chrono::microseconds(2);
+  constexpr std::chrono::nanoseconds kMost = std::chrono::microseconds(200);
+  return std::clamp(waited / 8, kLeast, kMost);
+}
+
+}  // namespace
+
+CudaSlot::CudaSlot(const CudaSlotConfig& config)
+    : ShardSlot(config.intake),
+      config_(config),
+      local_expert_rows_(static_cast<std::size_t>(config.shape.num_local_experts)) {}
+
+std::uint64_t CudaSlot::PlanBytes(const CudaSlotConfig& config) {
+  std::uint64_t bytes =
+      InputBytes(config) + static_cast<std::uint64_t>(2 * ShardElements(config) * kBf16Bytes);
+  if (config.shape.num_local_experts == 0) return bytes;
+  bytes += static_cast<std::uint64_t>(2 * config.max_rows * config.intake.hidden * kBf16Bytes);
+  return bytes + CudaExpertFfn::WorkspaceBytes(FfnConfig(config));
+}
+
+absl::StatusOr<std::unique_ptr<CudaSlot>> CudaSlot::Create(const CudaSlotConfig& config) {
+  std::unique_ptr<CudaSlot> slot(new CudaSlot(config));
+  EPS_RETURN_IF_ERROR(slot->Initialize());
+  return slot;
+}
+
+absl::Status CudaSlot::Initialize() {
+  EPS_RETURN_IF_ERROR(LoadConvertKernels());
+  EPS_RETURN_IF_ERROR(stream_.Create());
+  for (Event& mark : marks_) EPS_RETURN_IF_ERROR(mark.Create());
+  const std::int64_t elements = ShardElements(config_);
+  EPS_ASSIGN_OR_RETURN(staging_, PinnedBuffer::Create(InputBytes(config_)));
+  EPS_ASSIGN_OR_RETURN(input_, DeviceBuffer::Create(InputBytes(config_)));
+  EPS_ASSIGN_OR_RETURN(x_, DeviceBuffer::Create(elements * kBf16Bytes));
+  EPS_ASSIGN_OR_RETURN(out_, DeviceBuffer::Create(elements * kBf16Bytes));
+  if (config_.shape.num_local_experts == 0) return absl::OkStatus();
+  const std::int64_t expert_bytes = config_.max_rows * config_.intake.hidden * kBf16Bytes;
+  EPS_ASSIGN_OR_RETURN(expert_inputs_, DeviceBuffer::Create(expert_bytes));
+  EPS_ASSIGN_OR_RETURN(expert_rows_, DeviceBuffer::Create(expert_bytes));
+  EPS_ASSIGN_OR_RETURN(ffn_, CudaExpertFfn::Create(FfnConfig(config_)));
+  return absl::OkStatus();
+}
+
+absl::Status CudaSlot::EnqueueStage() {
+  const ShardInput& input = intake().input();
+  const std::size_t row_bytes = intake().row_bytes();
+  const std::size_t index_bytes = intake().ids().size_bytes();
+  const std::size_t ids_at = Aligned(row_bytes);
+  const std::size_t weights_at = ids_at + Aligned(index_bytes);
+  auto* const device = input_.as<std::byte>();
+  const bool converted = input.dtype != DataType::kBf16;
+  tokens_ = {.x = converted ? x_.as<void>() : input_.as<void>(),
+             .topk_ids = reinterpret_cast<const std::int32_t*>(device + ids_at),
+             .topk_weights = reinterpret_cast<const float*>(device + weights_at),
+             .num_tokens = input.num_tokens,
+             .topk = input.topk,
+             .dtype = DataType::kBf16,
+             .payload = config_.payload};
+  if (input.num_tokens == 0) return absl::OkStatus();
+  auto* const staging = staging_.as<std::byte>();
+  std::memcpy(staging + ids_at, intake().topk_ids(), index_bytes);
+  std::memcpy(staging + weights_at, intake().topk_weights(), index_bytes);
+  EPS_ASSIGN_OR_RETURN(const bool pageable, IsPageable(input.hidden));
+  std::size_t staged_from = ids_at;
+  if (pageable) {
+    std::memcpy(staging, input.hidden, row_bytes);
+    staged_from = 0;
+  } else {
+    EPS_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(device, input.hidden, row_bytes, cudaMemcpyDefault, stream_.get()));
+  }
+  EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device + staged_from, staging + staged_from,
+                                           weights_at + index_bytes - staged_from,
+                                           cudaMemcpyHostToDevice, stream_.get()));
+  if (!converted) return absl::OkStatus();
+  return LaunchToBf16(input.dtype, device, x_.as<void>(), input.num_tokens * config_.intake.hidden,
+                      stream_.get());
+}
+
+absl::Status CudaSlot::EnqueueDispatch(DeviceExchange& exchange, int index,
+                                       const CountMatrix& counts, std::int64_t first_expert) {
+  // Every rank refuses what does not fit any of them, so that none waits for another.
+  for (int rank = 0; rank < counts.num_ranks; ++rank) {
+    const std::int64_t pairs = counts.NumReceived(rank) * tokens_.topk;
+    if (pairs <= config_.max_rows) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("dispatch: ", pairs, " rows for the experts of rank ", rank, " exceed ",
+                     config_.max_rows, ", which --max-batch-tokens and the model's topk allow"));
+  }
+  std::copy_n(counts.rows_per_expert.begin() + first_expert, local_expert_rows_.size(),
+              local_expert_rows_.begin());
+  engaged_ = true;
+  EPS_RETURN_IF_ERROR(Mark(kDispatchBegin));
+  EPS_RETURN_IF_ERROR(exchange.Dispatch(kPath, index, tokens_, &counts, stream_.get()));
+  return Mark(kDispatchEnd);
+}
+
+absl::Status CudaSlot::EnqueueExperts(DeviceExchange& exchange, int index, const std::byte* layer) {
+  if (ffn_ != nullptr) {
+    EPS_RETURN_IF_ERROR(exchange.LayOutExperts(kPath, index, stream_.get()));
+    EPS_RETURN_IF_ERROR(
+        exchange.Gather(kPath, index, tokens_, expert_inputs_.as<void>(), stream_.get()));
+    EPS_RETURN_IF_ERROR(ffn_->Run(layer, expert_inputs_.as<void>(),
+                                  exchange.expert_offset(kPath, index), expert_rows_.as<void>(),
+                                  stream_.get()));
+  }
+  return Mark(kExpertsEnd);
+}
+
+absl::Status CudaSlot::EnqueueCombine(DeviceExchange& exchange, int index) {
+  EPS_RETURN_IF_ERROR(Mark(kCombineBegin));
+  EPS_RETURN_IF_ERROR(exchange.Combine(kPath, index, tokens_, expert_rows_.as<void>(),
+                                       out_.as<void>(), stream_.get()));
+  const ShardInput& input = intake().input();
+  if (input.dtype != DataType::kBf16) {
+    EPS_RETURN_IF_ERROR(LaunchFromBf16(input.dtype, out_.as<void>(), input_.as<void>(),
+                                       input.num_tokens * config_.intake.hidden, stream_.get()));
+  }
+  return Mark(kCombineEnd);
+}
+
+absl::Status CudaSlot::Finish(DeviceExchange& exchange, void* output, absl::Duration timeout) {
+  const std::size_t bytes = intake().row_bytes();
+  const bool converted = intake().input().dtype != DataType::kBf16;
+  const void* result = converted ? input_.as<void>() : out_.as<void>();
+  bool pageable = false;
+  if (bytes > 0) {
+    EPS_ASSIGN_OR_RETURN(pageable, IsPageable(output));
+    void* const to = pageable ? staging_.as<void>() : output;
+    EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to, result, bytes, cudaMemcpyDefault, stream_.get()));
+  }
+  EPS_RETURN_IF_ERROR(Mark(kDone));
+  EPS_RETURN_IF_ERROR(WaitForDone(&exchange, timeout));
+  EPS_RETURN_IF_ERROR(exchange.CheckWaits());
+  if (pageable) std::memcpy(output, staging_.as<void>(), bytes);
+  return TakeTimes();
+}
+
+absl::Status CudaSlot::Drain(absl::Duration timeout) {
+  EPS_RETURN_IF_ERROR(Mark(kDone));
+  return WaitForDone(nullptr, timeout);
+}
+
+absl::Status CudaSlot::WaitForDone(DeviceExchange* exchange, absl::Duration timeout) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto limit = absl::ToChronoNanoseconds(timeout);
+  for (;;) {
+    const cudaError_t state = cudaEventQuery(marks_[kDone].get());
+    if (state == cudaSuccess) return absl::OkStatus();
+    if (state != cudaErrorNotReady) {
+      return CudaStatus(state, "cudaEventQuery", __FILE__, __LINE__);
+    }
+    // One wait has given up: the others of the batch, one a row, need not run out one by one.
+    if (exchange != nullptr && !exchange->CheckWaits().ok()) exchange->Abort();
+    const std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - start;
+    if (waited > limit) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("finish: the GPU has not ended a batch within ",
+                       absl::ToInt64Milliseconds(timeout), " ms; it hangs, restart the worker"));
+    }
+    std::this_thread::sleep_for(PauseAfter(waited));
+  }
+}
+
+absl::StatusOr<std::int64_t> CudaSlot::ElapsedNs(enum Mark begin, enum Mark end) const {
+  float ms = 0;
+  EPS_CUDA_RETURN_IF_ERROR(cudaEventElapsedTime(&ms, marks_[begin].get(), marks_[end].get()));
+  return static_cast<std::int64_t>(static_cast<double>(ms) * 1e6);
+}
+
+absl::Status CudaSlot::TakeTimes() {
+  EPS_ASSIGN_OR_RETURN(times().dispatch_ns, ElapsedNs(kDispatchBegin, kDispatchEnd));
+  EPS_ASSIGN_OR_RETURN(times().ffn_ns, ElapsedNs(kDispatchEnd, kExpertsEnd));
+  EPS_ASSIGN_OR_RETURN(times().combine_ns, ElapsedNs(kCombineBegin, kCombineEnd));
+  return absl::OkStatus();
+}
+
+}  // namespace epserve::runtime
