@@ -6,6 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "runtime/alltoallv/device_limits.h"
+#include "runtime/base/digest.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -18,60 +20,30 @@ CudaHeapShape ShapeOf(const CudaExchangeConfig& config) {
 }
 
 absl::Status Validate(const CudaExchangeConfig& config) {
-  const ExchangeConfig& base = config.base;
-  if (base.num_ranks < 1 || base.num_ranks > kMaxCudaRanks) {
-    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: num_ranks ", base.num_ranks,
-                                                   " outside [1, ", kMaxCudaRanks,
-                                                   "]; one host holds at most that many"));
-  }
-  if (base.rank < 0 || base.rank >= base.num_ranks) {
+  EPS_RETURN_IF_ERROR(CheckDeviceConfig("cuda exchange", config.base));
+  if (config.max_decode_tokens < 1 || config.comm_blocks < 1 || config.reduce_blocks < 1 ||
+      config.decode_blocks < 1 || config.decode_combine_blocks < 1) {
     return absl::InvalidArgumentError(
-        absl::StrCat("cuda exchange: rank ", base.rank, " outside [0, ", base.num_ranks, ")"));
-  }
-  if (base.max_topk < 1 || base.max_topk > kMaxCudaTopk) {
-    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: max_topk ", base.max_topk,
-                                                   " outside [1, ", kMaxCudaTopk, "]"));
-  }
-  if (base.hidden < 4 || base.hidden % 4 != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("cuda exchange: hidden ", base.hidden, " is not a positive multiple of 4"));
-  }
-  if (base.placement.num_ranks() != base.num_ranks) {
-    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: the placement is for ",
-                                                   base.placement.num_ranks(), " ranks, not ",
-                                                   base.num_ranks));
-  }
-  if (base.max_batch_tokens < 1 || config.max_decode_tokens < 1 || base.num_slots < 1 ||
-      config.comm_blocks < 1 || config.reduce_blocks < 1 || config.decode_blocks < 1 ||
-      config.decode_combine_blocks < 1) {
-    return absl::InvalidArgumentError(
-        "cuda exchange: max_batch_tokens, max_decode_tokens, num_slots and the numbers of blocks "
-        "must "
-        "be at least 1");
+        "cuda exchange: max_decode_tokens and the numbers of blocks must be at least 1");
   }
   return absl::OkStatus();
 }
 
-// FNV-1a over everything that both sides of a mapping must have alike.
+// Of everything that both sides of a mapping must have alike.
 std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& layout) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  const auto add = [&hash](std::int64_t value) {
-    for (int i = 0; i < 8; ++i) {
-      hash = (hash ^ ((static_cast<std::uint64_t>(value) >> (8 * i)) & 0xffu)) * 0x100000001b3u;
-    }
-  };
-  for (const std::int64_t first : config.base.placement.first_expert) add(first);
-  for (const std::int64_t value :
-       {static_cast<std::int64_t>(config.base.num_slots),
-        static_cast<std::int64_t>(config.base.max_topk), config.base.hidden,
-        config.base.max_batch_tokens, config.max_decode_tokens,
-        static_cast<std::int64_t>(config.max_element_bytes),
-        static_cast<std::int64_t>(config.comm_blocks),
-        static_cast<std::int64_t>(config.decode_blocks), layout.bytes,
-        static_cast<std::int64_t>(config.settings_digest)}) {
-    add(value);
-  }
-  return hash;
+  Digest digest;
+  for (const std::int64_t first : config.base.placement.first_expert) digest.Add(first);
+  return digest.Add(config.base.num_slots)
+      .Add(config.base.max_topk)
+      .Add(config.base.hidden)
+      .Add(config.base.max_batch_tokens)
+      .Add(config.max_decode_tokens)
+      .Add(config.max_element_bytes)
+      .Add(config.comm_blocks)
+      .Add(config.decode_blocks)
+      .Add(layout.bytes)
+      .Add(static_cast<std::int64_t>(config.settings_digest))
+      .value();
 }
 
 const char* StageName(std::uint32_t stage) {
@@ -274,20 +246,7 @@ absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& token
   }
   const std::int64_t limit =
       decode ? config_.max_decode_tokens : MaxShardTokens(base.max_batch_tokens, base.num_ranks);
-  if (tokens.num_tokens < 0 || tokens.num_tokens > limit) {
-    return absl::InvalidArgumentError(absl::StrCat("dispatch: num_tokens ", tokens.num_tokens,
-                                                   " outside [0, ", limit,
-                                                   "]; raise --max-batch-tokens on every worker"));
-  }
-  if (tokens.topk < 1 || tokens.topk > base.max_topk) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("dispatch: topk ", tokens.topk, " outside [1, ", base.max_topk, "]"));
-  }
-  if (static_cast<int>(DataTypeBytes(tokens.dtype)) > config_.max_element_bytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("dispatch: dtype ", std::string(DataTypeName(tokens.dtype)),
-                     " is wider than max_element_bytes ", config_.max_element_bytes));
-  }
+  EPS_RETURN_IF_ERROR(CheckDeviceTokens(tokens, {limit, base.max_topk, config_.max_element_bytes}));
   Local& local = LocalOf(path, slot);
   if (!decode) {
     EPS_RETURN_IF_ERROR(ValidateCountMatrix(*counts, base.placement, base.max_batch_tokens));

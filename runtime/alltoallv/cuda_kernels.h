@@ -41,7 +41,8 @@ struct AreaView {
   int num_ranks;
   // Host-counted use of the area, from 1 (prefill); or, where device_sequence is set, counted on
   // the device so that a captured graph can be replayed: areas alternate, [0]: dispatches, [1]:
-  // combines.
+  // combines. 0: every heap is this device's own, for others to carry rows between; kernels raise
+  // flags that nobody reads, and wait for nobody.
   std::uint64_t use;
   std::uint64_t* device_sequence;  // [4]: two counters, two tickets; zero at start
 };

@@ -78,7 +78,8 @@ class DeviceExchange {
   virtual std::int64_t row_capacity(Path path) const = 0;
 
   // After synchronising with a stream: DEADLINE_EXCEEDED or ABORTED if a device wait gave up,
-  // naming rank, peer, stage and how long. It stays so: the exchange is of no use any more.
+  // naming rank, stage and how long, and the peer where it is known; or the error of the library
+  // that carries the rows. It stays so: the exchange is of no use any more.
   virtual absl::Status CheckWaits() const = 0;
   // Ends every wait of this rank, on the device and in OpenPeers, now and from now on.
   virtual void Abort() = 0;

@@ -1,0 +1,28 @@
+// What the device kernels take, checked the same way by every DeviceExchange before it enqueues or
+// allocates anything. Pure functions.
+#ifndef EPSERVE_RUNTIME_ALLTOALLV_DEVICE_LIMITS_H_
+#define EPSERVE_RUNTIME_ALLTOALLV_DEVICE_LIMITS_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "runtime/alltoallv/device_exchange.h"
+#include "runtime/alltoallv/exchange.h"
+
+namespace epserve::runtime {
+
+// INVALID_ARGUMENT names what the kernels do not take. `name` opens the message: "cuda exchange".
+absl::Status CheckDeviceConfig(const char* name, const ExchangeConfig& config);
+
+struct DeviceTokenLimits {
+  std::int64_t max_tokens = 0;  // of this rank
+  int max_topk = 0;
+  int max_element_bytes = 0;
+};
+
+// INVALID_ARGUMENT names what is outside the limits.
+absl::Status CheckDeviceTokens(const CudaTokens& tokens, const DeviceTokenLimits& limits);
+
+}  // namespace epserve::runtime
+
+#endif  // EPSERVE_RUNTIME_ALLTOALLV_DEVICE_LIMITS_H_
