@@ -20,7 +20,7 @@
 
 namespace epserve::runtime {
 
-enum class BenchBackend : std::uint8_t { kHost, kCuda };
+enum class BenchBackend : std::uint8_t { kHost, kCuda, kNccl };
 
 struct BenchParams {
   BenchBackend backend = BenchBackend::kHost;
@@ -34,7 +34,7 @@ struct BenchParams {
   int warmup = 5;
   std::uint32_t seed = 1;
   std::int64_t peer_timeout_ms = 60'000;
-  // Of the cuda backend alone.
+  // Of the device backends alone.
   bool decode = false;          // the low-latency path, replayed from a graph; else prefill
   bool fp8 = false;             // rows are cast to fp8 on their way to the experts
   int comm_blocks = 24;         // of dispatch, and of combine's push role (prefill)

@@ -8,6 +8,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_exchange.h"
+#ifdef EPSERVE_WITH_NCCL
+#include "runtime/alltoallv/nccl_exchange.h"
+#endif
 #include "runtime/base/cuda_memory.h"
 #include "runtime/microbench/cuda_bench_kernels.h"
 #include "runtime/microbench/cuda_handles.h"
@@ -17,7 +20,7 @@
 namespace epserve::runtime {
 namespace {
 
-using Path = CudaExchange::Path;
+using Path = DeviceExchange::Path;
 
 // Blocks of the plain push: all multiprocessors of an H200, which carried most of 8 to 132 tried.
 constexpr int kPushBlocks = 132;
@@ -47,7 +50,7 @@ class CudaBenchRank {
     RankEntry& entry = coordination_.rank(rank_);
     entry.dispatch_bytes = RemoteBytes(/*dispatch=*/true);
     entry.combine_bytes = RemoteBytes(/*dispatch=*/false);
-    entry.heap_bytes = static_cast<std::uint64_t>(CudaExchange::HeapBytes(config_));
+    entry.heap_bytes = static_cast<std::uint64_t>(heap_bytes_);
     EPS_RETURN_IF_ERROR(coordination_.Barrier(&barriers_));
     EPS_RETURN_IF_ERROR(params_.decode ? TimeDecode() : TimePrefill());
     return coordination_.Barrier(&barriers_);  // Nobody unmaps while another still writes.
@@ -72,13 +75,32 @@ class CudaBenchRank {
     }
     EPS_CUDA_RETURN_IF_ERROR(cudaSetDevice(rank_ % devices));
     EPS_RETURN_IF_ERROR(stream_.Create());
-    EPS_ASSIGN_OR_RETURN(exchange_, CudaExchange::Create(config_));
-    // The plain push writes into a heap of its own: the exchange's holds batches.
+    EPS_ASSIGN_OR_RETURN(exchange_, CreateExchange());
+    // The plain push writes into a heap of its own: the exchange's holds batches. The barriers
+    // between phases are its too.
     CudaExchangeConfig plain = config_;
     absl::StrAppend(&plain.base.cluster_id, "-plain");
     EPS_ASSIGN_OR_RETURN(plain_, CudaExchange::Create(plain));
     EPS_RETURN_IF_ERROR(OpenPeers(*exchange_));
     return OpenPeers(*plain_);
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceExchange>> CreateExchange() {
+    if (params_.backend == BenchBackend::kCuda) {
+      heap_bytes_ = CudaExchange::HeapBytes(config_);
+      return CudaExchange::Create(config_);
+    }
+#ifdef EPSERVE_WITH_NCCL
+    NcclExchangeConfig config;
+    config.base = config_.base;
+    config.max_decode_tokens = params_.decode ? params_.tokens_per_rank : 0;
+    config.max_element_bytes = config_.max_element_bytes;
+    config.comm_blocks = params_.comm_blocks;
+    heap_bytes_ = NcclExchange::DeviceBytes(config);
+    return NcclExchange::Create(config);
+#else
+    return absl::UnimplementedError("the nccl backend is not in this build");
+#endif
   }
 
   // All ranks at once: every rank writes its handle, then reads the others'.
@@ -178,6 +200,7 @@ class CudaBenchRank {
 
   absl::Status Settle() {
     EPS_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_.get()));
+    EPS_RETURN_IF_ERROR(plain_->CheckWaits());
     return exchange_->CheckWaits();
   }
 
@@ -191,7 +214,7 @@ class CudaBenchRank {
   }
 
   absl::Status Timed(Phase phase, int iteration, const std::function<absl::Status()>& enqueue) {
-    EPS_RETURN_IF_ERROR(exchange_->Barrier(stream_.get()));
+    EPS_RETURN_IF_ERROR(plain_->Barrier(stream_.get()));
     EPS_RETURN_IF_ERROR(events_.RecordBegin(stream_.get()));
     EPS_RETURN_IF_ERROR(enqueue());
     EPS_RETURN_IF_ERROR(events_.RecordEnd(stream_.get()));
@@ -226,19 +249,19 @@ class CudaBenchRank {
     EPS_RETURN_IF_ERROR(pair.Create());
     Graph apart, together;
     EPS_RETURN_IF_ERROR(apart.Capture(stream_.get(), [&]() -> absl::Status {
-      EPS_RETURN_IF_ERROR(exchange_->Barrier(stream_.get()));
+      EPS_RETURN_IF_ERROR(plain_->Barrier(stream_.get()));
       EPS_RETURN_IF_ERROR(dispatch.RecordBegin(stream_.get()));
       EPS_RETURN_IF_ERROR(EnqueueDispatch());
       EPS_RETURN_IF_ERROR(dispatch.RecordEnd(stream_.get()));
       EPS_RETURN_IF_ERROR(EnqueueExperts());
       EPS_RETURN_IF_ERROR(PoisonOutput());
-      EPS_RETURN_IF_ERROR(exchange_->Barrier(stream_.get()));
+      EPS_RETURN_IF_ERROR(plain_->Barrier(stream_.get()));
       EPS_RETURN_IF_ERROR(combine.RecordBegin(stream_.get()));
       EPS_RETURN_IF_ERROR(EnqueueCombine());
       return combine.RecordEnd(stream_.get());
     }));
     EPS_RETURN_IF_ERROR(together.Capture(stream_.get(), [&]() -> absl::Status {
-      EPS_RETURN_IF_ERROR(exchange_->Barrier(stream_.get()));
+      EPS_RETURN_IF_ERROR(plain_->Barrier(stream_.get()));
       EPS_RETURN_IF_ERROR(pair.RecordBegin(stream_.get()));
       EPS_RETURN_IF_ERROR(EnqueueDispatch());
       EPS_RETURN_IF_ERROR(EnqueueCombine());
@@ -289,10 +312,11 @@ class CudaBenchRank {
   const Workload workload_;
   Stream stream_;
   EventPair events_;
-  std::unique_ptr<CudaExchange> exchange_;
+  std::unique_ptr<DeviceExchange> exchange_;
   std::unique_ptr<CudaExchange> plain_;
   DeviceBuffer x_, ids_, weights_, out_, expert_rows_;
   CudaTokens tokens_;
+  std::int64_t heap_bytes_ = 0;  // of exchange_
   std::uint64_t barriers_ = 0;
 };
 

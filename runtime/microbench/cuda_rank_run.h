@@ -1,5 +1,6 @@
-// One rank's process of the benchmark on a GPU. Rank r takes device r mod the number of devices it
-// sees. Every phase follows a barrier of all GPUs and is timed with events.
+// One rank's process of the benchmark on a GPU, of the cuda and nccl backends. Rank r takes device
+// r mod the number of devices it sees. Every phase follows a barrier of all GPUs and is timed with
+// events.
 #ifndef EPSERVE_RUNTIME_MICROBENCH_CUDA_RANK_RUN_H_
 #define EPSERVE_RUNTIME_MICROBENCH_CUDA_RANK_RUN_H_
 

@@ -68,10 +68,11 @@ absl::Status ReapRanks(const Coordination& coordination, const std::vector<pid_t
   return first;
 }
 
-absl::Status ValidateCudaParams(const BenchParams& params) {
-  if (params.backend != BenchBackend::kCuda && (params.decode || params.fp8)) {
+absl::Status ValidateDeviceParams(const BenchParams& params) {
+  if (params.backend == BenchBackend::kHost && (params.decode || params.fp8)) {
     return absl::InvalidArgumentError(
-        "alltoallv: --mode=decode and --fp8 are the cuda backend's; add --backend=cuda");
+        "alltoallv: --mode=decode and --fp8 are not the host backend's; use --backend=cuda or "
+        "nccl");
   }
   if (params.fp8 && params.dtype != DataType::kBf16) {
     return absl::InvalidArgumentError("alltoallv: --fp8 casts bf16 rows; use --dtype=bf16");
@@ -90,7 +91,7 @@ absl::StatusOr<BenchReport> RunAllToAllV(BenchParams params) {
   }
   const ExchangeConfig config = BenchExchangeConfig(params, 0);
   EPS_RETURN_IF_ERROR(ValidateExchangeConfig(config));
-  EPS_RETURN_IF_ERROR(ValidateCudaParams(params));
+  EPS_RETURN_IF_ERROR(ValidateDeviceParams(params));
   EPS_ASSIGN_OR_RETURN(const Coordination coordination, Coordination::Create(params));
   std::vector<pid_t> pids;
   absl::Status status;

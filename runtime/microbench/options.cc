@@ -14,29 +14,38 @@ constexpr char kDescription[] =
     "Measures epserve's runtime alone: no gRPC, no service, one process a rank.";
 
 #ifdef EPSERVE_WITH_CUDA
-constexpr char kBuiltBackends[] = "host, cuda";
 constexpr bool kHasCuda = true;
 #else
-constexpr char kBuiltBackends[] = "host";
 constexpr bool kHasCuda = false;
 #endif
+#ifdef EPSERVE_WITH_NCCL
+constexpr bool kHasNccl = true;
+#else
+constexpr bool kHasNccl = false;
+#endif
+constexpr const char* kBuiltBackends = kHasNccl   ? "host, cuda, nccl"
+                                       : kHasCuda ? "host, cuda"
+                                                  : "host";
 
 std::string CheckBackend(const std::string& backend) {
-  if (backend == "host" || (kHasCuda && backend == "cuda")) return "";
+  if (backend == "host" || (kHasCuda && backend == "cuda") || (kHasNccl && backend == "nccl")) {
+    return "";
+  }
   return "backend \"" + backend + "\" is not in this build, which has: " + kBuiltBackends;
 }
 
 void AddCuda(CLI::App* app, BenchParams* p) {
   app->add_option_function<std::string>(
          "--mode", [p](const std::string& mode) { p->decode = mode == "decode"; },
-         "Path of the cuda backend: prefill, or decode (graph replay)")
+         "Path of cuda and nccl: prefill, or decode (graph replay)")
       ->envname("EPSERVE_MODE")
       ->check(CLI::IsMember({"prefill", "decode"}))
       ->default_str("prefill");
-  app->add_flag("--fp8", p->fp8, "Cast bf16 rows to fp8 on their way to the experts (cuda)")
+  app->add_flag("--fp8", p->fp8, "Cast bf16 rows to fp8 on their way to the experts (cuda, nccl)")
       ->envname("EPSERVE_FP8");
   app->add_option("--comm-blocks", p->comm_blocks,
-                  "Blocks of dispatch and of combine's push role (cuda, prefill)")
+                  "Blocks of dispatch and of combine's push role (cuda, prefill); most that NCCL "
+                  "may take (nccl)")
       ->envname("EPSERVE_COMM_BLOCKS")
       ->check(CLI::Range(1, 128))
       ->capture_default_str();
@@ -52,7 +61,9 @@ void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
   app->add_option_function<std::string>(
          "--backend",
          [&p](const std::string& name) {
-           p.backend = name == "cuda" ? BenchBackend::kCuda : BenchBackend::kHost;
+           p.backend = name == "cuda"   ? BenchBackend::kCuda
+                       : name == "nccl" ? BenchBackend::kNccl
+                                        : BenchBackend::kHost;
          },
          std::string("What carries the rows; this build has: ") + kBuiltBackends)
       ->envname("EPSERVE_BACKEND")

@@ -148,10 +148,11 @@ absl::Status RunBackendRank(const Coordination& coordination, int rank) {
     case BenchBackend::kHost:
       return HostBenchRank(coordination, rank).Run();
     case BenchBackend::kCuda:
+    case BenchBackend::kNccl:
 #ifdef EPSERVE_WITH_CUDA
       return RunCudaBenchRank(coordination, rank);
 #else
-      return absl::UnimplementedError("the cuda backend is not in this build");
+      return absl::UnimplementedError("no device backend is in this build");
 #endif
   }
   return absl::InternalError("unknown backend");

@@ -26,7 +26,15 @@ std::vector<double> PhaseSamplesUs(const Coordination& coordination, Phase phase
 }
 
 const char* BackendName(const BenchParams& params) {
-  return params.backend == BenchBackend::kCuda ? "cuda" : "host";
+  switch (params.backend) {
+    case BenchBackend::kCuda:
+      return "cuda";
+    case BenchBackend::kNccl:
+      return "nccl";
+    case BenchBackend::kHost:
+      break;
+  }
+  return "host";
 }
 
 // 0 where there is nothing to copy: one rank, or experts on one.
@@ -51,10 +59,10 @@ BenchReport MakeReport(const Coordination& coordination) {
   const auto measured = [&](Phase phase) {
     return PercentilesOf(PhaseSamplesUs(coordination, phase));
   };
-  const bool cuda = report.params.backend == BenchBackend::kCuda;
+  const bool device = report.params.backend != BenchBackend::kHost;
   report.copy = measured(Phase::kCopy);
   report.dispatch = measured(Phase::kDispatch);
-  report.combine_copy = measured(cuda ? Phase::kCombineCopy : Phase::kCopy);
+  report.combine_copy = measured(device ? Phase::kCombineCopy : Phase::kCopy);
   report.combine = measured(Phase::kCombine);
   if (report.params.decode) report.pair = measured(Phase::kPair);
   for (int rank = 0; rank < report.params.num_ranks; ++rank) {
@@ -92,7 +100,7 @@ std::string FormatJson(const BenchReport& report) {
             report.combine_remote_bytes_per_rank),
       report.remote_bytes_per_rank, report.combine_remote_bytes_per_rank,
       report.heap_bytes_per_rank, report.verified_tokens, report.max_relative_error);
-  if (p.backend == BenchBackend::kCuda) {
+  if (p.backend != BenchBackend::kHost) {
     absl::StrAppendFormat(
         &json, ",\"mode\":\"%s\",\"fp8\":%s,\"comm_blocks\":%d,\"reduce_blocks\":%d",
         p.decode ? "decode" : "prefill", p.fp8 ? "true" : "false", p.comm_blocks, p.reduce_blocks);
