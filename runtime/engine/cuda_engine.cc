@@ -1,8 +1,8 @@
-// The engine of the cuda backend. See engine.h for life cycle and thread safety.
+// The engine of the cuda and nccl backends. See engine.h for life cycle and thread safety.
 //
 // One stream a slot. Two slots' kernels may wait for peers at once while a third computes: so
 // waiting kernels may never fill the GPU, and streams may not share a hardware queue, where one
-// slot's waiting kernel would hold up another slot's. The first is seen to by MaxReduceBlocks, the
+// slot's waiting kernel would hold up another slot's. The first is seen to by DeviceTransport, the
 // second by PrepareProcess: a process can have 32 queues, and an exchange 16 slots at most.
 #include "runtime/engine/cuda_engine.h"
 
@@ -17,20 +17,20 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "runtime/alltoallv/cuda_exchange.h"
+#include "absl/time/clock.h"
 #include "runtime/base/cuda_status.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 #include "runtime/engine/cuda_slot.h"
 #include "runtime/engine/cuda_weights.h"
+#include "runtime/engine/device_transport.h"
 #include "runtime/engine/engine_base.h"
 #include "runtime/engine/epoch_exchange.h"
+#include "runtime/symmetric/handle_socket.h"
 
 namespace epserve::runtime {
 namespace {
 
-// A peer's socket answers at once, unless the peer is gone: the epoch is formed anew then.
-constexpr absl::Duration kOpenTimeout = absl::Seconds(2);
 // What a batch may take on the device beyond its waits for peers, before the GPU is taken to hang.
 constexpr absl::Duration kComputeTimeout = absl::Minutes(1);
 // What is left on the device ends in once its waits have been aborted.
@@ -44,10 +44,10 @@ void PrepareProcess() {
   ::setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
 }
 
-// Blocks of combine that wait for peers: over all slots at most half of the multiprocessors, so
-// that what the peers wait for always finds a place to run.
-int MaxReduceBlocks(int num_multiprocessors, int num_slots) {
-  return std::max(1, num_multiprocessors / 2 / num_slots);
+DeviceTransport TransportOf(const EngineOptions& options, const cudaDeviceProp& device) {
+  return {.options = options.cuda,
+          .payload = options.cuda.fp8_dispatch ? RowPayload::kFp8 : RowPayload::kCopy,
+          .num_multiprocessors = device.multiProcessorCount};
 }
 
 class CudaEngine final : public EngineBase {
@@ -56,10 +56,10 @@ class CudaEngine final : public EngineBase {
              const cudaDeviceProp& device)
       : EngineBase(options, std::move(checkpoint)),
         device_name_(absl::StrCat("GPU ", options.cuda.device, " (", device.name, ")")),
-        num_multiprocessors_(device.multiProcessorCount) {}
+        transport_(TransportOf(options, device)) {}
   ~CudaEngine() override;
 
-  std::string_view backend() const override { return "cuda"; }
+  std::string_view backend() const override { return transport_.backend(); }
 
   absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const override;
   absl::StatusOr<std::optional<DeviceMemory>> ReadDeviceMemory() const override;
@@ -89,14 +89,9 @@ class CudaEngine final : public EngineBase {
   ShardSlot& SlotAt(int slot) override { return *slots_[static_cast<std::size_t>(slot)]; }
   absl::StatusOr<CudaSlot*> BatchIn(const char* operation, int slot, CudaSlot::State wanted);
 
-  RowPayload payload() const {
-    return options_.cuda.fp8_dispatch ? RowPayload::kFp8 : RowPayload::kCopy;
-  }
   absl::Status CheckCounts(const CudaSlot& slot, const CountMatrix& counts) const;
   absl::Status CheckModel(const Placement& placement, int rank) const;
   CudaSlotConfig MakeSlotConfig(const Placement& placement, int rank) const;
-  CudaExchangeConfig MakeCudaConfig(const Placement& placement, int rank,
-                                    std::uint64_t epoch) const;
   absl::Status UseDevice() const {
     EPS_CUDA_RETURN_IF_ERROR(cudaSetDevice(options_.cuda.device));  // A thread's own.
     return absl::OkStatus();
@@ -108,7 +103,7 @@ class CudaEngine final : public EngineBase {
   void GiveUp(const char* operation, const absl::Status& why);
 
   const std::string device_name_;
-  const int num_multiprocessors_;
+  const DeviceTransport transport_;
 
   // Set by LoadExperts, read by batches.
   CudaWeights weights_;
@@ -133,10 +128,8 @@ absl::Status CudaEngine::CheckModel(const Placement& placement, int rank) const 
   EPS_RETURN_IF_ERROR(CheckPlacement(placement, rank));
   if (placement.num_ranks() > kMaxCudaRanks) {
     return absl::InvalidArgumentError(absl::StrCat("load experts: ", placement.num_ranks(),
-                                                   " workers exceed the cuda backend's ",
-                                                   kMaxCudaRanks,
-                                                   "; one host holds at most that "
-                                                   "many GPUs"));
+                                                   " workers exceed the device backends' ",
+                                                   kMaxCudaRanks, "; start fewer"));
   }
   CudaFfnShape shape = CudaWeights::ShapeOf(
       *checkpoint_, std::max<std::int64_t>(1, placement.num_local_experts(rank)));
@@ -155,22 +148,7 @@ CudaSlotConfig CudaEngine::MakeSlotConfig(const Placement& placement, int rank) 
   config.intake = MakeIntakeConfig(placement);
   config.shape = CudaWeights::ShapeOf(*checkpoint_, placement.num_local_experts(rank));
   config.max_rows = options_.max_batch_tokens * model().topk;
-  config.payload = payload();
-  return config;
-}
-
-CudaExchangeConfig CudaEngine::MakeCudaConfig(const Placement& placement, int rank,
-                                              std::uint64_t epoch) const {
-  CudaExchangeConfig config;
-  config.base = MakeExchangeConfig(placement, rank, epoch);
-  config.socket_directory = options_.cuda.handle_dir;
-  config.handle_type =
-      options_.cuda.handle_type == HandleChoice::kFabric ? HandleType::kFabric : HandleType::kFd;
-  config.settings_digest = static_cast<std::uint64_t>(payload());
-  config.max_decode_tokens = 1;  // The engine takes the prefill path alone.
-  config.comm_blocks = options_.cuda.comm_blocks;
-  config.reduce_blocks = std::min(options_.cuda.comm_blocks,
-                                  MaxReduceBlocks(num_multiprocessors_, options_.num_slots));
+  config.payload = transport_.payload;
   return config;
 }
 
@@ -178,8 +156,7 @@ absl::StatusOr<MemoryPlan> CudaEngine::PlanMemory(const Placement& placement, in
   EPS_RETURN_IF_ERROR(CheckModel(placement, rank));
   MemoryPlan plan;
   plan.weight_bytes = CudaWeights::PlanBytes(*checkpoint_, placement.num_local_experts(rank));
-  plan.heap_bytes =
-      static_cast<std::uint64_t>(CudaExchange::DeviceBytes(MakeCudaConfig(placement, rank, 1)));
+  plan.heap_bytes = transport_.DeviceBytes(MakeExchangeConfig(placement, rank, /*epoch=*/1));
   plan.workspace_bytes = CudaSlot::PlanBytes(MakeSlotConfig(placement, rank)) *
                          static_cast<std::uint64_t>(options_.num_slots);
   plan.held_type = absl::StrCat(std::string(DataTypeName(CudaWeights::HeldType(*checkpoint_))),
@@ -258,8 +235,8 @@ absl::StatusOr<std::string> CudaEngine::CreateHeap(std::uint64_t epoch) {
   }
   EPS_RETURN_IF_ERROR(exchange_.Begin("create heap"));
   EPS_RETURN_IF_ERROR(UseDevice());
-  EPS_ASSIGN_OR_RETURN(std::shared_ptr<CudaExchange> exchange,
-                       CudaExchange::Create(MakeCudaConfig(placement(), rank(), epoch)));
+  EPS_ASSIGN_OR_RETURN(std::shared_ptr<DeviceExchange> exchange,
+                       transport_.Create(MakeExchangeConfig(placement(), rank(), epoch)));
   LogInfo("heap_created",
           {{"epoch", epoch}, {"handle_type", exchange->handle_type()}, {"device", device_name_}});
   const std::string handle = exchange->handle();
@@ -270,7 +247,15 @@ absl::StatusOr<std::string> CudaEngine::CreateHeap(std::uint64_t epoch) {
 absl::Status CudaEngine::OpenPeers(std::span<const std::string> handles) {
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("open peers"));
   EPS_RETURN_IF_ERROR(UseDevice());
-  return exchange->OpenPeers(handles, kOpenTimeout);
+  const absl::Time start = absl::Now();
+  EPS_ASSIGN_OR_RETURN(const std::uint64_t available_before, AvailableBytes());
+  EPS_RETURN_IF_ERROR(exchange->OpenPeers(handles, transport_.open_timeout()));
+  EPS_ASSIGN_OR_RETURN(const std::uint64_t available_after, AvailableBytes());
+  // A library's own memory shows here, and nowhere else.
+  LogInfo("peers_opened",
+          {{"took_ms", absl::ToInt64Milliseconds(absl::Now() - start)},
+           {"device_bytes", static_cast<std::int64_t>(available_before - available_after)}});
+  return absl::OkStatus();
 }
 
 absl::Status CudaEngine::UseHostRows(std::span<std::byte> memory) {
@@ -416,7 +401,8 @@ absl::StatusOr<cudaDeviceProp> FindDevice(int device) {
   const int count = NumCudaDevices();
   if (count == 0) {
     return absl::FailedPreconditionError(
-        "create engine: the cuda backend needs a GPU and its driver, and this process sees none; "
+        "create engine: the cuda and nccl backends need a GPU and its driver, and this process "
+        "sees none; "
         "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend=host");
   }
   if (device < 0 || device >= count) {
@@ -449,7 +435,7 @@ absl::StatusOr<std::unique_ptr<Engine>> CreateCudaEngine(const EngineOptions& op
   EPS_RETURN_IF_ERROR(CheckOptions(options));
   EPS_ASSIGN_OR_RETURN(const cudaDeviceProp device, FindDevice(options.cuda.device));
   EPS_CUDA_RETURN_IF_ERROR(cudaSetDevice(options.cuda.device));
-  if (options.cuda.handle_type == HandleChoice::kFabric) EPS_RETURN_IF_ERROR(ProbeFabricHandles());
+  EPS_RETURN_IF_ERROR(TransportOf(options, device).Prepare());
   if (!options.cuda.handle_dir.empty()) {
     EPS_ASSIGN_OR_RETURN(const int reclaimed,
                          ReclaimStaleSockets(options.cuda.handle_dir, options.cluster_id));

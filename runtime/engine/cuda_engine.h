@@ -1,5 +1,6 @@
-// The engine of the cuda backend: one GPU that holds its experts' weights in bf16 or fp8, computes
-// on Tensor cores in bf16 with fp32 sums, and exchanges rows with its peers by one-sided kernels.
+// The engine of the cuda and nccl backends: one GPU that holds its experts' weights in bf16 or fp8,
+// computes on Tensor cores in bf16 with fp32 sums, and exchanges rows with its peers by one-sided
+// kernels (cuda) or by NCCL's sends and receives (nccl).
 // Rows travel as bf16 (or fp8): FP16 and FP32 rows are converted where they come in and go out.
 #ifndef EPSERVE_RUNTIME_ENGINE_CUDA_ENGINE_H_
 #define EPSERVE_RUNTIME_ENGINE_CUDA_ENGINE_H_

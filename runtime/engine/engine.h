@@ -38,8 +38,9 @@ enum class HandleChoice {
   kFabric,  // a fabric handle, for peers of one NVLink domain; refused where the driver grants none
 };
 
-// Of the cuda backend alone.
+// Of the device backends alone.
 struct CudaOptions {
+  bool use_nccl = false;      // rows are carried by NCCL: the nccl backend
   int device = 0;             // ordinal among the visible ones
   int comm_blocks = 24;       // blocks of dispatch and of each role of combine, a slot
   bool fp8_dispatch = false;  // rows are cast to fp8 on their way to the experts

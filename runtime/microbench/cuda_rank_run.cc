@@ -71,7 +71,8 @@ class CudaBenchRank {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
       (void)cudaGetLastError();
-      return absl::UnavailableError("the cuda backend needs a GPU, and this machine has none");
+      return absl::UnavailableError(
+          "alltoallv: the cuda and nccl backends need a GPU, and this machine has none");
     }
     EPS_CUDA_RETURN_IF_ERROR(cudaSetDevice(rank_ % devices));
     EPS_RETURN_IF_ERROR(stream_.Create());

@@ -41,11 +41,13 @@ absl::StatusOr<std::unique_ptr<runtime::Engine>> MakeEngine(const Options& optio
   engine.cuda.device = options.device;
   if (options.device < 0)
     engine.cuda.device = num_devices > 0 ? options.local_rank % num_devices : 0;
+  engine.cuda.use_nccl = options.backend == "nccl";
   return runtime::CreateCudaEngine(engine);
 #else
-  if (options.backend == "cuda") {
+  if (options.backend == "cuda" || options.backend == "nccl") {
     return absl::FailedPreconditionError(
-        "options: --backend cuda is not in this build, which has: host; build where nvcc is");
+        absl::StrCat("options: --backend ", options.backend,
+                     " is not in this build, which has: host; build where nvcc is"));
   }
   return runtime::CreateHostEngine(engine);
 #endif

@@ -69,14 +69,15 @@ void AddEngineFlags(CLI::App& app, Options& options) {
          "What computes and moves rows: host, cuda, or auto (cuda where a GPU is); the same "
          "everywhere")
       ->envname("EPSERVE_BACKEND")
-      ->check(CLI::IsMember({"auto", "host", "cuda"}))
+      ->check(CLI::IsMember({"auto", "host", "cuda", "nccl"}))
       ->capture_default_str();
 }
 
 void AddCudaFlags(CLI::App& app, Options& options) {
-  app.add_option("--device", options.device,
-                 "GPU of the cuda backend, among those CUDA_VISIBLE_DEVICES leaves (default: "
-                 "--local-rank modulo their number)")
+  app.add_option(
+         "--device", options.device,
+         "GPU of the cuda and nccl backends, among those CUDA_VISIBLE_DEVICES leaves (default: "
+         "--local-rank modulo their number)")
       ->envname("EPSERVE_DEVICE")
       ->check(CLI::Range(0, 1023));
   app.add_option("--local-rank", options.local_rank,

@@ -26,8 +26,8 @@ struct Options {
   server::TlsFiles tls;
   std::string tls_server_name;   // empty: the host of `coordinator`
   std::string secret_file;       // empty: none
-  std::string backend = "host";  // auto, host, cuda
-  // Of the cuda backend.
+  std::string backend = "host";  // auto, host, cuda, nccl
+  // Of the cuda and nccl backends.
   int device = -1;  // -1: local_rank modulo the number of visible GPUs
   int local_rank = 0;
   int comm_blocks = 24;

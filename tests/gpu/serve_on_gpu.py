@@ -245,7 +245,8 @@ def silent_peer_is_named(options, directory):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--bin-dir", default="build/release/bin")
-    parser.add_argument("--backend", default="cuda", help="host: try this script without a GPU")
+    parser.add_argument("--backend", choices=["cuda", "nccl", "host"], default="cuda",
+                        help="host: try this script without a GPU")
     parser.add_argument("--workers", type=int, default=0, help="default: the GPUs, 2 at least")
     parser.add_argument("--checkpoint", choices=sorted(CHECKPOINTS), default="bf16")
     parser.add_argument("--hidden", type=int, default=1024)
@@ -256,8 +257,9 @@ def main():
     parser.add_argument("--up-flag", action="append", default=[], help="handed to epserve up")
     options = parser.parse_args()
     gpus = num_gpus()
-    if gpus == 0 and options.backend == "cuda":
-        print("skipped: this machine has no GPU")
+    least = {"host": 0, "cuda": 1, "nccl": 2}[options.backend]
+    if gpus < least:
+        print(f"skipped: --backend={options.backend} needs {least} GPUs, and there are {gpus}")
         return SKIPPED
     options.workers = options.workers or max(2, gpus)
     with tempfile.TemporaryDirectory(prefix="epserve-gpu-") as name:
@@ -266,8 +268,9 @@ def main():
         started = time.monotonic()
         with serving(options, directory, "first") as service:
             print(f"ready after {time.monotonic() - started:.2f} s", flush=True)
-            if options.backend == "cuda":
-                check("handle_type=fd" in service.log(), "the log says which handles are used")
+            if options.backend != "host":
+                kind = "fd" if options.backend == "cuda" else "nccl"
+                check(f"handle_type={kind}" in service.log(), "the log says which handles are used")
             verify(service, options, directory)
             bench(service, options)
             pause_worker(service)
