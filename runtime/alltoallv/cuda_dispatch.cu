@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     DispatchKernel(const __grid_constant__ CudaDispatchArgs args) {
   __shared__ DispatchShared shared;
   using T = Team<kTeam>;
-  const AreaUse use = CurrentUse(args.area, 0);
+  const AreaUse use = BeginUse(args.area, 0);
   const std::int64_t begin = args.num_tokens * blockIdx.x / gridDim.x;
   const std::int64_t end = args.num_tokens * (blockIdx.x + 1) / gridDim.x;
   const std::int64_t element_bytes = args.dtype == DataType::kFp32 ? 4 : 2;
@@ -325,7 +325,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     __syncthreads();
   }
   PublishAndWait(args, use, shared);
-  AdvanceUse(args.area, 0);
 }
 
 template <RowTeam kTeam>
