@@ -7,6 +7,8 @@
 // first in the grid and wait for nobody; reduce blocks wait only for other ranks' push blocks: no
 // cycle, however blocks are scheduled. Few rows, whose latency counts: a block works on each, and
 // every block pushes and then reduces; all blocks are resident at once.
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
@@ -129,7 +131,6 @@ class OwnTokens {
   }
 
   __device__ bool AtEnd() const { return token_ >= args_.num_tokens; }
-  __device__ std::int64_t token() const { return token_; }
   __device__ void Advance() {
     token_ += teams_;
     LoadPlace();
@@ -309,7 +310,19 @@ __global__ void __launch_bounds__(kBlockTeamThreads, 2)
 template <typename Element>
 cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
   if (args.merged_roles) {
-    BlockCombineKernel<Element><<<args.push_blocks, kBlockTeamThreads, 0, stream>>>(args);
+    // A block that waits must not keep one that has yet to push from starting.
+    int device = 0, multiprocessors = 0, resident = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, BlockCombineKernel<Element>,
+                                                            kBlockTeamThreads, 0);
+    }
+    if (error != cudaSuccess) return error;
+    const int blocks = std::min(args.push_blocks, resident * multiprocessors);
+    BlockCombineKernel<Element><<<blocks, kBlockTeamThreads, 0, stream>>>(args);
   } else {
     PipedCombineKernel<Element>
         <<<args.push_blocks + args.reduce_blocks, kPipeThreads, sizeof(PipeShared), stream>>>(args);

@@ -163,7 +163,11 @@ class CudaExchangeTest : public ::testing::Test {
     config.max_decode_tokens = 256;
     config.max_element_bytes = 4;
     config.comm_blocks = c.comm_blocks;
-    config.decode_blocks = 16;
+    // All ranks' blocks that wait must fit the device beside one that does not: eight ranks may
+    // share it.
+    config.reduce_blocks = 4;
+    config.decode_blocks = 8;
+    config.decode_combine_blocks = 12;
     return config;
   }
 
@@ -184,11 +188,7 @@ class CudaExchangeTest : public ::testing::Test {
 
   // Runs `rounds` batches on every rank, checks each against the reference, returns all output
   // bytes.
-  std::vector<std::vector<std::byte>> Run(Case c, int rounds, unsigned seed) {
-    // Two ranks a device at most: more of them, in one context, were seen to keep each other's
-    // kernels from starting for seconds. The product has one rank a device and process.
-    c.num_ranks = std::min(c.num_ranks, 2 * num_devices_);
-    c.tokens.resize(c.num_ranks);
+  std::vector<std::vector<std::byte>> Run(const Case& c, int rounds, unsigned seed) {
     static std::atomic<std::uint64_t> epoch{1};
     const std::uint64_t this_epoch = epoch++;
     std::vector<std::vector<HostTokens>> tokens(rounds);
@@ -334,6 +334,33 @@ TEST_F(CudaExchangeTest, DecodeMatchesReferenceOverManyReplays) {
   c.payload = RowPayload::kFp8;
   c.limit = 4e-2;
   Run(c, 4, 8);
+}
+
+TEST_F(CudaExchangeTest, PrefillFp8OddGroupsOverManyRowsMatchesReference) {
+  Case c;
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  c.tokens = {900, 300, 2, 1000};
+  for (const std::int64_t hidden : {128, 384, 4224}) {  // 1, 3 and 33 groups: parts of a line
+    c.hidden = hidden;
+    Run(c, 1, 14);
+  }
+}
+
+TEST_F(CudaExchangeTest, PrefillRowsOfManyLengthsMatchReference) {
+  Case c;
+  for (const std::int64_t hidden : {8, 256, 1032, 7168}) {  // below, at and past a warp's piece
+    c.hidden = hidden;
+    Run(c, 2, 15);
+  }
+}
+
+TEST_F(CudaExchangeTest, DecodeWithMoreTokensThanALookMatchesReference) {
+  Case c;
+  c.path = Path::kDecode;
+  c.tokens = {256, 255, 3, 0};
+  c.hidden = 4352;  // Rows longer than a block's first pieces.
+  Run(c, 3, 16);
 }
 
 TEST_F(CudaExchangeTest, AllTokensOnOneExpertMatchReference) {
