@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kPipeThreads = kPipeWarps * kWarpSize;
-// A row of 7168 bf16 is two vectors a thread, so that one trip to memory fetches four whole rows.
+// A row of 7168 bf16 is two vectors a thread, so that one trip to memory fetches whole rows.
 constexpr int kBlockTeamThreads = 512;
 
 // One team's walk over the rows that this rank has received, in the order they are pushed in, with
@@ -200,6 +200,8 @@ struct ReducePipe {
     if (tokens.AtEnd()) return PipeNext::kEnd;
     if (!wait && !tokens.HaveArrived()) return PipeNext::kNotYet;
     tokens.List(num_vectors, row);
+    // The rows were written and acquired as ordinary memory; the copy engine reads them.
+    asm volatile("fence.proxy.async;" ::: "memory");
     tokens.Advance();
     __syncwarp();
     return PipeNext::kRow;
@@ -236,7 +238,7 @@ template <typename Element, typename WhileLoading>
 __device__ void AddRows(const PipeRow& row, std::int64_t num_vectors, WhileLoading while_loading) {
   using V = Vector16<Element>;
   constexpr int kUnroll = 2;
-  constexpr int kRowsAtOnce = 4;
+  constexpr int kRowsAtOnce = 3;
   bool first_loads = true;
   for (std::int64_t start = threadIdx.x; start < num_vectors; start += kUnroll * blockDim.x) {
     float sum[kUnroll][V::kElements] = {};
