@@ -1,219 +1,344 @@
-// Combine: one launch with two roles. Push blocks take the weighted sum of each received row's
-// local experts and write the one partial row to the row's source, with a flag a row. Reduce blocks
-// add this rank's own tokens' partial rows as they come in, in ascending rank order, so that the
-// reading of one row overlaps the link's carrying of the next. Push blocks come first in the grid
-// and wait for nobody; reduce blocks wait only for other ranks' push blocks: no cycle, however
-// blocks are scheduled.
+// Combine: one launch with two roles. Pushing takes the weighted sum of each received row's local
+// experts and writes the one partial row to the row's source, with a flag a row. Reducing adds this
+// rank's own tokens' partial rows as they come in, in ascending rank order, so that the reading of
+// one row overlaps the link's carrying of the next.
+//
+// Many rows: push blocks and reduce blocks, whose warps each run a pipe of rows. Push blocks come
+// first in the grid and wait for nobody; reduce blocks wait only for other ranks' push blocks: no
+// cycle, however blocks are scheduled. Few rows, whose latency counts: a block works on each, and
+// every block pushes and then reduces; all blocks are resident at once.
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
+#include "runtime/alltoallv/cuda_row_pipe.cuh"
 #include "runtime/base/cuda_status.h"
 
 namespace epserve::runtime {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kWarpTeamThreads = 1024;
-constexpr int kBlockTeamThreads = 256;
+constexpr int kPipeThreads = kPipeWarps * kWarpSize;
+// A row of 7168 bf16 is two vectors a thread, so that one trip to memory fetches whole rows.
+constexpr int kBlockTeamThreads = 512;
 
-struct CombineShared {
-  const uint4* source[kWarpSize][kMaxCudaTopk];  // [teams] rows to add
-  float weight[kWarpSize][kMaxCudaTopk];
-  int num_sources[kWarpSize];
+// One team's walk over the rows that this rank has received, in the order they are pushed in, with
+// the next row's list on its way: lane k holds where in expert_rows its k-th expert's output is.
+// The team's i-th row of all is row i / R of one source; sources take turns, this rank's own rows
+// last of each turn, so that all links carry evenly, and every team serves all sources.
+class ReceivedRows {
+ public:
+  // Called by whole warps, of one team each.
+  __device__ ReceivedRows(const CudaCombineArgs& args, const AreaUse& use, int first, int teams)
+      : args_(args),
+        own_(args.area.heap[args.area.rank] + use.byte_offset),
+        i_(first),
+        teams_(teams),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
+    const auto* counts = reinterpret_cast<const std::int32_t*>(own_ + args.area.layout.counts);
+    if (lane_ < args.area.num_ranks) {
+      // From L2: written by a peer.
+      rows_ = args.recv_rows[lane_] >= 0 ? args.recv_rows[lane_] : __ldcg(counts + lane_);
+    }
+    LoadList();  // Before the counts have come; a row past its source's last is not looked at.
+    longest_ = __reduce_max_sync(0xffffffffu, rows_);
+    SkipMissing();
+  }
+
+  __device__ bool AtEnd() const { return i_ >= longest_ * args_.area.num_ranks; }
+  __device__ int source() const { return source_; }
+  __device__ int j() const { return i_ / args_.area.num_ranks; }
+  // Row of expert_rows of the lane's expert, -1: none here.
+  __device__ int index() const { return index_; }
+  __device__ float weight() const { return weight_; }
+
+  __device__ void Advance() {
+    i_ += teams_;
+    LoadList();
+    SkipMissing();
+  }
+
+ private:
+  __device__ void LoadList() {
+    const int num_ranks = args_.area.num_ranks;
+    const int turn = teams_ % num_ranks == 0 ? i_ / teams_ : 0;
+    source_ = (args_.area.rank + 1 + i_ + turn) % num_ranks;
+    const std::int64_t row = std::int64_t{args_.recv_base[source_]} + j();
+    index_ = -1;
+    if (lane_ >= args_.topk || row >= args_.area.layout.row_capacity) return;
+    index_ = args_.expert_index[row * args_.topk + lane_];
+    weight_ = reinterpret_cast<const float*>(
+        own_ + args_.area.layout.topk_weights)[row * args_.topk + lane_];
+  }
+
+  __device__ void SkipMissing() {
+    while (!AtEnd() && j() >= __shfl_sync(0xffffffffu, rows_, source_)) {
+      i_ += teams_;
+      LoadList();
+    }
+  }
+
+  const CudaCombineArgs& args_;
+  const std::byte* own_;
+  int i_;
+  int teams_;
+  int longest_ = 0;
+  int lane_;
+  int rows_ = 0;  // from the rank of the lane's number
+  int source_ = 0;
+  int index_ = -1;
+  float weight_ = 0.0f;
 };
 
-// Adds the team's listed rows into `out`, in the order of the list. Two rows' pieces are on their
-// way at a time, so that the latency of memory is paid once for both; `while_loading` runs once
-// while the first are.
-template <typename Element, RowTeam kTeam, typename WhileLoading>
-__device__ void AddRows(const CombineShared& shared, std::int64_t num_vectors, uint4* out,
-                        WhileLoading while_loading) {
-  using T = Team<kTeam>;
+// Lists the present lanes' sources in the row, in the lanes' order.
+__device__ void ListSources(bool present, const uint4* source, float weight, PipeRow* row) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const unsigned all = __ballot_sync(0xffffffffu, present);
+  if (present) {
+    const int place = __popc(all & ((1u << lane) - 1u));
+    row->source[place] = source;
+    row->weight[place] = weight;
+  }
+  if (lane == 0) row->num_sources = __popc(all);
+}
+
+// The list of a received row's sum, and where it goes.
+__device__ void ListReceived(const CudaCombineArgs& args, const AreaUse& use,
+                             const ReceivedRows& rows, std::int64_t num_vectors, PipeRow* row) {
+  ListSources(rows.index() >= 0,
+              static_cast<const uint4*>(args.expert_rows) + rows.index() * num_vectors,
+              rows.weight(), row);
+  if (threadIdx.x % kWarpSize != 0) return;
+  std::byte* there = args.area.heap[rows.source()] + use.byte_offset;
+  const std::int64_t partial = args.return_base[rows.source()] + rows.j();
+  row->out = reinterpret_cast<uint4*>(there + args.area.layout.partials) + partial * num_vectors;
+  row->flag = reinterpret_cast<std::uint64_t*>(there + args.area.layout.row_flags) + partial;
+}
+
+// One team's walk over this rank's own tokens: lane r holds the place of rank r's partial row.
+class OwnTokens {
+ public:
+  __device__ OwnTokens(const CudaCombineArgs& args, const AreaUse& use, std::int64_t first,
+                       std::int64_t teams)
+      : args_(args),
+        use_(use.use),
+        own_(args.area.heap[args.area.rank] + use.byte_offset),
+        token_(first),
+        teams_(teams),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
+    LoadPlace();
+  }
+
+  __device__ bool AtEnd() const { return token_ >= args_.num_tokens; }
+  __device__ void Advance() {
+    token_ += teams_;
+    LoadPlace();
+  }
+
+  // True, to the whole warp, where all of the token's partial rows have arrived.
+  __device__ bool HaveArrived() const {
+    // acquire, system: as in WaitAtLeast. Pairs with PublishRow.
+    const bool missing =
+        position_ >= 0 && cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system>(*Flag()).load(
+                              cuda::memory_order_acquire) < use_;
+    return !__any_sync(0xffffffffu, missing);
+  }
+
+  // Waits for the token's partial rows and lists them; one whose wait gave up is left out.
+  __device__ void List(std::int64_t num_vectors, PipeRow* row) const {
+    const bool arrived =
+        position_ >= 0 && WaitAtLeast(Flag(), use_, lane_, WaitStage::kCombine, args_.wait);
+    const auto* partials = reinterpret_cast<const uint4*>(own_ + args_.area.layout.partials);
+    ListSources(arrived, partials + Partial() * num_vectors, 1.0f, row);
+    if (lane_ != 0) return;
+    row->out = static_cast<uint4*>(args_.out) + token_ * num_vectors;
+    row->flag = nullptr;
+  }
+
+ private:
+  __device__ void LoadPlace() {
+    const bool has_place = lane_ < args_.area.num_ranks && token_ < args_.num_tokens;
+    position_ = has_place ? args_.send_position[token_ * args_.area.num_ranks + lane_] : -1;
+  }
+  __device__ std::int64_t Partial() const {
+    return position_ >= 0 ? args_.partial_base[lane_] + position_ : 0;
+  }
+  __device__ std::uint64_t* Flag() const {
+    return reinterpret_cast<std::uint64_t*>(own_ + args_.area.layout.row_flags) + Partial();
+  }
+
+  const CudaCombineArgs& args_;
+  std::uint64_t use_;
+  std::byte* own_;
+  std::int64_t token_;
+  std::int64_t teams_;
+  int lane_;
+  int position_ = -1;
+};
+
+struct PushPipe {
+  const CudaCombineArgs& args;
+  const AreaUse& use;
+  std::int64_t num_vectors;
+  ReceivedRows rows;
+
+  __device__ PipeNext Next(PipeRow* row, bool /*wait*/) {
+    if (rows.AtEnd()) return PipeNext::kEnd;
+    ListReceived(args, use, rows, num_vectors, row);
+    rows.Advance();
+    __syncwarp();
+    return PipeNext::kRow;
+  }
+};
+
+struct ReducePipe {
+  std::int64_t num_vectors;
+  OwnTokens tokens;
+
+  __device__ PipeNext Next(PipeRow* row, bool wait) {
+    if (tokens.AtEnd()) return PipeNext::kEnd;
+    if (!wait && !tokens.HaveArrived()) return PipeNext::kNotYet;
+    tokens.List(num_vectors, row);
+    // The rows were written and acquired as ordinary memory; the copy engine reads them.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    tokens.Advance();
+    __syncwarp();
+    return PipeNext::kRow;
+  }
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(kPipeThreads, 1)
+    PipedCombineKernel(const __grid_constant__ CudaCombineArgs args) {
+  extern __shared__ __align__(16) std::byte shared_bytes[];
+  auto* shared = reinterpret_cast<PipeShared*>(shared_bytes);
+  const AreaUse use = BeginUse(args.area, 1);
+  const std::int64_t num_vectors = args.hidden / Vector16<Element>::kElements;
+  const int block = static_cast<int>(blockIdx.x);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  if (block < args.push_blocks) {
+    PushPipe pipe{
+        args, use, num_vectors,
+        ReceivedRows(args, use, block * kPipeWarps + warp, args.push_blocks * kPipeWarps)};
+    RunPipe<Element>(&pipe, static_cast<int>(num_vectors), use.use, shared);
+  } else {
+    const std::int64_t teams = std::int64_t{args.reduce_blocks} * kPipeWarps;
+    ReducePipe pipe{
+        num_vectors,
+        OwnTokens(args, use, std::int64_t{block - args.push_blocks} * kPipeWarps + warp, teams)};
+    RunPipe<Element>(&pipe, static_cast<int>(num_vectors), use.use, shared);
+  }
+}
+
+// Adds the listed rows by the whole block, in the order of the list. Several rows' pieces are on
+// their way at a time, so that the latency of memory is paid once for all; `while_loading` runs
+// once while the first are.
+template <typename Element, typename WhileLoading>
+__device__ void AddRows(const PipeRow& row, std::int64_t num_vectors, WhileLoading while_loading) {
   using V = Vector16<Element>;
-  constexpr int kUnroll = kTeam == RowTeam::kWarp ? 2 : 4;
-  const int num_sources = shared.num_sources[T::index()];
+  constexpr int kUnroll = 2;
+  constexpr int kRowsAtOnce = 3;
   bool first_loads = true;
-  for (std::int64_t start = T::rank(); start < num_vectors; start += kUnroll * T::size()) {
+  for (std::int64_t start = threadIdx.x; start < num_vectors; start += kUnroll * blockDim.x) {
     float sum[kUnroll][V::kElements] = {};
-    for (int s = 0; s < num_sources; s += 2) {
-      const uint4* first = shared.source[T::index()][s];
-      const bool paired = s + 1 < num_sources;
-      const uint4* second = shared.source[T::index()][paired ? s + 1 : s];
-      uint4 a[kUnroll], b[kUnroll];
+    for (int s = 0; s < row.num_sources; s += kRowsAtOnce) {
+      uint4 piece[kRowsAtOnce][kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t v = start + u * T::size();
-        // From L2: a peer may have written the row since this SM last saw the line.
-        if (v < num_vectors) a[u] = __ldcg(first + v);
-        if (v < num_vectors && paired) b[u] = __ldcg(second + v);
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        if (s + i >= row.num_sources) break;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const std::int64_t v = start + u * blockDim.x;
+          // From L2: a peer may have written the row since this SM last saw the line.
+          if (v < num_vectors) piece[i][u] = __ldcg(row.source[s + i] + v);
+        }
       }
       if (first_loads) {
         first_loads = false;
         while_loading();
       }
-      const float first_weight = shared.weight[T::index()][s];
-      const float second_weight = shared.weight[T::index()][paired ? s + 1 : s];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t v = start + u * T::size();
-        if (v < num_vectors) V::MultiplyAdd(a[u], first_weight, sum[u]);
-        if (v < num_vectors && paired) V::MultiplyAdd(b[u], second_weight, sum[u]);
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        if (s + i >= row.num_sources) break;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (start + u * blockDim.x < num_vectors) {
+            V::MultiplyAdd(piece[i][u], row.weight[s + i], sum[u]);
+          }
+        }
       }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t v = start + u * T::size();
-      if (v < num_vectors) out[v] = V::Pack(sum[u]);
+      const std::int64_t v = start + u * blockDim.x;
+      if (v < num_vectors) row.out[v] = V::Pack(sum[u]);
     }
   }
   if (first_loads) while_loading();  // No row, or none of its pieces was this thread's.
 }
 
-// A received row: the j-th from `source`.
-struct ReceivedRow {
-  int source;
-  std::int64_t j;
-};
-
-// Writes one row to its source and returns its flag, yet to be raised. Raises `flag_before`, the
-// flag of the team's row before, while it waits for this one's pieces: a release waits until its
-// stores have arrived, which takes as long.
-template <typename Element, RowTeam kTeam>
-__device__ std::uint64_t* PushRow(const CudaCombineArgs& args, const AreaUse& use,
-                                  const ReceivedRow& received, std::int64_t num_vectors,
-                                  std::uint64_t* flag_before, CombineShared* shared) {
-  using T = Team<kTeam>;
-  const AreaLayout& layout = args.area.layout;
-  const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-  const std::int64_t row = args.recv_base[received.source] + received.j;
-  if (T::rank() < kWarpSize) {
-    const int lane = T::rank();
-    int index = -1;
-    float weight = 0.0f;
-    if (lane < args.topk) {
-      index = args.expert_index[row * args.topk + lane];
-      weight = reinterpret_cast<const float*>(own + layout.topk_weights)[row * args.topk + lane];
-    }
-    const unsigned present = __ballot_sync(0xffffffffu, index >= 0);
-    if (index >= 0) {
-      const int place = __popc(present & ((1u << lane) - 1u));
-      shared->source[T::index()][place] =
-          static_cast<const uint4*>(args.expert_rows) + index * num_vectors;
-      shared->weight[T::index()][place] = weight;
-    }
-    if (lane == 0) shared->num_sources[T::index()] = __popc(present);
-  }
-  T::sync();
-  std::byte* there = args.area.heap[received.source] + use.byte_offset;
-  const std::int64_t partial = args.return_base[received.source] + received.j;
-  AddRows<Element, kTeam>(*shared, num_vectors,
-                          reinterpret_cast<uint4*>(there + layout.partials) + partial * num_vectors,
-                          [&] {
-                            if (flag_before != nullptr && T::rank() == 0)
-                              PublishRow(flag_before, use.use);
-                          });
-  T::sync();  // Orders the team's stores before the release; frees the list.
-  return reinterpret_cast<std::uint64_t*>(there + layout.row_flags) + partial;
-}
-
-template <typename Element, RowTeam kTeam>
-__device__ void Push(const CudaCombineArgs& args, const AreaUse& use, std::int64_t num_vectors,
-                     CombineShared* shared) {
-  using T = Team<kTeam>;
-  const int num_ranks = args.area.num_ranks;
-  const auto* counts = reinterpret_cast<const std::int32_t*>(
-      args.area.heap[args.area.rank] + use.byte_offset + args.area.layout.counts);
-  std::int64_t longest = 0;
-  for (int r = 0; r < num_ranks; ++r) {
-    const std::int64_t rows = args.recv_rows[r] >= 0 ? args.recv_rows[r] : __ldcg(counts + r);
-    longest = rows > longest ? rows : longest;
-  }
-  const std::int64_t teams = static_cast<std::int64_t>(args.push_blocks) * T::count();
-  std::uint64_t* flag = nullptr;  // of the team's last row
-  // Sources take turns, this rank's own rows last of each turn, so that all links carry evenly.
-  for (std::int64_t i = static_cast<std::int64_t>(T::index()) * args.push_blocks + blockIdx.x;
-       i < longest * num_ranks; i += teams) {
-    const int source = static_cast<int>((args.area.rank + 1 + i % num_ranks) % num_ranks);
-    const std::int64_t rows =
-        args.recv_rows[source] >= 0 ? args.recv_rows[source] : __ldcg(counts + source);
-    const ReceivedRow received{source, i / num_ranks};
-    if (received.j < rows) {
-      flag = PushRow<Element, kTeam>(args, use, received, num_vectors, flag, shared);
-    }
-  }
-  if (flag != nullptr && T::rank() == 0) PublishRow(flag, use.use);
-}
-
-template <typename Element, RowTeam kTeam>
-__device__ void Reduce(const CudaCombineArgs& args, const AreaUse& use, std::int64_t num_vectors,
-                       int block, CombineShared* shared) {
-  using T = Team<kTeam>;
-  const AreaLayout& layout = args.area.layout;
-  const int num_ranks = args.area.num_ranks;
-  std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-  const std::int64_t teams = static_cast<std::int64_t>(args.reduce_blocks) * T::count();
-  for (std::int64_t token = static_cast<std::int64_t>(T::index()) * args.reduce_blocks + block;
-       token < args.num_tokens; token += teams) {
-    if (T::rank() < kWarpSize) {
-      const int lane = T::rank();
-      const int position = lane < num_ranks ? args.send_position[token * num_ranks + lane] : -1;
-      std::int64_t partial = 0;
-      bool arrived = false;
-      if (position >= 0) {
-        partial = args.partial_base[lane] + position;
-        arrived = WaitAtLeast(reinterpret_cast<std::uint64_t*>(own + layout.row_flags) + partial,
-                              use.use, lane, WaitStage::kCombine, args.wait);
-      }
-      const unsigned present = __ballot_sync(0xffffffffu, arrived);
-      if (arrived) {
-        const int place = __popc(present & ((1u << lane) - 1u));
-        shared->source[T::index()][place] =
-            reinterpret_cast<const uint4*>(own + layout.partials) + partial * num_vectors;
-        shared->weight[T::index()][place] = 1.0f;
-      }
-      if (lane == 0) shared->num_sources[T::index()] = __popc(present);
-    }
-    T::sync();
-    AddRows<Element, kTeam>(*shared, num_vectors,
-                            static_cast<uint4*>(args.out) + token * num_vectors, [] {});
-    T::sync();
-  }
-}
-
-template <typename Element, RowTeam kTeam>
-__global__ void __launch_bounds__(kTeam == RowTeam::kWarp ? kWarpTeamThreads : kBlockTeamThreads)
-    CombineKernel(const __grid_constant__ CudaCombineArgs args) {
-  __shared__ CombineShared shared;
-  const AreaUse use = CurrentUse(args.area, 1);
+template <typename Element>
+__global__ void __launch_bounds__(kBlockTeamThreads, 2)
+    BlockCombineKernel(const __grid_constant__ CudaCombineArgs args) {
+  __shared__ PipeRow row;
+  const AreaUse use = BeginUse(args.area, 1);
   const std::int64_t num_vectors = args.hidden / Vector16<Element>::kElements;
-  // Where every block has both roles, all of its pushing comes first: it waits for nobody before.
-  const int block = static_cast<int>(blockIdx.x);
-  if (block < args.push_blocks) Push<Element, kTeam>(args, use, num_vectors, &shared);
-  if (args.merged_roles) {
+  const bool lists = threadIdx.x < kWarpSize;
+  ReceivedRows rows(args, use, blockIdx.x, gridDim.x);
+  OwnTokens tokens(args, use, blockIdx.x, gridDim.x);  // Their places come while rows are pushed.
+  std::uint64_t* written_flag = nullptr;               // of the block's row before; thread 0's
+  // All of the pushing comes first: it waits for nobody.
+  for (; !rows.AtEnd(); rows.Advance()) {
+    if (lists) ListReceived(args, use, rows, num_vectors, &row);
     __syncthreads();
-    Reduce<Element, kTeam>(args, use, num_vectors, block, &shared);
-  } else if (block >= args.push_blocks) {
-    Reduce<Element, kTeam>(args, use, num_vectors, block - args.push_blocks, &shared);
+    // The flag of the row before is raised while this one's pieces are on their way: a release
+    // waits until its stores have arrived, which takes as long.
+    AddRows<Element>(row, num_vectors, [&] {
+      if (threadIdx.x == 0 && written_flag != nullptr) PublishRow(written_flag, use.use);
+    });
+    if (threadIdx.x == 0) written_flag = row.flag;
+    __syncthreads();  // Orders the block's stores before the release; frees the list.
   }
-  AdvanceUse(args.area, 1);
+  if (threadIdx.x == 0 && written_flag != nullptr) PublishRow(written_flag, use.use);
+  for (; !tokens.AtEnd(); tokens.Advance()) {
+    if (lists) tokens.List(num_vectors, &row);
+    __syncthreads();
+    AddRows<Element>(row, num_vectors, [] {});
+    __syncthreads();
+  }
 }
 
 template <typename Element>
 cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
-  const int blocks = args.merged_roles ? args.push_blocks : args.push_blocks + args.reduce_blocks;
-  const bool few = args.num_tokens <= std::int64_t{8} * args.reduce_blocks;
-  if (few) {
-    CombineKernel<Element, RowTeam::kBlock><<<blocks, kBlockTeamThreads, 0, stream>>>(args);
+  if (args.merged_roles) {
+    // A block that waits must not keep one that has yet to push from starting.
+    int device = 0, multiprocessors = 0, resident = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, BlockCombineKernel<Element>,
+                                                            kBlockTeamThreads, 0);
+    }
+    if (error != cudaSuccess) return error;
+    const int blocks = std::min(args.push_blocks, resident * multiprocessors);
+    BlockCombineKernel<Element><<<blocks, kBlockTeamThreads, 0, stream>>>(args);
   } else {
-    CombineKernel<Element, RowTeam::kWarp><<<blocks, kWarpTeamThreads, 0, stream>>>(args);
+    PipedCombineKernel<Element>
+        <<<args.push_blocks + args.reduce_blocks, kPipeThreads, sizeof(PipeShared), stream>>>(args);
   }
   return cudaGetLastError();
 }
 
 template <typename Element>
 absl::Status LoadKernels() {
-  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<Element, RowTeam::kWarp>));
-  return LoadKernel(CombineKernel<Element, RowTeam::kBlock>);
+  EPS_RETURN_IF_ERROR(LoadKernel(PipedCombineKernel<Element>));
+  EPS_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(PipedCombineKernel<Element>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                sizeof(PipeShared)));
+  return LoadKernel(BlockCombineKernel<Element>);
 }
 
 }  // namespace

@@ -31,7 +31,8 @@ inline constexpr unsigned kPauseNs = 200;
 __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, int peer,
                                    WaitStage stage, const WaitControl& control) {
   // acquire: what the peer wrote before its release is visible after. system: the writer is another
-  // GPU. Pairs with PublishToPeer and PublishRow.
+  // GPU. Pairs with PublishToPeer, PublishRow
+  // and PublishRows.
   cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system> word(*flag);
   if (word.load(cuda::memory_order_acquire) >= target) return true;
   const std::uint64_t start = GlobalTimerNs();
@@ -102,48 +103,43 @@ struct Team {
   }
 };
 
-// 16 bytes of elements to and from fp32.
+// Pairs of two-byte elements to and from fp32.
 template <typename T>
-struct Vector16;
+struct PairOf;
 
 template <>
-struct Vector16<__nv_bfloat16> {
-  static constexpr int kElements = 8;
-  static __device__ void MultiplyAdd(const uint4& v, float w, float* acc) {
-    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&v);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 f = __bfloat1622float2(pairs[i]);
-      acc[2 * i] = fmaf(f.x, w, acc[2 * i]);
-      acc[2 * i + 1] = fmaf(f.y, w, acc[2 * i + 1]);
-    }
-  }
-  static __device__ uint4 Pack(const float* acc) {
-    uint4 v;
-    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&v);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(acc[2 * i], acc[2 * i + 1]);
-    return v;
-  }
+struct PairOf<__nv_bfloat16> {
+  using Pair = __nv_bfloat162;
+  static __device__ float2 ToFloats(Pair pair) { return __bfloat1622float2(pair); }
+  static __device__ Pair FromFloats(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 
 template <>
-struct Vector16<__half> {
+struct PairOf<__half> {
+  using Pair = __half2;
+  static __device__ float2 ToFloats(Pair pair) { return __half22float2(pair); }
+  static __device__ Pair FromFloats(float x, float y) { return __floats2half2_rn(x, y); }
+};
+
+// 16 bytes of elements to and from fp32.
+template <typename T>
+struct Vector16 {
   static constexpr int kElements = 8;
+  using Pair = typename PairOf<T>::Pair;
   static __device__ void MultiplyAdd(const uint4& v, float w, float* acc) {
-    const auto* pairs = reinterpret_cast<const __half2*>(&v);
+    const auto* pairs = reinterpret_cast<const Pair*>(&v);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 f = __half22float2(pairs[i]);
+      const float2 f = PairOf<T>::ToFloats(pairs[i]);
       acc[2 * i] = fmaf(f.x, w, acc[2 * i]);
       acc[2 * i + 1] = fmaf(f.y, w, acc[2 * i + 1]);
     }
   }
   static __device__ uint4 Pack(const float* acc) {
     uint4 v;
-    auto* pairs = reinterpret_cast<__half2*>(&v);
+    auto* pairs = reinterpret_cast<Pair*>(&v);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(acc[2 * i], acc[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) pairs[i] = PairOf<T>::FromFloats(acc[2 * i], acc[2 * i + 1]);
     return v;
   }
 };
@@ -169,7 +165,7 @@ struct AreaUse {
   std::int64_t byte_offset;  // of the area in every heap
 };
 
-// `counter` 0: dispatch, 1: combine. Every block reads it before any block may advance it.
+// The use that the area is in. `counter` 0: dispatch, 1: combine.
 __device__ inline AreaUse CurrentUse(const AreaView& area, int counter) {
   if (area.device_sequence == nullptr) return {area.use, area.area_offset};
   const std::uint64_t sequence = area.device_sequence[counter];
@@ -177,18 +173,22 @@ __device__ inline AreaUse CurrentUse(const AreaView& area, int counter) {
           area.area_offset + static_cast<std::int64_t>(sequence % 2) * area.layout.bytes};
 }
 
-// Called once by every block at its end: the last one advances the counter for the next launch.
-__device__ inline void AdvanceUse(const AreaView& area, int counter) {
-  if (area.device_sequence == nullptr) return;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  std::uint64_t* ticket = area.device_sequence + 2 + counter;
-  // acq_rel, device: the last block's advance comes after every block's read of the counter.
-  cuda::atomic_ref<std::uint64_t, cuda::thread_scope_device> tickets(*ticket);
-  if (tickets.fetch_add(1, cuda::memory_order_acq_rel) == gridDim.x - 1) {
-    *ticket = 0;
-    area.device_sequence[counter] += 1;
+// CurrentUse, called once by every block of the launch that this use is: the last block to have
+// read the counter advances it for the next launch, long before its work is done.
+__device__ inline AreaUse BeginUse(const AreaView& area, int counter) {
+  const AreaUse use = CurrentUse(area, counter);
+  if (area.device_sequence == nullptr) return use;
+  __syncthreads();                      // All of the block's threads have read the counter.
+  if (threadIdx.x == blockDim.x - 1) {  // Not of the first warp, which has other work.
+    std::uint64_t* ticket = area.device_sequence + 2 + counter;
+    // acq_rel, device: the last block's advance comes after every block's read of the counter.
+    cuda::atomic_ref<std::uint64_t, cuda::thread_scope_device> tickets(*ticket);
+    if (tickets.fetch_add(1, cuda::memory_order_acq_rel) == gridDim.x - 1) {
+      *ticket = 0;
+      area.device_sequence[counter] += 1;
+    }
   }
+  return use;
 }
 
 }  // namespace epserve::runtime

@@ -74,10 +74,11 @@ __device__ void CountBefore(const CudaDispatchArgs& args, std::int64_t end,
   __syncthreads();
 }
 
-// Places the tokens [begin, begin + blockDim.x) below `end`, one a thread, in send_position.
-__device__ void PlaceTokens(const CudaDispatchArgs& args, std::int64_t begin, std::int64_t end,
-                            DispatchShared* shared) {
-  const std::int64_t token = begin + threadIdx.x;
+// Places the tokens [step, step + blockDim.x) below `end`, one a thread; in send_position, those
+// from `begin` on, which are the block's own.
+__device__ void PlaceTokens(const CudaDispatchArgs& args, std::int64_t step, std::int64_t begin,
+                            std::int64_t end, DispatchShared* shared) {
+  const std::int64_t token = step + threadIdx.x;
   const unsigned mask = token < end ? RankMask(args, token) : 0u;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
@@ -100,7 +101,7 @@ __device__ void PlaceTokens(const CudaDispatchArgs& args, std::int64_t begin, st
     if (token < end && r < args.area.num_ranks) {
       const int position = ((mask >> r) & 1u) != 0 ? start + before[r] : -1;
       shared->position[threadIdx.x][r] = position;
-      args.send_position[token * args.area.num_ranks + r] = position;
+      if (token >= begin) args.send_position[token * args.area.num_ranks + r] = position;
     }
   }
   __syncthreads();
@@ -168,8 +169,28 @@ __device__ void PrepareRow(const CudaDispatchArgs& args, std::int64_t area_offse
   T::sync();
 }
 
+// A thread's first pieces of a row, loaded before the row's place is known.
+struct RowHead {
+  uint4 piece[2];
+};
+
+template <RowTeam kTeam, RowPayload kPayload>
+__device__ RowHead LoadHead(const uint4* row, std::int64_t num_vectors) {
+  using T = Team<kTeam>;
+  RowHead head;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::int64_t v =
+        kPayload == RowPayload::kFp8 ? 2 * T::rank() + i : T::rank() + i * T::size();
+    head.piece[i] = v < num_vectors ? __ldcs(row + v) : make_uint4(0, 0, 0, 0);
+  }
+  return head;
+}
+
+// `head`: the row's LoadHead where `has_head`.
 template <RowTeam kTeam>
-__device__ void CopyRow(const uint4* row, std::int64_t num_vectors, const DispatchShared& shared) {
+__device__ void CopyRow(const uint4* row, std::int64_t num_vectors, bool has_head,
+                        const RowHead& head, const DispatchShared& shared) {
   using T = Team<kTeam>;
   constexpr int kUnroll = kTeam == RowTeam::kWarp ? 7 : 2;  // 7 x 32 lanes: a quarter of 7168 bf16
   const int num_destinations = shared.num_destinations[T::index()];
@@ -178,7 +199,12 @@ __device__ void CopyRow(const uint4* row, std::int64_t num_vectors, const Dispat
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const std::int64_t v = start + u * T::size() + T::rank();
-      if (v < num_vectors) piece[u] = __ldcs(row + v);
+      const bool loaded = u < 2 && has_head && start == 0;
+      if (loaded) {
+        piece[u] = head.piece[u % 2];
+      } else if (v < num_vectors) {
+        piece[u] = __ldcs(row + v);
+      }
     }
     for (int d = 0; d < num_destinations; ++d) {
       uint4* to = shared.destination[T::index()][d];
@@ -221,23 +247,56 @@ __device__ float MaxMagnitude(const uint4& v) {
   return largest;
 }
 
+// Stores the scales of the warp's four groups `group` to `group` + 3, each known to its eight
+// lanes. A warp that has the row to itself keeps them until it has a whole line's worth: short
+// stores cost the link as much as long ones.
+template <RowTeam kTeam>
+__device__ void StoreScales(float scale, std::int64_t group, std::int64_t num_groups, float* kept,
+                            const DispatchShared& shared) {
+  using T = Team<kTeam>;
+  const int lane = threadIdx.x % kWarpSize;
+  const int num_destinations = shared.num_destinations[T::index()];
+  if constexpr (kTeam == RowTeam::kWarp) {
+    const float mine = __shfl_sync(0xffffffffu, scale, lane % 4 * 8);
+    const int in_line = static_cast<int>(group % kWarpSize);
+    if (lane / 4 == in_line / 4) *kept = mine;
+    if (in_line + 4 < kWarpSize && group + 4 < num_groups) return;
+    const std::int64_t at = group - in_line + lane;
+    if (lane >= in_line + 4 || at >= num_groups) return;
+    for (int d = 0; d < num_destinations; ++d) {
+      shared.scale_destination[T::index()][d][at] = *kept;
+    }
+  } else {
+    const std::int64_t at = group + lane / 8;
+    if (lane % 8 != 0 || at >= num_groups) return;
+    for (int d = 0; d < num_destinations; ++d) {
+      shared.scale_destination[T::index()][d][at] = scale;
+    }
+  }
+}
+
 // Casts the row on its way: each thread takes 16 elements, so that eight neighbours share a scale
 // and every store is 16 bytes. A group of zeros has scale 1; NaN elements stay NaN.
 template <RowTeam kTeam>
-__device__ void CastRow(const uint4* row, std::int64_t hidden, const DispatchShared& shared) {
+__device__ void CastRow(const uint4* row, std::int64_t hidden, bool has_head, const RowHead& head,
+                        const DispatchShared& shared) {
   using T = Team<kTeam>;
   constexpr int kLanesPerGroup = kFp8GroupElements / 16;
   constexpr float kLargestFp8 = 448.0f;
   constexpr int kUnroll = 2;
   const int num_destinations = shared.num_destinations[T::index()];
   const std::int64_t num_pieces = hidden / 16;
+  float kept_scale = 0.0f;
   for (std::int64_t start = 0; start < num_pieces; start += kUnroll * T::size()) {
     uint4 low[kUnroll], high[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const std::int64_t p = start + u * T::size() + T::rank();
       low[u] = high[u] = make_uint4(0, 0, 0, 0);
-      if (p < num_pieces) {
+      if (u == 0 && has_head && start == 0) {
+        low[u] = head.piece[0];
+        high[u] = head.piece[1];
+      } else if (p < num_pieces) {
         low[u] = __ldcs(row + 2 * p);
         high[u] = __ldcs(row + 2 * p + 1);
       }
@@ -253,12 +312,12 @@ __device__ void CastRow(const uint4* row, std::int64_t hidden, const DispatchSha
       const bool usable = largest > 0.0f && largest < INFINITY;
       const float scale = usable ? largest / kLargestFp8 : 1.0f;
       const uint4 packed = CastToFp8(low[u], high[u], usable ? kLargestFp8 / largest : 1.0f);
-      if (p >= num_pieces) continue;
-      for (int d = 0; d < num_destinations; ++d) {
-        shared.destination[T::index()][d][p] = packed;
-        if (p % kLanesPerGroup == 0) {
-          shared.scale_destination[T::index()][d][p / kLanesPerGroup] = scale;
-        }
+      if (p < num_pieces) {
+        for (int d = 0; d < num_destinations; ++d) shared.destination[T::index()][d][p] = packed;
+      }
+      const std::int64_t warp_group = (p - threadIdx.x % kWarpSize) / kLanesPerGroup;
+      if (warp_group < hidden / kFp8GroupElements) {
+        StoreScales<kTeam>(scale, warp_group, hidden / kFp8GroupElements, &kept_scale, shared);
       }
     }
   }
@@ -292,40 +351,42 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     DispatchKernel(const __grid_constant__ CudaDispatchArgs args) {
   __shared__ DispatchShared shared;
   using T = Team<kTeam>;
-  const AreaUse use = CurrentUse(args.area, 0);
+  const AreaUse use = BeginUse(args.area, 0);
   const std::int64_t begin = args.num_tokens * blockIdx.x / gridDim.x;
   const std::int64_t end = args.num_tokens * (blockIdx.x + 1) / gridDim.x;
   const std::int64_t element_bytes = args.dtype == DataType::kFp32 ? 4 : 2;
   const std::int64_t input_bytes = args.hidden * element_bytes;
   const std::int64_t row_bytes = kPayload == RowPayload::kFp8 ? args.hidden : input_bytes;
+  const auto row_of = [&](std::int64_t token) {
+    return reinterpret_cast<const uint4*>(static_cast<const std::byte*>(args.x) +
+                                          token * input_bytes);
+  };
+  RowHead head{};
   if constexpr (kTeam == RowTeam::kBlock) {
-    // The block's first row comes to L2 while its place is being worked out.
-    const auto* first_row = static_cast<const std::byte*>(args.x) + begin * input_bytes;
-    for (std::int64_t at = std::int64_t{threadIdx.x} * 128; begin < end && at < input_bytes;
-         at += std::int64_t{blockDim.x} * 128) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(first_row + at));
-    }
+    // The block's first row is on its way while its place is being worked out.
+    if (begin < end) head = LoadHead<kTeam, kPayload>(row_of(begin), input_bytes / 16);
   }
-  CountBefore(args, begin, &shared);
-  for (std::int64_t step = begin; step < end; step += blockDim.x) {
-    PlaceTokens(args, step, end, &shared);
+  // Few tokens are all placed in one look, the earlier ones only to be counted.
+  const bool one_look = end <= blockDim.x;
+  CountBefore(args, one_look || begin == end ? 0 : begin, &shared);
+  for (std::int64_t step = one_look ? 0 : begin; begin < end && step < end; step += blockDim.x) {
+    PlaceTokens(args, step, begin, end, &shared);
     const std::int64_t step_end = step + blockDim.x < end ? step + blockDim.x : end;
-    for (std::int64_t token = step + T::index(); token < step_end; token += T::count()) {
+    const std::int64_t step_begin = step > begin ? step : begin;
+    for (std::int64_t token = step_begin + T::index(); token < step_end; token += T::count()) {
       PrepareRow<kTeam, kPayload>(args, use.byte_offset, token, static_cast<int>(token - step),
                                   row_bytes, &shared);
-      const auto* row = reinterpret_cast<const uint4*>(static_cast<const std::byte*>(args.x) +
-                                                       token * input_bytes);
+      const bool has_head = kTeam == RowTeam::kBlock && token == begin;
       if constexpr (kPayload == RowPayload::kFp8) {
-        CastRow<kTeam>(row, args.hidden, shared);
+        CastRow<kTeam>(row_of(token), args.hidden, has_head, head, shared);
       } else {
-        CopyRow<kTeam>(row, input_bytes / 16, shared);
+        CopyRow<kTeam>(row_of(token), input_bytes / 16, has_head, head, shared);
       }
       T::sync();  // The list of destinations is used anew for the team's next row.
     }
     __syncthreads();
   }
   PublishAndWait(args, use, shared);
-  AdvanceUse(args.area, 0);
 }
 
 template <RowTeam kTeam>

@@ -12,6 +12,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
@@ -39,9 +40,9 @@ absl::StatusOr<std::unique_ptr<DeviceExchange>> CreateExchange(const CudaExchang
   return NcclExchange::Create(config);
 }
 #else
-// More of them, in one context, were seen to keep each other's kernels from starting for seconds.
-// The product has one rank a device and process.
-constexpr int kRanksPerDevice = 2;
+// With eight ranks in one context one rank's launches were seen to wait for the others' kernels,
+// which wait for it. The product has one rank a device and process.
+constexpr int kRanksPerDevice = 4;
 
 absl::StatusOr<std::unique_ptr<DeviceExchange>> CreateExchange(const CudaExchangeConfig& config) {
   return CudaExchange::Create(config);
@@ -121,27 +122,30 @@ struct RoundBuffers {
 
 // Multiplies each expert's rows by its factor, on the host: the test's experts. Everything goes
 // through the rank's own stream: the default stream is not ordered with it, and would be shared.
+// `pinned` holds all rows: copies from pageable memory share staging buffers between the ranks.
 void RunTestExperts(const Case& c, std::int64_t first_expert, std::int64_t num_local,
-                    const std::int32_t* device_offsets, void* device_rows, cudaStream_t stream) {
+                    const std::int32_t* device_offsets, void* device_rows, std::byte* pinned,
+                    cudaStream_t stream) {
   const auto copy = [stream](void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
     ASSERT_EQ(cudaMemcpyAsync(to, from, bytes, kind, stream), cudaSuccess);
     ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
   };
   std::vector<std::int32_t> offsets(num_local + 1);
-  copy(offsets.data(), device_offsets, offsets.size() * 4, cudaMemcpyDeviceToHost);
+  copy(pinned, device_offsets, offsets.size() * 4, cudaMemcpyDeviceToHost);
+  std::memcpy(offsets.data(), pinned, offsets.size() * 4);
   const std::size_t count = static_cast<std::size_t>(offsets[num_local]) * c.hidden;
   if (count == 0) return;
-  std::vector<std::byte> packed(count * DataTypeBytes(c.dtype));
+  const std::size_t bytes = count * DataTypeBytes(c.dtype);
   std::vector<float> values(count);
-  copy(packed.data(), device_rows, packed.size(), cudaMemcpyDeviceToHost);
-  ConvertToFloat(c.dtype, packed.data(), values.data(), count);
+  copy(pinned, device_rows, bytes, cudaMemcpyDeviceToHost);
+  ConvertToFloat(c.dtype, pinned, values.data(), count);
   for (std::int64_t e = 0; e < num_local; ++e) {
     for (std::int64_t i = offsets[e] * c.hidden; i < offsets[e + 1] * c.hidden; ++i) {
       values[i] *= FactorOf(first_expert + e);
     }
   }
-  ConvertFromFloat(c.dtype, values.data(), packed.data(), count);
-  copy(device_rows, packed.data(), packed.size(), cudaMemcpyHostToDevice);
+  ConvertFromFloat(c.dtype, values.data(), pinned, count);
+  copy(device_rows, pinned, bytes, cudaMemcpyHostToDevice);
 }
 
 double RelativeError(const std::vector<float>& got, const std::vector<double>& want) {
@@ -218,7 +222,11 @@ class CudaExchangeTest : public ::testing::Test {
     config.max_decode_tokens = 256;
     config.max_element_bytes = 4;
     config.comm_blocks = c.comm_blocks;
-    config.decode_blocks = 16;
+    // All ranks' blocks that wait must fit the device beside one that does not: several ranks
+    // may share it.
+    config.reduce_blocks = 4;
+    config.decode_blocks = 8;
+    config.decode_combine_blocks = 12;
     return config;
   }
 
@@ -286,15 +294,19 @@ class CudaExchangeTest : public ::testing::Test {
     for (std::size_t round = 0; round < rounds.size(); ++round) {
       buffers[round].Fill(c, rounds[round][rank], c.tokens[rank]);
     }
-    // A stream's first copy each way takes staging memory, which waits for the device too.
-    std::vector<std::byte> staging(1 << 20);
-    const std::size_t some = std::min(staging.size(), expert_bytes);
-    ASSERT_EQ(
-        cudaMemcpyAsync(staging.data(), rows->as<void>(), some, cudaMemcpyDeviceToHost, stream),
-        cudaSuccess);
-    ASSERT_EQ(
-        cudaMemcpyAsync(rows->as<void>(), staging.data(), some, cudaMemcpyHostToDevice, stream),
-        cudaSuccess);
+    auto pinned = PinnedBuffer::Create(
+        std::max(expert_bytes, c.tokens[rank] * c.hidden * static_cast<std::size_t>(element)) +
+        4 * static_cast<std::size_t>(c.experts + 1));
+    ASSERT_TRUE(pinned.ok()) << pinned.status();
+    // A stream's first copy each way waits for the whole device too.
+    for (const std::size_t bytes : {std::size_t{64}, expert_bytes}) {
+      ASSERT_EQ(cudaMemcpyAsync(pinned->as<void>(), rows->as<void>(), bytes, cudaMemcpyDeviceToHost,
+                                stream),
+                cudaSuccess);
+      ASSERT_EQ(cudaMemcpyAsync(rows->as<void>(), pinned->as<void>(), bytes, cudaMemcpyHostToDevice,
+                                stream),
+                cudaSuccess);
+    }
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     meet->arrive_and_wait();
     for (std::size_t round = 0; round < rounds.size(); ++round) {
@@ -309,17 +321,19 @@ class CudaExchangeTest : public ::testing::Test {
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
       RunTestExperts(c, config.base.placement.first_expert[rank],
                      config.base.placement.num_local_experts(rank),
-                     exchange.expert_offset(c.path, slot), rows->as<void>(), stream);
+                     exchange.expert_offset(c.path, slot), rows->as<void>(),
+                     pinned->as<std::byte>(), stream);
       ASSERT_TRUE(exchange.Combine(c.path, slot, t, rows->as<void>(), out.as<void>(), stream).ok());
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
       ASSERT_TRUE(exchange.CheckWaits().ok()) << exchange.CheckWaits();
       std::vector<std::byte>& result = (*outputs)[round * c.num_ranks + rank];
       result.resize(mine.packed.size());
       if (result.empty()) continue;
-      ASSERT_EQ(cudaMemcpyAsync(result.data(), out.as<void>(), result.size(),
+      ASSERT_EQ(cudaMemcpyAsync(pinned->as<void>(), out.as<void>(), result.size(),
                                 cudaMemcpyDeviceToHost, stream),
                 cudaSuccess);
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+      std::memcpy(result.data(), pinned->as<void>(), result.size());
       CheckAgainstReference(c, mine, c.tokens[rank], result);
     }
     meet->arrive_and_wait();  // Nobody unmaps while a peer may still write.
@@ -387,6 +401,33 @@ TEST_F(CudaExchangeTest, DecodeMatchesReferenceOverManyReplays) {
   c.payload = RowPayload::kFp8;
   c.limit = 4e-2;
   Run(c, 4, 8);
+}
+
+TEST_F(CudaExchangeTest, PrefillFp8OddGroupsOverManyRowsMatchesReference) {
+  Case c;
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  c.tokens = {900, 300, 2, 1000};
+  for (const std::int64_t hidden : {128, 384, 4224}) {  // 1, 3 and 33 groups: parts of a line
+    c.hidden = hidden;
+    Run(c, 1, 14);
+  }
+}
+
+TEST_F(CudaExchangeTest, PrefillRowsOfManyLengthsMatchReference) {
+  Case c;
+  for (const std::int64_t hidden : {8, 256, 1032, 7168}) {  // below, at and past a warp's piece
+    c.hidden = hidden;
+    Run(c, 2, 15);
+  }
+}
+
+TEST_F(CudaExchangeTest, DecodeWithMoreTokensThanALookMatchesReference) {
+  Case c;
+  c.path = Path::kDecode;
+  c.tokens = {256, 255, 3, 0};
+  c.hidden = 4352;  // Rows longer than a block's first pieces.
+  Run(c, 3, 16);
 }
 
 TEST_F(CudaExchangeTest, AllTokensOnOneExpertMatchReference) {
