@@ -18,7 +18,7 @@ namespace epserve::runtime {
 namespace {
 
 // Of kernels that only move rows within this device and wait for nobody, so that they may fill it:
-// an H200 has 132 multiprocessors, and 1024 or 256 threads a block are one or eight blocks on each.
+// multiples of an H200's 132 multiprocessors. Sums take many small blocks, one row at a time each.
 constexpr int kPackBlocks = 132;
 constexpr int kGatherBlocks = 2 * 132;
 constexpr int kSumBlocks = 8 * 132;
