@@ -47,7 +47,7 @@ __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, in
     const bool aborted = *const_cast<const volatile std::uint32_t*>(control.abort_word) != 0;
     if (!aborted && waited < static_cast<std::uint64_t>(control.timeout_ns)) continue;
     // The first to give up reports; the others' reports would name the same cause.
-    if (atomicCAS_system(&control.report->stage, 0u, 0xffffffffu) == 0u) {
+    if (atomicCAS(control.report_claim, 0u, 1u) == 0u) {
       control.report->peer = peer;
       control.report->waited_ns = waited;
       control.report->aborted = aborted ? 1u : 0u;

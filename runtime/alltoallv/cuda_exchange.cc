@@ -113,7 +113,7 @@ absl::Status CudaExchange::Initialize() {
   EPS_ASSIGN_OR_RETURN(host_words_,
                        PinnedBuffer::Create(sizeof(std::uint64_t) + sizeof(WaitReport)));
   std::memset(host_words_.as<std::byte>(), 0, sizeof(std::uint64_t) + sizeof(WaitReport));
-  EPS_ASSIGN_OR_RETURN(barrier_use_, DeviceBuffer::Create(sizeof(std::uint64_t)));
+  EPS_ASSIGN_OR_RETURN(barrier_use_, DeviceBuffer::Create(2 * sizeof(std::uint64_t)));
   EPS_RETURN_IF_ERROR(AllocateLocals());
   return ShareHeap();
 }
@@ -218,7 +218,8 @@ const CudaExchange::Local& CudaExchange::LocalOf(Path path, int slot) const {
 WaitControl CudaExchange::Wait() const {
   return {host_words_.as<std::uint32_t>(),
           reinterpret_cast<WaitReport*>(host_words_.as<std::byte>() + sizeof(std::uint64_t)),
-          absl::ToInt64Nanoseconds(config_.base.peer_timeout)};
+          absl::ToInt64Nanoseconds(config_.base.peer_timeout),
+          reinterpret_cast<std::uint32_t*>(barrier_use_.as<std::uint64_t>() + 1)};
 }
 
 AreaView CudaExchange::ViewOf(Path path, int slot) const {

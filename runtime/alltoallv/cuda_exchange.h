@@ -95,8 +95,8 @@ class CudaExchange final : public DeviceExchange {
   std::vector<DeviceMapping> peers_;
   std::unique_ptr<HandleServer> server_;
   std::vector<std::unique_ptr<Local>> locals_;  // [num_slots + 1], the decode path's last
-  DeviceBuffer barrier_use_;
-  PinnedBuffer host_words_;  // abort word, then WaitReport
+  DeviceBuffer barrier_use_;  // u64 barriers so far, then u32 WaitControl::report_claim
+  PinnedBuffer host_words_;   // abort word, then WaitReport
   std::atomic<bool> aborted_ = false;
   bool opened_ = false;
 };

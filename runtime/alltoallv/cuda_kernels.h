@@ -30,6 +30,9 @@ struct WaitControl {
   const std::uint32_t* abort_word;  // host memory, non-zero: give up
   WaitReport* report;               // host memory
   std::int64_t timeout_ns;
+  // Device memory, 0 at first: the wait that makes it 1 is the one that reports. Not in the report
+  // itself, because a device's atomics reach host memory only where the bus carries them.
+  std::uint32_t* report_claim;
 };
 
 // The peers' heaps as this device sees them, and one kind of area in them.

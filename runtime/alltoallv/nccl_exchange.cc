@@ -155,6 +155,7 @@ absl::Status NcclExchange::Initialize() {
   }
   const std::size_t num_words = static_cast<std::size_t>(num_lanes) * kStages;
   const std::size_t word_bytes = kWordsOffset + num_words * sizeof(std::uint64_t);
+  EPS_ASSIGN_OR_RETURN(report_claim_, DeviceBuffer::Create(sizeof(std::uint32_t)));
   EPS_ASSIGN_OR_RETURN(host_words_, PinnedBuffer::Create(word_bytes));
   std::memset(host_words_.as<std::byte>(), 0, word_bytes);
   EPS_CUDA_RETURN_IF_ERROR(cudaDeviceSynchronize());
@@ -291,7 +292,7 @@ AreaView NcclExchange::ViewOf(const Lane& lane) const {
 WaitControl NcclExchange::NoWait() const {
   return {host_words_.as<std::uint32_t>(),
           reinterpret_cast<WaitReport*>(host_words_.as<std::byte>() + sizeof(std::uint64_t)),
-          absl::ToInt64Nanoseconds(config_.base.peer_timeout)};
+          absl::ToInt64Nanoseconds(config_.base.peer_timeout), report_claim_.as<std::uint32_t>()};
 }
 
 absl::Status NcclExchange::Pack(const CudaTokens& tokens, Lane& lane, cudaStream_t stream) const {

@@ -98,6 +98,7 @@ class NcclExchange final : public DeviceExchange {
   std::string handle_;                         // own_, encoded
   std::vector<std::unique_ptr<Lane>> memory_;  // [num_slots], then the decode path's if any
   PinnedBuffer host_words_;                    // NoWait's, then the watch's [lanes, 2]
+  DeviceBuffer report_claim_;                  // u32, WaitControl::report_claim
   NcclLanes lanes_;
   std::unique_ptr<NcclWatch> watch_;  // ends before the communicators and the words do
   bool opened_ = false;

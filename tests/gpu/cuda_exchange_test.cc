@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/dtype.h"
+#include "tests/gpu/exchange_case.h"
 #ifdef EPSERVE_TEST_NCCL
 #include "runtime/alltoallv/nccl_exchange.h"
 #endif
@@ -48,115 +49,6 @@ absl::StatusOr<std::unique_ptr<DeviceExchange>> CreateExchange(const CudaExchang
   return CudaExchange::Create(config);
 }
 #endif
-
-struct Case {
-  int num_ranks = 4;
-  std::vector<std::int64_t> tokens = {37, 64, 0, 129};  // a rank
-  std::int64_t hidden = 512;
-  int topk = 8;
-  std::int64_t experts = 30;  // not divisible by the ranks
-  DataType dtype = DataType::kBf16;
-  RowPayload payload = RowPayload::kCopy;
-  Path path = Path::kPrefill;
-  int comm_blocks = 6;
-  double limit = 1e-2;
-  bool one_expert = false;  // all tokens on one expert
-};
-
-// What expert e makes of a row: a factor that tells experts apart.
-float FactorOf(std::int64_t expert) { return 1.0f + 0.25f * static_cast<float>(expert % 7); }
-
-struct HostTokens {
-  std::vector<float> x;  // rounded to the dtype
-  std::vector<std::int32_t> ids;
-  std::vector<float> weights;
-  std::vector<std::byte> packed;
-};
-
-HostTokens MakeTokens(const Case& c, std::int64_t num_tokens, std::mt19937* rng) {
-  HostTokens h;
-  std::normal_distribution<float> normal;
-  std::uniform_int_distribution<int> expert(-1, static_cast<int>(c.experts) - 1);
-  std::vector<float> raw(num_tokens * c.hidden);
-  for (float& v : raw) v = normal(*rng);
-  h.packed.resize(raw.size() * DataTypeBytes(c.dtype));
-  h.x.resize(raw.size());
-  ConvertFromFloat(c.dtype, raw.data(), h.packed.data(), raw.size());
-  ConvertToFloat(c.dtype, h.packed.data(), h.x.data(), raw.size());
-  for (std::int64_t i = 0; i < num_tokens * c.topk; ++i) {
-    h.ids.push_back(c.one_expert ? static_cast<int>(c.experts) - 1 : expert(*rng));
-    h.weights.push_back(std::abs(normal(*rng)));
-  }
-  return h;
-}
-
-template <typename T>
-T* Upload(const std::vector<T>& host, DeviceBuffer* buffer) {
-  auto created = DeviceBuffer::Create(host.size() * sizeof(T));
-  EXPECT_TRUE(created.ok()) << created.status();
-  *buffer = std::move(created).value();
-  if (!host.empty()) {
-    EXPECT_EQ(
-        cudaMemcpy(buffer->as<T>(), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice),
-        cudaSuccess);
-  }
-  return buffer->as<T>();
-}
-
-// One batch's inputs, and its output poisoned.
-struct RoundBuffers {
-  DeviceBuffer x, ids, weights, out;
-  CudaTokens tokens;
-
-  void Fill(const Case& c, const HostTokens& host, std::int64_t num_tokens) {
-    tokens.x = Upload(host.packed, &x);
-    tokens.topk_ids = Upload(host.ids, &ids);
-    tokens.topk_weights = Upload(host.weights, &weights);
-    tokens.num_tokens = num_tokens;
-    tokens.topk = c.topk;
-    tokens.dtype = c.dtype;
-    tokens.payload = c.payload;
-    Upload(std::vector<std::byte>(host.packed.size(), std::byte{0xff}), &out);
-  }
-};
-
-// Multiplies each expert's rows by its factor, on the host: the test's experts. Everything goes
-// through the rank's own stream: the default stream is not ordered with it, and would be shared.
-// `pinned` holds all rows: copies from pageable memory share staging buffers between the ranks.
-void RunTestExperts(const Case& c, std::int64_t first_expert, std::int64_t num_local,
-                    const std::int32_t* device_offsets, void* device_rows, std::byte* pinned,
-                    cudaStream_t stream) {
-  const auto copy = [stream](void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
-    ASSERT_EQ(cudaMemcpyAsync(to, from, bytes, kind, stream), cudaSuccess);
-    ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
-  };
-  std::vector<std::int32_t> offsets(num_local + 1);
-  copy(pinned, device_offsets, offsets.size() * 4, cudaMemcpyDeviceToHost);
-  std::memcpy(offsets.data(), pinned, offsets.size() * 4);
-  const std::size_t count = static_cast<std::size_t>(offsets[num_local]) * c.hidden;
-  if (count == 0) return;
-  const std::size_t bytes = count * DataTypeBytes(c.dtype);
-  std::vector<float> values(count);
-  copy(pinned, device_rows, bytes, cudaMemcpyDeviceToHost);
-  ConvertToFloat(c.dtype, pinned, values.data(), count);
-  for (std::int64_t e = 0; e < num_local; ++e) {
-    for (std::int64_t i = offsets[e] * c.hidden; i < offsets[e + 1] * c.hidden; ++i) {
-      values[i] *= FactorOf(first_expert + e);
-    }
-  }
-  ConvertFromFloat(c.dtype, values.data(), pinned, count);
-  copy(device_rows, pinned, bytes, cudaMemcpyHostToDevice);
-}
-
-double RelativeError(const std::vector<float>& got, const std::vector<double>& want) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < want.size(); ++i) {
-    if (std::isnan(got[i])) return INFINITY;
-    difference += (got[i] - want[i]) * (got[i] - want[i]);
-    norm += want[i] * want[i];
-  }
-  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
-}
 
 constexpr absl::Duration kOpenTimeout = absl::Seconds(30);
 
