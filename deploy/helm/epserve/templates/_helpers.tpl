@@ -1,0 +1,143 @@
+{{/* Short enough for pods' names and workers' ids: at most 64 with "-workers-NN-wNN". */}}
+{{- define "epserve.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "epserve.selectorLabels" -}}
+app.kubernetes.io/name: epserve
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "epserve.labels" -}}
+{{ include "epserve.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "epserve.image" -}}
+{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end }}
+
+{{- define "epserve.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "epserve.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end }}
+
+{{- define "epserve.numWorkers" -}}
+{{- mul .Values.workers.pods .Values.workers.perPod -}}
+{{- end }}
+
+{{/* Ranks that the experts are spread over. */}}
+{{- define "epserve.numRanks" -}}
+{{- $ranks := sub (include "epserve.numWorkers" . | int) (int .Values.workers.standbys) | int -}}
+{{- if lt $ranks 1 -}}
+{{- fail (printf "values: workers.standbys %d leaves no rank of workers.pods %d times workers.perPod %d; lower it" (int .Values.workers.standbys) (int .Values.workers.pods) (int .Values.workers.perPod)) -}}
+{{- end -}}
+{{- $least := mul 2 $ranks -}}
+{{- if lt (int .Values.maxBatchTokens) (int $least) -}}
+{{- fail (printf "values: maxBatchTokens %d is below %d, which the readiness probe of %d workers needs; raise it" (int .Values.maxBatchTokens) $least $ranks) -}}
+{{- end -}}
+{{- $ranks -}}
+{{- end }}
+
+{{/* Seconds from SIGTERM to SIGKILL: the drain, and time to write the last replies and exit. */}}
+{{- define "epserve.coordinatorGraceSeconds" -}}
+{{- add 10 (ceil (divf .Values.coordinator.drainTimeoutMs 1000)) -}}
+{{- end }}
+
+{{- define "epserve.modelName" -}}
+{{- default .Release.Name .Values.model.name -}}
+{{- end }}
+
+{{/* Where the workers and the operator reach the coordinator, ready or not. */}}
+{{- define "epserve.controlAddress" -}}
+{{ include "epserve.fullname" . }}-control:{{ .Values.coordinator.port }}
+{{- end }}
+
+{{/* Of a pod: what every pod of the chart has alike. */}}
+{{- define "epserve.podCommon" -}}
+serviceAccountName: {{ include "epserve.serviceAccountName" . }}
+# No part speaks to the Kubernetes API.
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "epserve.containerCommon" -}}
+image: {{ include "epserve.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+{{- end }}
+
+{{- define "epserve.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Takes (list . SECRET). */}}
+{{- define "epserve.volumes" -}}
+{{- $ := index . 0 -}}
+- name: checkpoint
+  {{- if $.Values.checkpoint.existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ $.Values.checkpoint.existingClaim }}
+    readOnly: true
+  {{- else }}
+  # Forbidden by the baseline and restricted Pod Security Standards; existingClaim is not.
+  hostPath:
+    path: {{ $.Values.checkpoint.hostPath }}
+    type: Directory
+  {{- end }}
+{{- if $.Values.tls.enabled }}
+- name: tls
+  secret:
+    secretName: {{ default $.Values.tls.secretName (index . 1) }}
+    defaultMode: 0440
+{{- end }}
+{{- end }}
+
+{{- define "epserve.volumeMounts" -}}
+- name: checkpoint
+  mountPath: /checkpoint
+  readOnly: true
+  {{- with .Values.checkpoint.subPath }}
+  subPath: {{ . | quote }}
+  {{- end }}
+{{- if .Values.tls.enabled }}
+- name: tls
+  mountPath: /etc/epserve/tls
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "epserve.tlsArgs" -}}
+{{- if .Values.tls.enabled -}}
+- --tls-cert=/etc/epserve/tls/tls.crt
+- --tls-key=/etc/epserve/tls/tls.key
+- --tls-ca=/etc/epserve/tls/ca.crt
+{{- end }}
+{{- end }}
