@@ -52,6 +52,9 @@ struct WorkerConfig {
   std::function<std::int64_t()> now_us;
   std::function<absl::StatusOr<AvailableMemory>()> available_memory;
   bool progress_on_terminal = false;
+  // Told when it changes whether the worker has joined and holds what it is to hold, weights or
+  // nothing on standby; not ready before the first call. On Run's thread.
+  std::function<void(bool)> on_ready = [](bool) {};
 };
 
 class Worker : private ControlStream::Handler, private BatchReporter {
@@ -106,6 +109,7 @@ class Worker : private ControlStream::Handler, private BatchReporter {
 
   // All below on Run's thread.
   void OnTimer();
+  void TellReady();
   void Handle(FromCoordinator& event);
   void Handle(StreamEnded& event);
   void Handle(LoadEnded& event);
@@ -144,6 +148,7 @@ class Worker : private ControlStream::Handler, private BatchReporter {
   std::optional<TimePoint> leave_by_;
   ReconnectBackoff backoff_;
   bool greeted_ = false;  // The coordinator has spoken on the present stream.
+  bool ready_ = false;    // as on_ready was told
   std::thread loader_;
 
   Lease lease_;

@@ -1,5 +1,7 @@
 """The chart, rendered for several sets of values: valid objects that fit each other."""
 
+import re
+
 import helm_python
 import helm_python.chart
 import kubernetes_validate
@@ -10,6 +12,8 @@ import chart
 
 OLDEST = "1.29"  # Chart.yaml's kubeVersion.
 NEWEST = "1.37"
+# Of a worker whose build has the GPU backends.
+FLAGS_OF_GPU_BUILDS = {"--device"}
 # Their schemas are their operators', not Kubernetes'.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "LeaderWorkerSet"}
 
@@ -92,7 +96,6 @@ def test_workers_come_through_a_service_that_does_not_wait_for_them(rendered):
     for worker in rendered.workers()["spec"]["containers"]:
         address = f"{control['metadata']['name']}:{ports['grpc']}"
         assert chart.flag(worker, "--coordinator") == address
-        assert f"--server={address}" in worker["readinessProbe"]["exec"]["command"]
     assert chart.flag(coordinator, "--listen") == f"0.0.0.0:{ports['grpc']}"
     # Callers are kept away until the service is ready.
     front = rendered.one("Service", chart.flag(coordinator, "--cluster-id"))
@@ -110,29 +113,48 @@ def test_coordinator_and_workers_agree(value_set, rendered):
     assert chart.flag(coordinator, "--workers") == str(ranks)
     for name in ("--cluster-id", "--max-batch-tokens", "--slots"):
         assert {chart.flag(w, name) for w in workers} == {chart.flag(coordinator, name)}, name
-    ids = [e["value"] for w in workers for e in w["env"] if e["name"] == "EPSERVE_WORKER_ID"]
-    assert ids == [f"$(POD_NAME)-w{i}" for i in range(len(workers))]
+    assert [chart.flag(w, "--worker-id") for w in workers] == [
+        f"$(POD_NAME)-w{i}" for i in range(len(workers))
+    ]
     assert {chart.flag(w, "--backend") for w in workers} == {given["backend"]}
+
+
+PROBES = {"startupProbe": "liveness", "readinessProbe": "readiness", "livenessProbe": "liveness"}
 
 
 def test_probes_ask_what_the_programs_answer(value_set, rendered):
     (coordinator,) = rendered.coordinator()["spec"]["containers"]
-    tls = "tls" in value_set
-    listens = "--health-listen" if tls else "--listen"
-    port = int(chart.flag(coordinator, listens).rpartition(":")[2])
-    asked = {
-        kind: coordinator[kind]["grpc"]
-        for kind in ("startupProbe", "readinessProbe", "livenessProbe")
-    }
-    assert {kind: probe["service"] for kind, probe in asked.items()} == {
-        "startupProbe": "liveness",
-        "readinessProbe": "readiness",
-        "livenessProbe": "liveness",
-    }
-    assert {probe["port"] for probe in asked.values()} == {port}
-    for worker in rendered.workers()["spec"]["containers"]:
-        # The kubelet puts no variables into it.
-        assert not any("$" in word for word in worker["readinessProbe"]["exec"]["command"])
+    workers = rendered.workers()["spec"]["containers"]
+    asked = {container["name"]: "--health-listen" for container in workers}
+    # Health checks of a coordinator without TLS come to the port of everything else.
+    asked["coordinator"] = "--health-listen" if "tls" in value_set else "--listen"
+    ports = []
+    for container in [coordinator, *workers]:
+        listens = chart.flag(container, asked[container["name"]])
+        port = int(listens.removeprefix("0.0.0.0:"))
+        assert {kind: container[kind]["grpc"]["service"] for kind in PROBES} == PROBES
+        assert {container[kind]["grpc"]["port"] for kind in PROBES} == {port}
+        assert port in [each["containerPort"] for each in container["ports"]]
+        ports += [port] if container in workers else []
+    assert len(set(ports)) == len(workers)  # A pod's containers share its ports.
+
+
+def readme_flags(program):
+    """The flags in a table of the README."""
+    text = (chart.ROOT / "README.md").read_text()
+    section = re.split(rf"(?m)^### .*\b{program}\b.*$", text)[1].split("\n#")[0]
+    cells = re.findall(r"(?m)^\|([^|]*)\|", section)
+    return set(re.findall(r"--[a-z][a-z0-9-]*", " ".join(cells)))
+
+
+def test_programs_know_their_flags(rendered):
+    tables = {"coordinator": "epserve-coordinator", "worker": "epserve-worker", "test": "verify"}
+    for name, pod in rendered.pods().items():
+        known = readme_flags(tables[name])
+        assert len(known) > 5
+        for container in pod["spec"]["containers"]:
+            given = {word.partition("=")[0] for word in container["args"] if word[0] == "-"}
+            assert given - known - FLAGS_OF_GPU_BUILDS == set()
 
 
 def test_grace_periods_fit_the_drain():
@@ -174,10 +196,28 @@ def test_identities_are_apart_under_tls():
         "worker": "epserve-worker-tls",
         "test": "epserve-operator-tls",
     }
+    (coordinator,) = rendered.coordinator()["spec"]["containers"]
+    assert "--plaintext-metrics" in coordinator["args"]
     plain = chart.render(chart.values("cpu"))
     assert "tls" not in str([pod["spec"] for pod in plain.pods().values()])
     assert "--insecure" in plain.coordinator()["spec"]["containers"][0]["args"]
     assert "plaintext" in plain.notes
+
+
+def test_each_part_sees_its_own_shared_secret():
+    rendered = chart.render(chart.values("secrets"))
+    keys = {}
+    for name, pod in rendered.pods().items():
+        (volume,) = [v for v in pod["spec"]["volumes"] if v["name"] == "shared-secret"]
+        (item,) = volume["secret"]["items"]
+        keys[name] = item["key"]
+        flag = "--secrets-file" if name == "coordinator" else "--secret-file"
+        for container in pod["spec"]["containers"]:
+            (mount,) = [m for m in container["volumeMounts"] if m["name"] == volume["name"]]
+            assert chart.flag(container, flag) == f"{mount['mountPath']}/{item['path']}"
+    assert keys == {"coordinator": "secrets", "worker": "worker", "test": "operator"}
+    (coordinator,) = rendered.coordinator()["spec"]["containers"]
+    assert "--insecure" not in coordinator["args"]
 
 
 def test_gpus_of_a_pod_are_seen_by_all_of_its_containers():

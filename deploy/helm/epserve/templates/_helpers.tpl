@@ -98,9 +98,10 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* Takes (list . SECRET). */}}
+{{/* Takes (list . ROLE), with ROLE one of coordinator, worker, operator. */}}
 {{- define "epserve.volumes" -}}
 {{- $ := index . 0 -}}
+{{- $role := index . 1 -}}
 - name: checkpoint
   {{- if $.Values.checkpoint.existingClaim }}
   persistentVolumeClaim:
@@ -115,8 +116,16 @@ priorityClassName: {{ . }}
 {{- if $.Values.tls.enabled }}
 - name: tls
   secret:
-    secretName: {{ default $.Values.tls.secretName (index . 1) }}
+    secretName: {{ default $.Values.tls.secretName (get $.Values.tls (printf "%sSecretName" $role)) }}
     defaultMode: 0440
+{{- end }}
+{{- with $.Values.sharedSecrets.secretName }}
+- name: shared-secret
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    # Each part sees its own, the coordinator the list.
+    items: [{key: {{ eq $role "coordinator" | ternary "secrets" $role }}, path: secret}]
 {{- end }}
 {{- end }}
 
@@ -132,6 +141,11 @@ priorityClassName: {{ . }}
   mountPath: /etc/epserve/tls
   readOnly: true
 {{- end }}
+{{- if .Values.sharedSecrets.secretName }}
+- name: shared-secret
+  mountPath: /etc/epserve/shared
+  readOnly: true
+{{- end }}
 {{- end }}
 
 {{- define "epserve.tlsArgs" -}}
@@ -139,5 +153,13 @@ priorityClassName: {{ . }}
 - --tls-cert=/etc/epserve/tls/tls.crt
 - --tls-key=/etc/epserve/tls/tls.key
 - --tls-ca=/etc/epserve/tls/ca.crt
+{{- end }}
+{{- end }}
+
+{{/* Of what calls the coordinator: its certificate, its secret, both or neither. */}}
+{{- define "epserve.callerArgs" -}}
+{{- include "epserve.tlsArgs" . }}
+{{- if .Values.sharedSecrets.secretName }}
+- --secret-file=/etc/epserve/shared/secret
 {{- end }}
 {{- end }}

@@ -51,7 +51,7 @@ spec:
     {{- include "epserve.workerContainer" (list $ $index) | nindent 4 }}
     {{- end }}
   volumes:
-    {{- include "epserve.volumes" (list . .Values.tls.workerSecretName) | nindent 4 }}
+    {{- include "epserve.volumes" (list . "worker") | nindent 4 }}
     # Heaps of host workers, and NCCL's way within a node: one /dev/shm for all containers.
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $w.sharedMemory }}}
@@ -63,6 +63,7 @@ spec:
 {{- $index := index . 1 -}}
 {{- $w := $.Values.workers -}}
 {{- $gpus := ne $.Values.backend "host" -}}
+{{- $health := add (int $w.healthPort) $index -}}
 - name: worker-{{ $index }}
   {{- include "epserve.containerCommon" $ | nindent 2 }}
   command: [epserve-worker]
@@ -70,6 +71,10 @@ spec:
     - --coordinator={{ include "epserve.controlAddress" $ }}
     - --checkpoint=/checkpoint
     - --cluster-id={{ include "epserve.fullname" $ }}
+    # Host name and process id, the default, are alike in the pod's containers.
+    - --worker-id=$(POD_NAME)-w{{ $index }}
+    # The pod's containers share its ports.
+    - --health-listen=0.0.0.0:{{ $health }}
     - --backend={{ $.Values.backend }}
     {{- if $gpus }}
     - --device={{ $index }}
@@ -81,7 +86,7 @@ spec:
     - --peer-timeout-ms={{ int64 $w.peerTimeoutMs }}
     - --log-format={{ $.Values.log.format }}
     - --log-level={{ $.Values.log.level }}
-    {{- with include "epserve.tlsArgs" $ }}
+    {{- with include "epserve.callerArgs" $ }}
     {{- . | nindent 4 }}
     {{- end }}
     {{- with $w.extraArgs }}
@@ -90,9 +95,6 @@ spec:
   env:
     - name: POD_NAME
       valueFrom: {fieldRef: {fieldPath: metadata.name}}
-    # Host name and process id, the default, are alike in the pod's containers. In the environment,
-    # because the kubelet does not put POD_NAME into a probe's arguments.
-    - {name: EPSERVE_WORKER_ID, value: $(POD_NAME)-w{{ $index }}}
     {{- if $gpus }}
     # The same number means the same GPU in every container.
     - {name: CUDA_DEVICE_ORDER, value: PCI_BUS_ID}
@@ -104,23 +106,25 @@ spec:
     {{- with $w.env }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  # A worker serves nothing and dials the coordinator, so it is asked about there. Ready: it has joined
-  # with its weights. No liveness probe: a worker that hangs is fenced by its lease, one that fails
-  # exits, and a probe by way of the coordinator would restart all workers, weights and all, whenever
-  # the coordinator is away.
+  ports:
+    - {name: health-{{ $index }}, containerPort: {{ $health }}}
+  # Nothing asks about the coordinator: while that is away, a worker keeps its weights and waits.
+  startupProbe:
+    grpc: {port: {{ $health }}, service: liveness}
+    periodSeconds: 2
+    timeoutSeconds: 2
+    failureThreshold: 150
+  # Joined, with its weights read, or standing by.
   readinessProbe:
-    exec:
-      command:
-        - epserve
-        - status
-        - --server={{ include "epserve.controlAddress" $ }}
-        - --timeout=4
-        {{- with include "epserve.tlsArgs" $ }}
-        {{- . | nindent 8 }}
-        {{- end }}
-    periodSeconds: 5
+    grpc: {port: {{ $health }}, service: readiness}
+    periodSeconds: 2
+    timeoutSeconds: 2
+    failureThreshold: 1
+  livenessProbe:
+    grpc: {port: {{ $health }}, service: liveness}
+    periodSeconds: 10
     timeoutSeconds: 5
-    failureThreshold: 2
+    failureThreshold: 3
   resources:
     {{- if and $gpus (eq $.Values.gpu.allocation "dra") }}
     {{- toYaml (merge (dict "claims" (list (dict "name" "gpus"))) $w.resources) | nindent 4 }}
