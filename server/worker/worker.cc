@@ -83,7 +83,7 @@ absl::Status Worker::Run() {
     } else {
       OnTimer();
     }
-    TellReady();
+    TellReady(session_.settled() && !result_ && !leave_by_);
   }
   Perform(session_.OnStreamLost());
   DropStream();
@@ -189,13 +189,6 @@ void Worker::OnTimer() {
   } else if (reconnect_at_ && now >= *reconnect_at_) {
     Connect();
   }
-}
-
-void Worker::TellReady() {
-  const SessionPhase phase = session_.phase();
-  const bool ready =
-      !result_ && !leave_by_ && (phase == SessionPhase::kStandby || phase >= SessionPhase::kLoaded);
-  if (ready != std::exchange(ready_, ready)) config_.on_ready(ready);
 }
 
 void Worker::Handle(FromCoordinator& event) {

@@ -18,6 +18,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -109,7 +110,9 @@ class Worker : private ControlStream::Handler, private BatchReporter {
 
   // All below on Run's thread.
   void OnTimer();
-  void TellReady();
+  void TellReady(bool ready) {
+    if (ready != std::exchange(ready_, ready)) config_.on_ready(ready);
+  }
   void Handle(FromCoordinator& event);
   void Handle(StreamEnded& event);
   void Handle(LoadEnded& event);

@@ -38,13 +38,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* Ranks that the experts are spread over. */}}
 {{- define "epserve.numRanks" -}}
-{{- $ranks := sub (include "epserve.numWorkers" . | int) (int .Values.workers.standbys) | int -}}
+{{- $w := .Values.workers -}}
+{{- $ranks := sub (include "epserve.numWorkers" . | int) (int $w.standbys) | int -}}
 {{- if lt $ranks 1 -}}
-{{- fail (printf "values: workers.standbys %d leaves no rank of workers.pods %d times workers.perPod %d; lower it" (int .Values.workers.standbys) (int .Values.workers.pods) (int .Values.workers.perPod)) -}}
+{{- $text := "values: workers.standbys %d leaves no rank of workers.pods %d times workers.perPod %d; lower it" -}}
+{{- fail (printf $text (int $w.standbys) (int $w.pods) (int $w.perPod)) -}}
 {{- end -}}
 {{- $least := mul 2 $ranks -}}
 {{- if lt (int .Values.maxBatchTokens) (int $least) -}}
-{{- fail (printf "values: maxBatchTokens %d is below %d, which the readiness probe of %d workers needs; raise it" (int .Values.maxBatchTokens) $least $ranks) -}}
+{{- $text := "values: maxBatchTokens %d is below %d, which the readiness probe of %d workers needs; raise it" -}}
+{{- fail (printf $text (int .Values.maxBatchTokens) $least $ranks) -}}
 {{- end -}}
 {{- $ranks -}}
 {{- end }}
