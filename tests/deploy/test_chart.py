@@ -12,8 +12,6 @@ import chart
 
 OLDEST = "1.29"  # Chart.yaml's kubeVersion.
 NEWEST = "1.37"
-# Of a worker whose build has the GPU backends.
-FLAGS_OF_GPU_BUILDS = {"--device"}
 # Their schemas are their operators', not Kubernetes'.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "LeaderWorkerSet"}
 
@@ -154,7 +152,7 @@ def test_programs_know_their_flags(rendered):
         assert len(known) > 5
         for container in pod["spec"]["containers"]:
             given = {word.partition("=")[0] for word in container["args"] if word[0] == "-"}
-            assert given - known - FLAGS_OF_GPU_BUILDS == set()
+            assert given - known == set()
 
 
 def test_grace_periods_fit_the_drain():
@@ -220,6 +218,16 @@ def test_each_part_sees_its_own_shared_secret():
     assert "--insecure" not in coordinator["args"]
 
 
+@pytest.mark.parametrize(
+    "name, changes, limit",
+    [("cpu", {}, None), ("gpu", {}, "0.01"), ("gpu", {"test": {"maxError": 0.06}}, "0.06")],
+    ids=str,
+)
+def test_verify_allows_the_backends_error(name, changes, limit):
+    rendered = chart.render(chart.merged(chart.values(name), changes))
+    assert chart.flag(rendered.verify()["spec"]["containers"][0], "--max-error") == limit
+
+
 def test_gpus_of_a_pod_are_seen_by_all_of_its_containers():
     shared = chart.render(chart.values("gpu"))
     pod = shared.workers()["spec"]
@@ -259,6 +267,7 @@ def test_host_workers_share_one_dev_shm(rendered):
         ({"workers": {"extraArgs": ["-x"]}}, "extraArgs"),
         ({"backend": "mpi"}, "backend"),
         ({"backend": "cuda"}, "allocation"),
+        ({"backend": "cuda", "gpu": {"allocation": "dra"}, "workers": {"perPod": 9}}, "perPod"),
         ({"tls": {"enabled": True}}, "secretName"),
         ({"slots": 65}, "slots"),
         ({"coordinator": {"leaseMs": "1s"}}, "leaseMs"),
