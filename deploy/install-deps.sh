@@ -24,6 +24,7 @@ test_packages=(
   ca-certificates python3 python3-venv                       # tests in Python, in a .venv
   openssl                                                    # their certificates
   libb64-0d                                                  # of perf_analyzer
+  prometheus                                                 # promtool checks the alert rules
 )
 
 packages=("${build_packages[@]}")
@@ -66,4 +67,9 @@ apt_get() {
     apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@"
 }
 apt_get update
+# promtool comes with a server, which nobody has asked to run on this machine.
+unit=/etc/systemd/system/prometheus.service
+if [[ " ${missing[*]} " == *" prometheus "* && ! -e "$unit" && -d "${unit%/*}" ]]; then
+  "${as_root[@]}" ln -s /dev/null "$unit"
+fi
 apt_get install --yes --no-install-recommends "${missing[@]}" >/dev/null

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
@@ -14,6 +15,7 @@
 #include "runtime/base/status.h"
 #include "runtime/engine/engine.h"
 #include "server/worker/clock.h"
+#include "server/worker/health_port.h"
 #include "server/worker/make_engine.h"
 #include "server/worker/memory_report.h"
 #include "server/worker/options.h"
@@ -103,6 +105,14 @@ int Main(int argc, char** argv) {
   if (!engine.ok()) return Complain(engine.status());
 
   WorkerConfig config = MakeConfig(options, **engine, std::move(secret));
+  std::unique_ptr<HealthPort> health;
+  if (!options.health_listen.empty()) {
+    absl::StatusOr<std::unique_ptr<HealthPort>> listening =
+        HealthPort::Listen(options.health_listen);
+    if (!listening.ok()) return Complain(listening.status());
+    health = *std::move(listening);
+    config.on_ready = [raw = health.get()](bool ready) { raw->SetReady(ready); };
+  }
   Worker worker(std::move(config), *std::move(engine));
   std::thread([&signals, &worker] { TakeSignals(signals, worker); }).detach();
   const absl::Status status = worker.Run();

@@ -43,6 +43,10 @@ void AddClusterFlags(CLI::App& app, Options& options) {
                  "Name that coordinator and workers of one cluster share, [A-Za-z0-9_.-]{1,64}")
       ->envname("EPSERVE_CLUSTER_ID")
       ->capture_default_str();
+  app.add_option("--health-listen", options.health_listen,
+                 "Address that answers health checks alone, in plaintext, HOST:PORT or unix:PATH "
+                 "(default: none)")
+      ->envname("EPSERVE_HEALTH_LISTEN");
 }
 
 void AddEngineFlags(CLI::App& app, Options& options) {
@@ -157,6 +161,11 @@ absl::Status ValidateOptions(const Options& options) {
   if (!IsAddress(options.coordinator)) {
     return absl::InvalidArgumentError(
         absl::StrCat("options: --coordinator \"", options.coordinator,
+                     "\" is no address; give HOST:PORT or unix:PATH"));
+  }
+  if (!options.health_listen.empty() && !IsAddress(options.health_listen)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("options: --health-listen \"", options.health_listen,
                      "\" is no address; give HOST:PORT or unix:PATH"));
   }
   for (const auto& [flag, id] :

@@ -23,6 +23,7 @@ struct Options {
   int num_slots = 2;
   int compute_threads = 1;
   std::int64_t peer_timeout_ms = 30000;
+  std::string health_listen;  // empty: none
   server::TlsFiles tls;
   std::string tls_server_name;   // empty: the host of `coordinator`
   std::string secret_file;       // empty: none

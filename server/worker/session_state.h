@@ -52,6 +52,10 @@ class SessionState {
   using Actions = std::vector<SessionAction>;
 
   SessionPhase phase() const { return phase_; }
+  // Joined, and nothing is left to load: in reserve, or with weights, in an epoch or not.
+  bool settled() const {
+    return phase_ == SessionPhase::kStandby || phase_ >= SessionPhase::kLoaded;
+  }
   std::uint64_t epoch() const { return epoch_; }  // 0: in none
   std::uint64_t last_epoch() const { return last_epoch_; }
   std::uint64_t quiesced_epoch() const { return quiesced_epoch_; }

@@ -83,6 +83,7 @@ absl::Status Worker::Run() {
     } else {
       OnTimer();
     }
+    TellReady(session_.settled() && !result_ && !leave_by_);
   }
   Perform(session_.OnStreamLost());
   DropStream();

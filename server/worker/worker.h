@@ -18,6 +18,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -52,6 +53,9 @@ struct WorkerConfig {
   std::function<std::int64_t()> now_us;
   std::function<absl::StatusOr<AvailableMemory>()> available_memory;
   bool progress_on_terminal = false;
+  // Told when it changes whether the worker has joined and holds what it is to hold, weights or
+  // nothing on standby; not ready before the first call. On Run's thread.
+  std::function<void(bool)> on_ready = [](bool) {};
 };
 
 class Worker : private ControlStream::Handler, private BatchReporter {
@@ -106,6 +110,9 @@ class Worker : private ControlStream::Handler, private BatchReporter {
 
   // All below on Run's thread.
   void OnTimer();
+  void TellReady(bool ready) {
+    if (ready != std::exchange(ready_, ready)) config_.on_ready(ready);
+  }
   void Handle(FromCoordinator& event);
   void Handle(StreamEnded& event);
   void Handle(LoadEnded& event);
@@ -144,6 +151,7 @@ class Worker : private ControlStream::Handler, private BatchReporter {
   std::optional<TimePoint> leave_by_;
   ReconnectBackoff backoff_;
   bool greeted_ = false;  // The coordinator has spoken on the present stream.
+  bool ready_ = false;    // as on_ready was told
   std::thread loader_;
 
   Lease lease_;

@@ -47,6 +47,16 @@ TEST(OptionsTest, DefaultsAreTheDocumentedOnes) {
   EXPECT_EQ(options.comm_blocks, 24);
   EXPECT_EQ(options.dispatch_dtype, "bf16");
   EXPECT_EQ(options.handle_type, "auto");
+  EXPECT_EQ(options.health_listen, "");
+}
+
+TEST(OptionsTest, HealthListenIsAnAddress) {
+  for (const char* flag : {"--health-listen=0.0.0.0:8003", "--health-listen=unix:/run/health"}) {
+    const auto parsed = Parse({"--checkpoint=/m", flag});
+    ASSERT_TRUE(parsed.ok()) << parsed.status();
+    EXPECT_THAT(flag, EndsWith("=" + parsed->options->health_listen));
+  }
+  ExpectRefused({"--checkpoint=/m", "--health-listen=8003"}, "--health-listen \"8003\"");
 }
 
 TEST(OptionsTest, FlagsAreTaken) {

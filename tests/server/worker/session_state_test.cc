@@ -47,6 +47,22 @@ TEST(SessionStateTest, WholeLifeGivesTheActionsInOrder) {
   EXPECT_THAT(state.OnCreateHeap(6), ElementsAre(kCreateHeap));
 }
 
+TEST(SessionStateTest, SettledFromStandbyOrLoadedOnUntilTheStreamIsLost) {
+  SessionState state;
+  EXPECT_FALSE(state.settled());
+  state.OnStreamOpened();
+  EXPECT_FALSE(state.settled());
+  state.OnStandby();
+  EXPECT_TRUE(state.settled());
+  state.OnAssignment(Rank(1));
+  EXPECT_FALSE(state.settled());
+  state.OnLoaded();
+  EXPECT_TRUE(state.settled());
+  EXPECT_TRUE(Serving(5).settled());
+  state.OnStreamLost();
+  EXPECT_FALSE(state.settled());
+}
+
 TEST(SessionStateTest, EventsOfAnotherEpochChangeNothing) {
   SessionState state = Serving(5);
   for (const std::uint64_t old : {0, 1, 4}) {

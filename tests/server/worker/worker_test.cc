@@ -5,9 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "server/common/probe.h"
 #include "tests/server/worker/worker_harness.h"
@@ -186,6 +189,48 @@ TEST_F(WorkerTest, StandbyWorkerLoadsOnceItIsAssigned) {
   session->Send(AssignmentMessage());
   EXPECT_TRUE(session->Next().has_loaded());
   EXPECT_EQ(engine_->Count("load"), 1);
+}
+
+TEST_F(WorkerTest, ReadinessIsToldAsTheWorkerJoinsLoadsAndLosesItsStream) {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<bool> told;
+  config_.on_ready = [&](bool ready) {
+    const std::lock_guard lock(mutex);
+    told.push_back(ready);
+    changed.notify_all();
+  };
+  const auto await = [&](const std::vector<bool>& wanted) {
+    std::unique_lock lock(mutex);
+    changed.wait_for(lock, std::chrono::seconds(10), [&] { return told.size() >= wanted.size(); });
+    EXPECT_EQ(told, wanted);
+  };
+  StartCoordinator();
+  StartWorker();
+  std::shared_ptr<ControlSession> session = Greet();
+  ASSERT_NE(session, nullptr);
+  session->Send(StandbyMessage());
+  await({true});
+  engine_->Hold("load");
+  session->Send(AssignmentMessage());
+  ASSERT_TRUE(engine_->AwaitStep("load"));
+  await({true, false});
+  engine_->Release("load");
+  EXPECT_TRUE(session->Next().has_loaded());
+  await({true, false, true});
+  FormEpoch(*session, 7);
+  session->Break();
+  await({true, false, true, false});  // Ready all through the epoch.
+  session = Greet();
+  ASSERT_NE(session, nullptr);
+  session->Send(AssignmentMessage());
+  EXPECT_TRUE(session->Next().has_loaded());
+  await({true, false, true, false, true});
+  worker_->RequestLeave("SIGTERM");
+  await({true, false, true, false, true, false});
+  session->Send(ShutdownMessage());
+  EXPECT_TRUE(AwaitExit().ok());
+  EXPECT_EQ(told.size(), 6u);
 }
 
 TEST_F(WorkerTest, HeartbeatsGoOnWhileWeightsLoad) {

@@ -1,0 +1,168 @@
+{{/* Short enough for pods' names and workers' ids: at most 64 with "-workers-NN-wNN". */}}
+{{- define "epserve.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end }}
+
+{{- define "epserve.selectorLabels" -}}
+app.kubernetes.io/name: epserve
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "epserve.labels" -}}
+{{ include "epserve.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "epserve.image" -}}
+{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end }}
+
+{{- define "epserve.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "epserve.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end }}
+
+{{- define "epserve.numWorkers" -}}
+{{- mul .Values.workers.pods .Values.workers.perPod -}}
+{{- end }}
+
+{{/* Ranks that the experts are spread over. */}}
+{{- define "epserve.numRanks" -}}
+{{- $w := .Values.workers -}}
+{{- $ranks := sub (include "epserve.numWorkers" . | int) (int $w.standbys) | int -}}
+{{- if lt $ranks 1 -}}
+{{- $text := "values: workers.standbys %d leaves no rank of workers.pods %d times workers.perPod %d; lower it" -}}
+{{- fail (printf $text (int $w.standbys) (int $w.pods) (int $w.perPod)) -}}
+{{- end -}}
+{{- $least := mul 2 $ranks -}}
+{{- if lt (int .Values.maxBatchTokens) (int $least) -}}
+{{- $text := "values: maxBatchTokens %d is below %d, which the readiness probe of %d workers needs; raise it" -}}
+{{- fail (printf $text (int .Values.maxBatchTokens) $least $ranks) -}}
+{{- end -}}
+{{- $ranks -}}
+{{- end }}
+
+{{/* Seconds from SIGTERM to SIGKILL: the drain, and time to write the last replies and exit. */}}
+{{- define "epserve.coordinatorGraceSeconds" -}}
+{{- add 10 (ceil (divf .Values.coordinator.drainTimeoutMs 1000)) -}}
+{{- end }}
+
+{{- define "epserve.modelName" -}}
+{{- default .Release.Name .Values.model.name -}}
+{{- end }}
+
+{{/* Where the workers and the operator reach the coordinator, ready or not. */}}
+{{- define "epserve.controlAddress" -}}
+{{ include "epserve.fullname" . }}-control:{{ .Values.coordinator.port }}
+{{- end }}
+
+{{/* Of a pod: what every pod of the chart has alike. */}}
+{{- define "epserve.podCommon" -}}
+serviceAccountName: {{ include "epserve.serviceAccountName" . }}
+# No part speaks to the Kubernetes API.
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "epserve.containerCommon" -}}
+image: {{ include "epserve.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+{{- end }}
+
+{{- define "epserve.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Takes (list . ROLE), with ROLE one of coordinator, worker, operator. */}}
+{{- define "epserve.volumes" -}}
+{{- $ := index . 0 -}}
+{{- $role := index . 1 -}}
+- name: checkpoint
+  {{- if $.Values.checkpoint.existingClaim }}
+  persistentVolumeClaim:
+    claimName: {{ $.Values.checkpoint.existingClaim }}
+    readOnly: true
+  {{- else }}
+  # Forbidden by the baseline and restricted Pod Security Standards; existingClaim is not.
+  hostPath:
+    path: {{ $.Values.checkpoint.hostPath }}
+    type: Directory
+  {{- end }}
+{{- if $.Values.tls.enabled }}
+- name: tls
+  secret:
+    secretName: {{ default $.Values.tls.secretName (get $.Values.tls (printf "%sSecretName" $role)) }}
+    defaultMode: 0440
+{{- end }}
+{{- with $.Values.sharedSecrets.secretName }}
+- name: shared-secret
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    # Each part sees its own, the coordinator the list.
+    items: [{key: {{ eq $role "coordinator" | ternary "secrets" $role }}, path: secret}]
+{{- end }}
+{{- end }}
+
+{{- define "epserve.volumeMounts" -}}
+- name: checkpoint
+  mountPath: /checkpoint
+  readOnly: true
+  {{- with .Values.checkpoint.subPath }}
+  subPath: {{ . | quote }}
+  {{- end }}
+{{- if .Values.tls.enabled }}
+- name: tls
+  mountPath: /etc/epserve/tls
+  readOnly: true
+{{- end }}
+{{- if .Values.sharedSecrets.secretName }}
+- name: shared-secret
+  mountPath: /etc/epserve/shared
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "epserve.tlsArgs" -}}
+{{- if .Values.tls.enabled -}}
+- --tls-cert=/etc/epserve/tls/tls.crt
+- --tls-key=/etc/epserve/tls/tls.key
+- --tls-ca=/etc/epserve/tls/ca.crt
+{{- end }}
+{{- end }}
+
+{{/* Of what calls the coordinator: its certificate, its secret, both or neither. */}}
+{{- define "epserve.callerArgs" -}}
+{{- include "epserve.tlsArgs" . }}
+{{- if .Values.sharedSecrets.secretName }}
+- --secret-file=/etc/epserve/shared/secret
+{{- end }}
+{{- end }}
