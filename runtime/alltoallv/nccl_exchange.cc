@@ -18,10 +18,10 @@ namespace epserve::runtime {
 namespace {
 
 // Of kernels that only move rows within this device and wait for nobody, so that they may fill it:
-// multiples of an H200's 132 multiprocessors. Sums take many small blocks, one row at a time each.
+// one or two blocks, as large as they are, on each of an H200's 132 multiprocessors.
 constexpr int kPackBlocks = 132;
 constexpr int kGatherBlocks = 2 * 132;
-constexpr int kSumBlocks = 8 * 132;
+constexpr int kSumBlocks = 2 * 132;
 
 constexpr std::size_t kWordsOffset = 64;  // of the watch's words, after NoWait's
 static_assert(sizeof(std::uint64_t) + sizeof(WaitReport) <= kWordsOffset);
@@ -449,15 +449,15 @@ absl::Status NcclExchange::Combine(Path path, int slot, const CudaTokens& tokens
   lane->CopyArrived(args.recv_base, args.recv_rows);
   std::copy_n(lane->recv_base, kMaxCudaRanks, args.return_base);
   args.return_base[rank] = lane->send_base[rank];
+  args.merged_roles = lane->decode;
   args.push_blocks = kSumBlocks;
-  args.reduce_blocks = 1;
+  args.reduce_blocks = lane->decode ? kSumBlocks : 1;
   EPS_RETURN_IF_ERROR(LaunchCombine(args, stream));
   EPS_RETURN_IF_ERROR(
       Carry(LaneIndex(path, slot), WaitStage::kCombine, CombineTransfers(tokens, *lane), stream));
   std::fill_n(args.recv_rows, kMaxCudaRanks, 0);
   args.num_tokens = tokens.num_tokens;
-  args.push_blocks = 1;
-  args.reduce_blocks = kSumBlocks;
+  std::swap(args.push_blocks, args.reduce_blocks);
   return LaunchCombine(args, stream);
 }
 
