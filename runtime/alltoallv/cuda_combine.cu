@@ -392,7 +392,14 @@ cudaError_t Launch(CudaCombineArgs args, cudaStream_t stream) {
 template <typename Element>
 cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
   // Few rows a block: their latency counts, so a whole block works on each.
-  const bool few = args.num_tokens <= std::int64_t{8} * args.reduce_blocks;
+  constexpr std::int64_t kFewRows = 8;
+  std::int64_t pushed = 0;
+  for (int r = 0; r < args.area.num_ranks; ++r) {
+    const bool known = r != args.area.rank && args.recv_rows[r] > 0;
+    pushed += known ? args.recv_rows[r] : 0;
+  }
+  const bool few =
+      args.num_tokens <= kFewRows * args.reduce_blocks && pushed <= kFewRows * args.push_blocks;
   return few ? Launch<Element, RowTeam::kBlock>(args, stream)
              : Launch<Element, RowTeam::kWarp>(args, stream);
 }
