@@ -1,344 +1,413 @@
-// Combine: one launch with two roles. Pushing takes the weighted sum of each received row's local
-// experts and writes the one partial row to the row's source, with a flag a row. Reducing adds this
-// rank's own tokens' partial rows as they come in, in ascending rank order, so that the reading of
-// one row overlaps the link's carrying of the next.
+// Combine: one launch with two roles. Pushing takes the weighted sum of each row that a peer sent
+// over its local experts, and writes the one partial row to the row's source, with a flag a row.
+// Reducing makes this rank's own tokens: the weighted sum of their local experts' rows, which go
+// nowhere, and then the peers' partial rows as they come in, in ascending rank order. So every
+// expert row is read once, and the reading of one row overlaps the link's carrying of the next.
 //
-// Many rows: push blocks and reduce blocks, whose warps each run a pipe of rows. Push blocks come
-// first in the grid and wait for nobody; reduce blocks wait only for other ranks' push blocks: no
-// cycle, however blocks are scheduled. Few rows, whose latency counts: a block works on each, and
-// every block pushes and then reduces; all blocks are resident at once.
+// Push blocks come first in the grid and wait for nobody; reduce blocks wait only for other ranks'
+// push blocks: no cycle, however blocks are scheduled. Where the blocks have both roles, each has
+// pushed all of its rows before it waits, and all blocks are resident at once.
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
-#include "runtime/alltoallv/cuda_row_pipe.cuh"
 #include "runtime/base/cuda_status.h"
 
 namespace epserve::runtime {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kPipeThreads = kPipeWarps * kWarpSize;
-// A row of 7168 bf16 is two vectors a thread, so that one trip to memory fetches whole rows.
-constexpr int kBlockTeamThreads = 512;
+// Sixteen 16-byte loads a thread are on their way at a time: 128 KiB a multiprocessor, from the 128
+// registers that so many threads leave each.
+constexpr int kWarpTeamThreads = 512;
+constexpr int kBlockTeamThreads = 256;  // two blocks a multiprocessor
+constexpr int kMaxTeams = kWarpTeamThreads / kWarpSize;
+constexpr int kRowsAtOnce = 4;
+constexpr int kPiecesAtOnce = 4;
+constexpr int kMaxSources = kMaxCudaTopk + kMaxCudaRanks;
 
-// One team's walk over the rows that this rank has received, in the order they are pushed in, with
-// the next row's list on its way: lane k holds where in expert_rows its k-th expert's output is.
-// The team's i-th row of all is row i / R of one source; sources take turns, this rank's own rows
-// last of each turn, so that all links carry evenly, and every team serves all sources.
-class ReceivedRows {
- public:
-  // Called by whole warps, of one team each.
-  __device__ ReceivedRows(const CudaCombineArgs& args, const AreaUse& use, int first, int teams)
-      : args_(args),
-        own_(args.area.heap[args.area.rank] + use.byte_offset),
-        i_(first),
-        teams_(teams),
-        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
-    const auto* counts = reinterpret_cast<const std::int32_t*>(own_ + args.area.layout.counts);
-    if (lane_ < args.area.num_ranks) {
-      // From L2: written by a peer.
-      rows_ = args.recv_rows[lane_] >= 0 ? args.recv_rows[lane_] : __ldcg(counts + lane_);
-    }
-    LoadList();  // Before the counts have come; a row past its source's last is not looked at.
-    longest_ = __reduce_max_sync(0xffffffffu, rows_);
-    SkipMissing();
-  }
-
-  __device__ bool AtEnd() const { return i_ >= longest_ * args_.area.num_ranks; }
-  __device__ int source() const { return source_; }
-  __device__ int j() const { return i_ / args_.area.num_ranks; }
-  // Row of expert_rows of the lane's expert, -1: none here.
-  __device__ int index() const { return index_; }
-  __device__ float weight() const { return weight_; }
-
-  __device__ void Advance() {
-    i_ += teams_;
-    LoadList();
-    SkipMissing();
-  }
-
- private:
-  __device__ void LoadList() {
-    const int num_ranks = args_.area.num_ranks;
-    const int turn = teams_ % num_ranks == 0 ? i_ / teams_ : 0;
-    source_ = (args_.area.rank + 1 + i_ + turn) % num_ranks;
-    const std::int64_t row = std::int64_t{args_.recv_base[source_]} + j();
-    index_ = -1;
-    if (lane_ >= args_.topk || row >= args_.area.layout.row_capacity) return;
-    index_ = args_.expert_index[row * args_.topk + lane_];
-    weight_ = reinterpret_cast<const float*>(
-        own_ + args_.area.layout.topk_weights)[row * args_.topk + lane_];
-  }
-
-  __device__ void SkipMissing() {
-    while (!AtEnd() && j() >= __shfl_sync(0xffffffffu, rows_, source_)) {
-      i_ += teams_;
-      LoadList();
-    }
-  }
-
-  const CudaCombineArgs& args_;
-  const std::byte* own_;
-  int i_;
-  int teams_;
-  int longest_ = 0;
-  int lane_;
-  int rows_ = 0;  // from the rank of the lane's number
-  int source_ = 0;
-  int index_ = -1;
-  float weight_ = 0.0f;
+// A team's sum: weight * row, in the list's order.
+struct SourceList {
+  const uint4* row[kMaxSources];
+  float weight[kMaxSources];
+  int size;
 };
 
-// Lists the present lanes' sources in the row, in the lanes' order.
-__device__ void ListSources(bool present, const uint4* source, float weight, PipeRow* row) {
+struct CombineShared {
+  SourceList list[kMaxTeams];
+  int rows_from[kMaxCudaRanks];  // that each rank sent to this one
+};
+
+// One expert of a row, a lane's: where its output is in expert_rows, -1: nowhere here.
+struct ListedExpert {
+  int index = -1;
+  float weight = 0.0f;
+};
+
+__device__ ListedExpert LoadExpert(const CudaCombineArgs& args, const AreaUse& use,
+                                   std::int64_t row) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  ListedExpert expert;
+  if (lane >= args.topk || row < 0 || row >= args.area.layout.row_capacity) return expert;
+  const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
+  const std::int64_t at = row * args.topk + lane;
+  expert.index = args.expert_index[at];
+  expert.weight = reinterpret_cast<const float*>(own + args.area.layout.topk_weights)[at];
+  return expert;
+}
+
+// Lists the present lanes' rows behind the first `size` of the list, in the lanes' order, and
+// returns the new size. Called by a whole warp.
+__device__ int Append(bool present, const uint4* row, float weight, int size, SourceList* list) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const unsigned all = __ballot_sync(0xffffffffu, present);
   if (present) {
-    const int place = __popc(all & ((1u << lane) - 1u));
-    row->source[place] = source;
-    row->weight[place] = weight;
+    const int place = size + __popc(all & ((1u << lane) - 1u));
+    list->row[place] = row;
+    list->weight[place] = weight;
   }
-  if (lane == 0) row->num_sources = __popc(all);
+  size += __popc(all);
+  if (lane == 0) list->size = size;
+  return size;
 }
 
-// The list of a received row's sum, and where it goes.
-__device__ void ListReceived(const CudaCombineArgs& args, const AreaUse& use,
-                             const ReceivedRows& rows, std::int64_t num_vectors, PipeRow* row) {
-  ListSources(rows.index() >= 0,
-              static_cast<const uint4*>(args.expert_rows) + rows.index() * num_vectors,
-              rows.weight(), row);
-  if (threadIdx.x % kWarpSize != 0) return;
-  std::byte* there = args.area.heap[rows.source()] + use.byte_offset;
-  const std::int64_t partial = args.return_base[rows.source()] + rows.j();
-  row->out = reinterpret_cast<uint4*>(there + args.area.layout.partials) + partial * num_vectors;
-  row->flag = reinterpret_cast<std::uint64_t*>(there + args.area.layout.row_flags) + partial;
+__device__ int AppendExperts(const CudaCombineArgs& args, const ListedExpert& expert,
+                             std::int64_t num_vectors, SourceList* list) {
+  const auto* rows = static_cast<const uint4*>(args.expert_rows);
+  return Append(expert.index >= 0, rows + expert.index * num_vectors, expert.weight, 0, list);
 }
 
-// One team's walk over this rank's own tokens: lane r holds the place of rank r's partial row.
-class OwnTokens {
+// A thread's share of a sum: kPiecesAtOnce vectors of a row, a team's width apart.
+template <typename Element, RowTeam kTeam>
+class Sum {
  public:
-  __device__ OwnTokens(const CudaCombineArgs& args, const AreaUse& use, std::int64_t first,
-                       std::int64_t teams)
-      : args_(args),
-        use_(use.use),
-        own_(args.area.heap[args.area.rank] + use.byte_offset),
-        token_(first),
-        teams_(teams),
-        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {
-    LoadPlace();
+  using T = Team<kTeam>;
+  using V = Vector16<Element>;
+
+  __device__ Sum(std::int64_t start, std::int64_t num_vectors)
+      : first_(start + T::rank()), num_vectors_(num_vectors) {}
+
+  // Adds the listed rows [begin, end). Several rows' pieces are on their way at a time, so that the
+  // latency of memory is paid once for all; `while_loading` runs while each lot is.
+  template <typename WhileLoading>
+  __device__ void Add(const SourceList& list, int begin, int end, WhileLoading while_loading) {
+    for (int s = begin; s < end; s += kRowsAtOnce) {
+      uint4 piece[kRowsAtOnce][kPiecesAtOnce];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        if (s + i >= end) break;
+        const uint4* row = list.row[s + i] + first_;
+#pragma unroll
+        for (int u = 0; u < kPiecesAtOnce; ++u) {
+          // From L2: a peer may have written the row since this SM last saw the line.
+          if (Inside(u)) piece[i][u] = __ldcg(row + u * T::size());
+        }
+      }
+      while_loading();
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        if (s + i >= end) break;
+        const float weight = list.weight[s + i];
+#pragma unroll
+        for (int u = 0; u < kPiecesAtOnce; ++u) {
+          if (Inside(u)) V::MultiplyAdd(piece[i][u], weight, sum_[u]);
+        }
+      }
+    }
   }
 
-  __device__ bool AtEnd() const { return token_ >= args_.num_tokens; }
+  __device__ void Store(uint4* out) const {
+#pragma unroll
+    for (int u = 0; u < kPiecesAtOnce; ++u) {
+      if (Inside(u)) out[first_ + u * T::size()] = V::Pack(sum_[u]);
+    }
+  }
+
+  // From one sum's start to the next one's.
+  static __device__ int Stride() { return kPiecesAtOnce * T::size(); }
+
+ private:
+  __device__ bool Inside(int u) const { return first_ + u * T::size() < num_vectors_; }
+
+  std::int64_t first_;
+  std::int64_t num_vectors_;
+  float sum_[kPiecesAtOnce][V::kElements] = {};
+};
+
+// A team's walk over the rows that peers sent, with the present row's experts on their way. Peers
+// take turns, so that all links carry evenly and every team serves all of them.
+class PeerRows {
+ public:
+  __device__ PeerRows(const CudaCombineArgs& args, const AreaUse& use, int first, int stride)
+      : args_(args), use_(use), i_(first), stride_(stride) {
+    Look();  // Before it is known how many rows have come: one past the last is not used.
+  }
+
+  // To be called once `rows_from` is known, before the first row is used.
+  __device__ void Begin(const int* rows_from) {
+    rows_from_ = rows_from;
+    for (int r = 0; r < args_.area.num_ranks; ++r) {
+      if (r != args_.area.rank) longest_ = max(longest_, rows_from[r]);
+    }
+    SkipMissing();
+  }
+
+  __device__ bool AtEnd() const { return i_ >= longest_ * num_peers(); }
+  __device__ int source() const { return source_; }
+  __device__ int j() const { return i_ / num_peers(); }
+  __device__ const ListedExpert& expert() const { return expert_; }
+
   __device__ void Advance() {
-    token_ += teams_;
-    LoadPlace();
-  }
-
-  // True, to the whole warp, where all of the token's partial rows have arrived.
-  __device__ bool HaveArrived() const {
-    // acquire, system: as in WaitAtLeast. Pairs with PublishRow.
-    const bool missing =
-        position_ >= 0 && cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system>(*Flag()).load(
-                              cuda::memory_order_acquire) < use_;
-    return !__any_sync(0xffffffffu, missing);
-  }
-
-  // Waits for the token's partial rows and lists them; one whose wait gave up is left out.
-  __device__ void List(std::int64_t num_vectors, PipeRow* row) const {
-    const bool arrived =
-        position_ >= 0 && WaitAtLeast(Flag(), use_, lane_, WaitStage::kCombine, args_.wait);
-    const auto* partials = reinterpret_cast<const uint4*>(own_ + args_.area.layout.partials);
-    ListSources(arrived, partials + Partial() * num_vectors, 1.0f, row);
-    if (lane_ != 0) return;
-    row->out = static_cast<uint4*>(args_.out) + token_ * num_vectors;
-    row->flag = nullptr;
+    i_ += stride_;
+    Look();
+    SkipMissing();
   }
 
  private:
-  __device__ void LoadPlace() {
-    const bool has_place = lane_ < args_.area.num_ranks && token_ < args_.num_tokens;
-    position_ = has_place ? args_.send_position[token_ * args_.area.num_ranks + lane_] : -1;
+  __device__ int num_peers() const { return args_.area.num_ranks - 1; }
+
+  __device__ void Look() {
+    if (num_peers() == 0) return;
+    // Where a stride is whole turns, a team would meet the same peer each time.
+    const int shift = stride_ % num_peers() == 0 ? i_ / stride_ : 0;
+    const int turn = (i_ + shift) % num_peers();
+    source_ = (args_.area.rank + 1 + turn) % args_.area.num_ranks;
+    expert_ = LoadExpert(args_, use_, std::int64_t{args_.recv_base[source_]} + j());
   }
-  __device__ std::int64_t Partial() const {
-    return position_ >= 0 ? args_.partial_base[lane_] + position_ : 0;
-  }
-  __device__ std::uint64_t* Flag() const {
-    return reinterpret_cast<std::uint64_t*>(own_ + args_.area.layout.row_flags) + Partial();
+
+  __device__ void SkipMissing() {
+    while (!AtEnd() && j() >= rows_from_[source_]) {
+      i_ += stride_;
+      Look();
+    }
   }
 
   const CudaCombineArgs& args_;
-  std::uint64_t use_;
-  std::byte* own_;
+  const AreaUse& use_;
+  int i_;  // of all peers' rows: row i / (R - 1) of one of them
+  int stride_;
+  const int* rows_from_ = nullptr;
+  int longest_ = 0;
+  int source_ = 0;
+  ListedExpert expert_;
+};
+
+// Pushes the team's rows. The flag of a row is raised while the next one's pieces are on their way:
+// a release waits until its stores have arrived, which takes as long.
+template <typename Element, RowTeam kTeam>
+__device__ void Push(const CudaCombineArgs& args, const AreaUse& use, std::int64_t num_vectors,
+                     PeerRows* rows, SourceList* list) {
+  using T = Team<kTeam>;
+  using S = Sum<Element, kTeam>;
+  const AreaLayout& layout = args.area.layout;
+  std::uint64_t* written_flag = nullptr;
+  const auto raise_flag = [&] {
+    if (written_flag == nullptr) return;
+    if (T::rank() == 0) PublishRow(written_flag, use.use);
+    written_flag = nullptr;
+  };
+  while (!rows->AtEnd()) {
+    if (T::rank() < kWarpSize) AppendExperts(args, rows->expert(), num_vectors, list);
+    std::byte* there = args.area.heap[rows->source()] + use.byte_offset;
+    const std::int64_t partial = args.return_base[rows->source()] + rows->j();
+    auto* out = reinterpret_cast<uint4*>(there + layout.partials) + partial * num_vectors;
+    rows->Advance();
+    T::sync();
+    for (std::int64_t start = 0; start < num_vectors; start += S::Stride()) {
+      S sum(start, num_vectors);
+      sum.Add(*list, 0, list->size, raise_flag);
+      sum.Store(out);
+    }
+    raise_flag();  // The row before, where this one has no experts.
+    T::sync();     // Orders the team's stores before the release; frees the list.
+    written_flag = reinterpret_cast<std::uint64_t*>(there + layout.row_flags) + partial;
+  }
+  raise_flag();
+}
+
+// A team's walk over this rank's own tokens. What the present one needs has been loaded while the
+// one before was worked on, and the place of the next while that was.
+class OwnTokens {
+ public:
+  __device__ OwnTokens(const CudaCombineArgs& args, const AreaUse& use, std::int64_t first,
+                       std::int64_t stride)
+      : args_(args), use_(use), token_(first), stride_(stride) {
+    position_ = LoadPosition(first);
+    next_position_ = LoadPosition(first + stride);
+    expert_ = LoadOwnExpert(position_);
+  }
+
+  __device__ bool AtEnd() const { return token_ >= args_.num_tokens; }
+  __device__ std::int64_t token() const { return token_; }
+  __device__ const ListedExpert& expert() const { return expert_; }
+
+  __device__ void Advance() {
+    token_ += stride_;
+    position_ = next_position_;
+    expert_ = LoadOwnExpert(position_);
+    next_position_ = LoadPosition(token_ + stride_);
+  }
+
+  // Waits for the peers' partial rows of the token and lists them; one whose wait gave up is left
+  // out. Called by a whole warp.
+  __device__ int AppendPartials(std::int64_t num_vectors, int size, SourceList* list) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    std::byte* own = args_.area.heap[args_.area.rank] + use_.byte_offset;
+    const bool sent = position_ >= 0 && lane != args_.area.rank;
+    const std::int64_t partial = sent ? args_.partial_base[lane] + position_ : 0;
+    auto* flags = reinterpret_cast<std::uint64_t*>(own + args_.area.layout.row_flags);
+    const bool arrived =
+        sent && WaitAtLeast(flags + partial, use_.use, lane, WaitStage::kCombine, args_.wait);
+    const auto* partials = reinterpret_cast<const uint4*>(own + args_.area.layout.partials);
+    return Append(arrived, partials + partial * num_vectors, 1.0f, size, list);
+  }
+
+ private:
+  // Lane r: the token's place among the rows to rank r, -1: none.
+  __device__ int LoadPosition(std::int64_t token) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+    const bool has_place = lane < args_.area.num_ranks && token < args_.num_tokens;
+    return has_place ? args_.send_position[token * args_.area.num_ranks + lane] : -1;
+  }
+
+  __device__ ListedExpert LoadOwnExpert(int position) const {
+    const int own = __shfl_sync(0xffffffffu, position, args_.area.rank);
+    if (own < 0) return {};
+    return LoadExpert(args_, use_, std::int64_t{args_.recv_base[args_.area.rank]} + own);
+  }
+
+  const CudaCombineArgs& args_;
+  const AreaUse& use_;
   std::int64_t token_;
-  std::int64_t teams_;
-  int lane_;
-  int position_ = -1;
+  std::int64_t stride_;
+  int position_;
+  int next_position_;
+  ListedExpert expert_;
 };
 
-struct PushPipe {
-  const CudaCombineArgs& args;
-  const AreaUse& use;
-  std::int64_t num_vectors;
-  ReceivedRows rows;
-
-  __device__ PipeNext Next(PipeRow* row, bool /*wait*/) {
-    if (rows.AtEnd()) return PipeNext::kEnd;
-    ListReceived(args, use, rows, num_vectors, row);
-    rows.Advance();
-    __syncwarp();
-    return PipeNext::kRow;
+template <typename Element, RowTeam kTeam>
+__device__ void Reduce(const CudaCombineArgs& args, std::int64_t num_vectors, OwnTokens* tokens,
+                       SourceList* list) {
+  using T = Team<kTeam>;
+  using S = Sum<Element, kTeam>;
+  for (; !tokens->AtEnd(); T::sync()) {
+    const bool lists = T::rank() < kWarpSize;
+    int listed = 0;
+    if (lists) listed = AppendExperts(args, tokens->expert(), num_vectors, list);
+    auto* out = static_cast<uint4*>(args.out) + tokens->token() * num_vectors;
+    if constexpr (kTeam == RowTeam::kWarp) {
+      tokens->AppendPartials(num_vectors, listed, list);
+      tokens->Advance();
+      T::sync();
+      for (std::int64_t start = 0; start < num_vectors; start += S::Stride()) {
+        S sum(start, num_vectors);
+        sum.Add(*list, 0, list->size, [] {});
+        sum.Store(out);
+      }
+    } else {
+      // This rank's own experts' rows are added before the peers' are waited for.
+      T::sync();
+      const int num_experts = list->size;
+      S sum(0, num_vectors);
+      sum.Add(*list, 0, num_experts, [] {});
+      T::sync();  // All have read the size.
+      if (lists) tokens->AppendPartials(num_vectors, listed, list);
+      tokens->Advance();
+      T::sync();
+      const int num_sources = list->size;
+      sum.Add(*list, num_experts, num_sources, [] {});
+      sum.Store(out);
+      for (std::int64_t start = S::Stride(); start < num_vectors; start += S::Stride()) {
+        S more(start, num_vectors);
+        more.Add(*list, 0, num_sources, [] {});
+        more.Store(out);
+      }
+    }
   }
-};
+}
 
-struct ReducePipe {
-  std::int64_t num_vectors;
-  OwnTokens tokens;
-
-  __device__ PipeNext Next(PipeRow* row, bool wait) {
-    if (tokens.AtEnd()) return PipeNext::kEnd;
-    if (!wait && !tokens.HaveArrived()) return PipeNext::kNotYet;
-    tokens.List(num_vectors, row);
-    // The rows were written and acquired as ordinary memory; the copy engine reads them.
-    asm volatile("fence.proxy.async;" ::: "memory");
-    tokens.Advance();
-    __syncwarp();
-    return PipeNext::kRow;
-  }
-};
-
-template <typename Element>
-__global__ void __launch_bounds__(kPipeThreads, 1)
-    PipedCombineKernel(const __grid_constant__ CudaCombineArgs args) {
-  extern __shared__ __align__(16) std::byte shared_bytes[];
-  auto* shared = reinterpret_cast<PipeShared*>(shared_bytes);
+template <typename Element, RowTeam kTeam>
+__global__ void __launch_bounds__(kTeam == RowTeam::kWarp ? kWarpTeamThreads : kBlockTeamThreads,
+                                  kTeam == RowTeam::kWarp ? 1 : 2)
+    CombineKernel(const __grid_constant__ CudaCombineArgs args) {
+  using T = Team<kTeam>;
+  __shared__ CombineShared shared;
   const AreaUse use = BeginUse(args.area, 1);
   const std::int64_t num_vectors = args.hidden / Vector16<Element>::kElements;
   const int block = static_cast<int>(blockIdx.x);
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  SourceList* list = &shared.list[T::index()];
   if (block < args.push_blocks) {
-    PushPipe pipe{
-        args, use, num_vectors,
-        ReceivedRows(args, use, block * kPipeWarps + warp, args.push_blocks * kPipeWarps)};
-    RunPipe<Element>(&pipe, static_cast<int>(num_vectors), use.use, shared);
-  } else {
-    const std::int64_t teams = std::int64_t{args.reduce_blocks} * kPipeWarps;
-    ReducePipe pipe{
-        num_vectors,
-        OwnTokens(args, use, std::int64_t{block - args.push_blocks} * kPipeWarps + warp, teams)};
-    RunPipe<Element>(&pipe, static_cast<int>(num_vectors), use.use, shared);
-  }
-}
-
-// Adds the listed rows by the whole block, in the order of the list. Several rows' pieces are on
-// their way at a time, so that the latency of memory is paid once for all; `while_loading` runs
-// once while the first are.
-template <typename Element, typename WhileLoading>
-__device__ void AddRows(const PipeRow& row, std::int64_t num_vectors, WhileLoading while_loading) {
-  using V = Vector16<Element>;
-  constexpr int kUnroll = 2;
-  constexpr int kRowsAtOnce = 3;
-  bool first_loads = true;
-  for (std::int64_t start = threadIdx.x; start < num_vectors; start += kUnroll * blockDim.x) {
-    float sum[kUnroll][V::kElements] = {};
-    for (int s = 0; s < row.num_sources; s += kRowsAtOnce) {
-      uint4 piece[kRowsAtOnce][kUnroll];
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        if (s + i >= row.num_sources) break;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const std::int64_t v = start + u * blockDim.x;
-          // From L2: a peer may have written the row since this SM last saw the line.
-          if (v < num_vectors) piece[i][u] = __ldcg(row.source[s + i] + v);
-        }
-      }
-      if (first_loads) {
-        first_loads = false;
-        while_loading();
-      }
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        if (s + i >= row.num_sources) break;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (start + u * blockDim.x < num_vectors) {
-            V::MultiplyAdd(piece[i][u], row.weight[s + i], sum[u]);
-          }
-        }
-      }
+    PeerRows rows(args, use, T::index() * args.push_blocks + block, args.push_blocks * T::count());
+    if (threadIdx.x < static_cast<unsigned>(args.area.num_ranks)) {
+      const auto* counts = reinterpret_cast<const std::int32_t*>(
+          args.area.heap[args.area.rank] + use.byte_offset + args.area.layout.counts);
+      const int known = args.recv_rows[threadIdx.x];
+      // From L2: written by a peer.
+      shared.rows_from[threadIdx.x] = known >= 0 ? known : __ldcg(counts + threadIdx.x);
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t v = start + u * blockDim.x;
-      if (v < num_vectors) row.out[v] = V::Pack(sum[u]);
-    }
+    __syncthreads();
+    rows.Begin(shared.rows_from);
+    Push<Element, kTeam>(args, use, num_vectors, &rows, list);
   }
-  if (first_loads) while_loading();  // No row, or none of its pieces was this thread's.
+  if (!args.merged_roles && block < args.push_blocks) return;
+  // With both roles, the blocks that push least reduce first.
+  const int reducer = args.merged_roles ? args.reduce_blocks - 1 - block : block - args.push_blocks;
+  OwnTokens tokens(args, use, std::int64_t{T::index()} * args.reduce_blocks + reducer,
+                   std::int64_t{args.reduce_blocks} * T::count());
+  Reduce<Element, kTeam>(args, num_vectors, &tokens, list);
 }
 
-template <typename Element>
-__global__ void __launch_bounds__(kBlockTeamThreads, 2)
-    BlockCombineKernel(const __grid_constant__ CudaCombineArgs args) {
-  __shared__ PipeRow row;
-  const AreaUse use = BeginUse(args.area, 1);
-  const std::int64_t num_vectors = args.hidden / Vector16<Element>::kElements;
-  const bool lists = threadIdx.x < kWarpSize;
-  ReceivedRows rows(args, use, blockIdx.x, gridDim.x);
-  OwnTokens tokens(args, use, blockIdx.x, gridDim.x);  // Their places come while rows are pushed.
-  std::uint64_t* written_flag = nullptr;               // of the block's row before; thread 0's
-  // All of the pushing comes first: it waits for nobody.
-  for (; !rows.AtEnd(); rows.Advance()) {
-    if (lists) ListReceived(args, use, rows, num_vectors, &row);
-    __syncthreads();
-    // The flag of the row before is raised while this one's pieces are on their way: a release
-    // waits until its stores have arrived, which takes as long.
-    AddRows<Element>(row, num_vectors, [&] {
-      if (threadIdx.x == 0 && written_flag != nullptr) PublishRow(written_flag, use.use);
-    });
-    if (threadIdx.x == 0) written_flag = row.flag;
-    __syncthreads();  // Orders the block's stores before the release; frees the list.
+// Blocks that have both roles must all be resident: one that waits must not keep one that has yet
+// to push from starting.
+template <typename Kernel>
+cudaError_t ResidentBlocks(Kernel kernel, int threads, int* blocks) {
+  int device = 0, multiprocessors = 0, resident = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
-  if (threadIdx.x == 0 && written_flag != nullptr) PublishRow(written_flag, use.use);
-  for (; !tokens.AtEnd(); tokens.Advance()) {
-    if (lists) tokens.List(num_vectors, &row);
-    __syncthreads();
-    AddRows<Element>(row, num_vectors, [] {});
-    __syncthreads();
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0);
   }
+  *blocks = resident * multiprocessors;
+  return error;
 }
 
-template <typename Element>
-cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
+template <typename Element, RowTeam kTeam>
+cudaError_t Launch(CudaCombineArgs args, cudaStream_t stream) {
+  constexpr int kThreads = kTeam == RowTeam::kWarp ? kWarpTeamThreads : kBlockTeamThreads;
+  int blocks = args.push_blocks + args.reduce_blocks;
   if (args.merged_roles) {
-    // A block that waits must not keep one that has yet to push from starting.
-    int device = 0, multiprocessors = 0, resident = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error == cudaSuccess) {
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, BlockCombineKernel<Element>,
-                                                            kBlockTeamThreads, 0);
-    }
+    int resident = 0;
+    const cudaError_t error = ResidentBlocks(CombineKernel<Element, kTeam>, kThreads, &resident);
     if (error != cudaSuccess) return error;
-    const int blocks = std::min(args.push_blocks, resident * multiprocessors);
-    BlockCombineKernel<Element><<<blocks, kBlockTeamThreads, 0, stream>>>(args);
-  } else {
-    PipedCombineKernel<Element>
-        <<<args.push_blocks + args.reduce_blocks, kPipeThreads, sizeof(PipeShared), stream>>>(args);
+    blocks = std::min(args.push_blocks, resident);
+    args.push_blocks = args.reduce_blocks = blocks;
   }
+  CombineKernel<Element, kTeam><<<blocks, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <typename Element>
+cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
+  // Few rows a block: their latency counts, so a whole block works on each.
+  constexpr std::int64_t kFewRows = 8;
+  std::int64_t pushed = 0;
+  for (int r = 0; r < args.area.num_ranks; ++r) {
+    const bool known = r != args.area.rank && args.recv_rows[r] > 0;
+    pushed += known ? args.recv_rows[r] : 0;
+  }
+  const bool few =
+      args.num_tokens <= kFewRows * args.reduce_blocks && pushed <= kFewRows * args.push_blocks;
+  return few ? Launch<Element, RowTeam::kBlock>(args, stream)
+             : Launch<Element, RowTeam::kWarp>(args, stream);
+}
+
+template <typename Element>
 absl::Status LoadKernels() {
-  EPS_RETURN_IF_ERROR(LoadKernel(PipedCombineKernel<Element>));
-  EPS_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(PipedCombineKernel<Element>,
-                                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                sizeof(PipeShared)));
-  return LoadKernel(BlockCombineKernel<Element>);
+  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<Element, RowTeam::kWarp>));
+  return LoadKernel(CombineKernel<Element, RowTeam::kBlock>);
 }
 
 }  // namespace

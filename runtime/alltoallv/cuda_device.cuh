@@ -31,8 +31,7 @@ inline constexpr unsigned kPauseNs = 200;
 __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, int peer,
                                    WaitStage stage, const WaitControl& control) {
   // acquire: what the peer wrote before its release is visible after. system: the writer is another
-  // GPU. Pairs with PublishToPeer, PublishRow
-  // and PublishRows.
+  // GPU. Pairs with PublishToPeer and PublishRow.
   cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system> word(*flag);
   if (word.load(cuda::memory_order_acquire) >= target) return true;
   const std::uint64_t start = GlobalTimerNs();

@@ -100,8 +100,9 @@ struct CudaCombineArgs {
   WaitControl wait;
 };
 
-// Takes each received row's weighted sum over the local experts, sends it to the row's source, and
-// adds this rank's own tokens' partial rows in ascending rank order, in fp32.
+// Takes the weighted sum of each peer's row over the local experts and sends it to the row's
+// source; adds up, for each of this rank's tokens, its local experts' rows and then the peers'
+// partial rows in ascending rank order, in fp32.
 absl::Status LaunchCombine(const CudaCombineArgs& args, cudaStream_t stream);
 
 // All ranks of the epoch meet. `use` counts up from 1.

@@ -24,7 +24,7 @@ DECODE = ["--hidden=7168", "--experts=256", "--mode=decode"]
 PREFILL_CASES = [
     ("prefill 4096 × 7168, 24 blocks", PREFILL),
     ("prefill 4096 × 7168, 64 blocks", PREFILL + ["--comm-blocks=64", "--reduce-blocks=64"]),
-    ("prefill 4096 × 7168, 96 + 32 blocks", PREFILL + ["--comm-blocks=96", "--reduce-blocks=32"]),
+    ("prefill 4096 × 7168, 48 blocks", PREFILL + ["--comm-blocks=48", "--reduce-blocks=48"]),
     ("prefill 4096 × 7168, fp8 dispatch, 24 blocks", PREFILL + ["--fp8"]),
     ("prefill 4096 × 2048, 128 experts, 24 blocks", SMALL),
     (
