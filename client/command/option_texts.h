@@ -3,7 +3,7 @@
 #ifndef EPSERVE_CLIENT_COMMAND_OPTION_TEXTS_H_
 #define EPSERVE_CLIENT_COMMAND_OPTION_TEXTS_H_
 
-#include "CLI/CLI.hpp"
+#include <CLI/CLI.hpp>
 
 namespace epserve::client {
 

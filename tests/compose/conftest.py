@@ -16,7 +16,13 @@ from docker_daemon import Daemon, Folders, enter_network_of_its_own
 from stack import WORKERS, Stack
 
 CACHE = ROOT / "build" / "compose"
-TOOLS = ("/usr/sbin/dockerd", "/usr/bin/docker", "/usr/bin/docker-compose", "/usr/sbin/debootstrap")
+TOOLS = (
+    "/usr/sbin/dockerd",
+    "/usr/bin/docker",
+    "/usr/bin/docker-compose",
+    "/usr/sbin/debootstrap",
+    "/usr/bin/prometheus",
+)
 
 _stacks = []
 

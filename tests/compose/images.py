@@ -1,6 +1,7 @@
 """The images of the tests: a base made with debootstrap where no registry is, epserve's own from
-built programs, and Prometheus as Debian packages it."""
+built programs, and Debian's Prometheus."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -40,16 +41,33 @@ def build(daemon, cache):
     """Puts the three images into the daemon."""
     daemon.docker("import", base_tarball(cache), BASE)
     build_epserve(daemon, cache)
-    daemon.docker(
-        "build", "--network=host", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}",
-        ROOT / "tests" / "compose" / "prometheus", timeout_s=300,
-    )  # fmt: skip
+    build_prometheus(daemon, cache)
+
+
+@contextlib.contextmanager
+def context_in(cache):
+    """A folder to build an image of."""
+    context = pathlib.Path(tempfile.mkdtemp(prefix="context-", dir=cache))
+    try:
+        yield context
+    finally:
+        shutil.rmtree(context)
+
+
+def build_prometheus(daemon, cache):
+    """The program of this machine's package, run as the public image runs it."""
+    with context_in(cache) as context:
+        shutil.copy2("/usr/bin/prometheus", context)
+        daemon.docker(
+            "build", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}",
+            "--file", ROOT / "tests" / "compose" / "prometheus.Dockerfile", context,
+            timeout_s=120,
+        )  # fmt: skip
 
 
 def build_epserve(daemon, cache):
     """The runtime stage of the real Dockerfile, with the programs under test put in."""
-    context = pathlib.Path(tempfile.mkdtemp(prefix="context-", dir=cache))
-    try:
+    with context_in(cache) as context:
         programs = context / "build" / "release" / "bin"
         programs.mkdir(parents=True)
         for name in PROGRAMS:
@@ -61,5 +79,3 @@ def build_epserve(daemon, cache):
             "--build-arg", f"BASE_IMAGE={BASE}", "--file", ROOT / "deploy/docker/Dockerfile",
             context, timeout_s=300,
         )  # fmt: skip
-    finally:
-        shutil.rmtree(context)

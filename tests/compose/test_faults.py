@@ -19,11 +19,12 @@ def load(stack, served, rng):
     batch = random_batch(served.spec, rng, 32)
     with Load(stack, batch, served.ffn(*batch), timeout_s=HUNG_S * SLOWNESS) as running:
         wait_until(lambda: running.count() > 20, 20, "requests are served")
+        running.expected = {"OK", "UNAVAILABLE"}
         yield running
         before = running.count()
         wait_until(lambda: running.count() > before + 20, 20, "requests are served at the end")
-    outcomes = {call[2] for call in running.calls}
-    assert outcomes <= {"OK", "UNAVAILABLE"}, [c for c in running.calls if c[2] not in outcomes]
+    wrong = [call for call in running.calls if call[2] not in running.expected]
+    assert not wrong
 
 
 def first_good_after(load, began):
@@ -82,9 +83,12 @@ def test_stopped_coordinator_drains_and_exits_with_0(stack, load):
     first_good_after(load, time.monotonic())
     events = [json.loads(line)["event"] for line in stack.log("coordinator").splitlines()]
     assert "drained" in events
-    # What it had taken, it answered: whoever was refused was refused, not cut off.
-    cut = [call for call in load.calls if call[2] == "UNAVAILABLE" and "reset" in call[3]]
-    assert not cut, cut
+    # What it had taken it answered: others were refused, or found nobody to connect to.
+    reasons = {call[3] for call in load.calls if call[2] == "UNAVAILABLE"}
+    refusals = ("draining", "shutting down", "failed to connect")
+    assert all(any(word in reason for word in refusals) for reason in reasons), reasons
+    # gRPC's own answer to a call that reaches a server in the middle of its shutdown.
+    load.expected.add("CANCELLED")
 
 
 def test_stopped_worker_finishes_its_batches_and_exits_with_0(stack, load):

@@ -31,8 +31,8 @@ def scraped(stack, served):
 def test_coordinator_is_scraped(scraped):
     targets = scraped.prometheus("targets")["activeTargets"]
     assert [(t["labels"]["job"], t["health"]) for t in targets] == [("epserve", "up")], targets
-    (sample,) = scraped.query('epserve_workers{state="serving"}')
-    assert float(sample["value"][1]) == 4
+    serving = 'epserve_workers{state="serving"} == 4'
+    wait_until(lambda: scraped.query(serving), 15, "a scrape after all serve")
 
 
 @pytest.mark.parametrize("title, expression", QUERIES)
