@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds and runs every test: release, then AddressSanitizer with UndefinedBehaviorSanitizer, then
-# ThreadSanitizer, then the quickstart, then the stack in containers. On a bare Debian 12, as root or with sudo, it installs what
-# it needs from Debian's packages, and Python packages into .venv.
+# ThreadSanitizer, then the quickstart, then the stack in containers (which only root can). On a bare
+# Debian 12, as root or with sudo, it installs what it needs from Debian's packages, and Python
+# packages into .venv.
 set -euo pipefail
 
 usage() {

@@ -59,7 +59,7 @@ def build_prometheus(daemon, cache):
     with context_in(cache) as context:
         shutil.copy2("/usr/bin/prometheus", context)
         daemon.docker(
-            "build", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}",
+            "build", "--network=none", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}",
             "--file", ROOT / "tests" / "compose" / "prometheus.Dockerfile", context,
             timeout_s=120,
         )  # fmt: skip

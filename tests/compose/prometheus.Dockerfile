@@ -2,6 +2,6 @@
 ARG BASE_IMAGE
 FROM ${BASE_IMAGE}
 COPY prometheus /bin/
-RUN mkdir /prometheus && chown nobody:nogroup /prometheus
-USER nobody
+RUN mkdir /prometheus && chown 65534:65534 /prometheus
+USER 65534:65534
 ENTRYPOINT ["prometheus"]
