@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds and runs every test: release, then AddressSanitizer with UndefinedBehaviorSanitizer, then
-# ThreadSanitizer, then the quickstart, then the stack in containers (which only root can). On a bare
-# Debian 12, as root or with sudo, it installs what it needs from Debian's packages, and Python
-# packages into .venv.
+# ThreadSanitizer, then the quickstart, then the stack in containers (which only root can).
+# On a bare Debian 12, as root or with sudo, it installs what it needs from Debian's packages, and
+# Python packages into .venv.
 set -euo pipefail
 
 usage() {
@@ -27,7 +27,10 @@ while (($#)); do
     --only)
       case "${2:-}" in
         release | asan | tsan | quickstart | compose) stages=("$2") ;;
-        *) echo "tests/run.sh: --only takes release, asan, tsan, quickstart or compose" >&2; exit 2 ;;
+        *)
+          echo "tests/run.sh: --only takes release, asan, tsan, quickstart or compose" >&2
+          exit 2
+          ;;
       esac
       shift
       ;;

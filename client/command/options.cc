@@ -8,7 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
-#include "client/command/option_texts.h"
+#include "client/command/help_text.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -343,6 +343,20 @@ void AddMakeCheckpoint(CLI::App& app, Parsed& parsed) {
   make->add_option("--seed", options.seed, "Seed of the random weights")->capture_default_str();
   make->add_flag("--no-router", parsed.no_router, "Leave the routers out");
   make->add_flag("--force", options.force, "Write into a directory that is not empty");
+}
+
+// "--max-batch-tokens" is EPSERVE_MAX_BATCH_TOKENS. Only the chosen subcommand's flags: CLI11 reads
+// the environment of every subcommand, and a variable meant for one must not trip another.
+void NameEnvironment(CLI::App* command) {
+  for (CLI::Option* option : command->get_options()) {
+    const std::string name = option->get_name(false, true);
+    if (name.rfind("--", 0) != 0 || name.find(',') != std::string::npos) continue;
+    std::string variable = "EPSERVE_";
+    for (const char c : name.substr(2)) {
+      variable += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+    }
+    option->envname(variable);
+  }
 }
 
 absl::Status FinishUp(Parsed& parsed) {

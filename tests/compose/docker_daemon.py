@@ -94,8 +94,8 @@ class Daemon:
                     f"--pidfile={self.folder}/pid",
                     f"--containerd-namespace={name}",
                     f"--containerd-plugins-namespace={name}-plugins",
-                    # Images are built with the caller's own network. Containers meet on bridges that
-                    # compose makes and removes; docker-proxy publishes their ports.
+                    # Images are built with the caller's own network. Containers meet on bridges
+                    # that compose makes and removes; docker-proxy publishes their ports.
                     "--bridge=none",
                     "--iptables=false",
                     "--ip6tables=false",
