@@ -5,9 +5,10 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-Usage: deploy/install-deps.sh [--tests]
+Usage: deploy/install-deps.sh [--tests] [--runtime]
 
-  --tests  also what the tests need
+  --tests    also what the tests need
+  --runtime  only what the built programs need to run
 TEXT
 }
 
@@ -19,17 +20,23 @@ build_packages=(
   prometheus-cpp-dev                                         # metrics
   libdnnl-dev                                                # matrix products
 )
+runtime_packages=(
+  libgrpc++1.51 libprotobuf32 libabsl20220623 libspdlog1.10  # as above, and what they need
+  libprometheus-cpp-pull1.0 libdnnl2
+)
 test_packages=(
   libgtest-dev libgmock-dev libbenchmark-dev
   ca-certificates python3 python3-venv                       # tests in Python, in a .venv
   openssl                                                    # their certificates
   libb64-0d                                                  # of perf_analyzer
   prometheus                                                 # promtool checks the alert rules
+  docker.io docker-compose debootstrap iproute2              # the tests in containers
 )
 
 packages=("${build_packages[@]}")
 while (($#)); do
   case "$1" in
+    --runtime) packages=("${runtime_packages[@]}") ;;
     --tests) packages+=("${test_packages[@]}") ;;
     --help | -h) usage; exit 0 ;;
     *) echo "install-deps: unknown argument $1" >&2; usage >&2; exit 2 ;;

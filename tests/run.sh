@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds and runs every test: release, then AddressSanitizer with UndefinedBehaviorSanitizer, then
-# ThreadSanitizer, then the quickstart. On a bare Debian 12, as root or with sudo, it installs what
-# it needs from Debian's packages, and Python packages into .venv.
+# ThreadSanitizer, then the quickstart, then the stack in containers (which only root can).
+# On a bare Debian 12, as root or with sudo, it installs what it needs from Debian's packages, and
+# Python packages into .venv.
 set -euo pipefail
 
 usage() {
@@ -9,14 +10,15 @@ usage() {
 Usage: tests/run.sh [--quick] [--only STAGE] [--no-install] [--jobs N]
 
   --quick       release build and its tests only
-  --only STAGE  one stage: release, asan, tsan or quickstart (which needs the release build)
+  --only STAGE  one stage: release, asan, tsan, quickstart or compose (these two need the release
+                build)
   --no-install  leave the system's packages as they are
   --jobs N      parallel compilations (default: number of CPUs)
 TEXT
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stages=(release asan tsan quickstart)
+stages=(release asan tsan quickstart compose)
 install=yes
 jobs="$(nproc)"
 while (($#)); do
@@ -24,8 +26,11 @@ while (($#)); do
     --quick) stages=(release) ;;
     --only)
       case "${2:-}" in
-        release | asan | tsan | quickstart) stages=("$2") ;;
-        *) echo "tests/run.sh: --only takes release, asan, tsan or quickstart" >&2; exit 2 ;;
+        release | asan | tsan | quickstart | compose) stages=("$2") ;;
+        *)
+          echo "tests/run.sh: --only takes release, asan, tsan, quickstart or compose" >&2
+          exit 2
+          ;;
       esac
       shift
       ;;
@@ -142,6 +147,11 @@ run_tsan() {
 
 run_quickstart() {
   step "quickstart" deploy/quickstart.sh || true
+}
+
+run_compose() {
+  step "compose" ctest --test-dir build/release --output-on-failure --no-tests=error -L compose ||
+    true
 }
 
 if [[ "$install" == yes ]]; then

@@ -8,6 +8,7 @@
 #include "client/command/child_process.h"
 #include "client/command/drain.h"
 #include "client/command/format.h"
+#include "client/command/health.h"
 #include "client/command/infer.h"
 #include "client/command/make_checkpoint.h"
 #include "client/command/options.h"
@@ -25,6 +26,7 @@ struct Runner {
   absl::Status operator()(const VerifyOptions& options) { return RunVerify(options); }
   absl::Status operator()(const BenchOptions& options) { return RunBench(options); }
   absl::Status operator()(const StatusOptions& options) { return RunStatus(options); }
+  absl::Status operator()(const HealthOptions& options) { return RunHealth(options); }
   absl::Status operator()(const DrainOptions& options) { return RunDrain(options); }
   absl::Status operator()(const MakeCheckpointOptions& options) {
     return RunMakeCheckpoint(options);

@@ -8,6 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "client/command/help_text.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -88,6 +89,7 @@ struct Parsed {
   VerifyOptions verify;
   BenchOptions bench;
   StatusOptions status;
+  HealthOptions health;
   DrainOptions drain;
   MakeCheckpointOptions make_checkpoint;
 
@@ -285,7 +287,7 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   AddServer(bench, options.server, options.timeout_s, options.security);
 }
 
-void AddStatusAndDrain(CLI::App& app, Parsed& parsed) {
+void AddOperations(CLI::App& app, Parsed& parsed) {
   CLI::App* status = app.add_subcommand("status", "Show workers, epoch, load and queue");
   status
       ->add_option("--watch", parsed.watch,
@@ -293,6 +295,15 @@ void AddStatusAndDrain(CLI::App& app, Parsed& parsed) {
       ->expected(0, 1);
   status->add_flag("--json", parsed.status.json, "Print JSON instead of tables, one object a line");
   AddServer(status, parsed.status.server, parsed.status.timeout_s, parsed.status.security);
+
+  CLI::App* health =
+      app.add_subcommand("health", "Exit with 0 if the service is healthy; for probes");
+  health
+      ->add_option("--service", parsed.health.service,
+                   "liveness: the coordinator runs; readiness: requests are served")
+      ->check(CLI::IsMember({"liveness", "readiness"}))
+      ->capture_default_str();
+  AddServer(health, parsed.health.server, parsed.health.timeout_s, parsed.health.security);
 
   CLI::App* drain = app.add_subcommand(
       "drain", "Let a worker finish its batches and leave; its experts then have no worker");
@@ -345,17 +356,6 @@ void NameEnvironment(CLI::App* command) {
       variable += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
     }
     option->envname(variable);
-  }
-}
-
-// Ranges stand in the descriptions where they matter; CLI11's own text for them reads badly.
-void HideRanges(CLI::App* command) {
-  for (CLI::Option* option : command->get_options()) {
-    try {
-      option->get_validator(0)->description("");
-    } catch (const CLI::OptionNotFound&) {
-      continue;  // It has no range.
-    }
   }
 }
 
@@ -443,6 +443,7 @@ absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command,
     return Command(parsed.bench);
   }
   if (name == "infer") return Command(parsed.infer);
+  if (name == "health") return Command(parsed.health);
   if (name == "drain") return Command(parsed.drain);
   parsed.make_checkpoint.router = !parsed.no_router;
   return Command(parsed.make_checkpoint);
@@ -462,7 +463,7 @@ absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv) {
   AddInfer(app, *parsed);
   AddVerify(app, *parsed);
   AddBench(app, *parsed);
-  AddStatusAndDrain(app, *parsed);
+  AddOperations(app, *parsed);
   AddMakeCheckpoint(app, *parsed);
   std::string name;
   if (argc > 1) name = argv[1];

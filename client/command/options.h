@@ -89,6 +89,13 @@ struct StatusOptions {
   double timeout_s = 5;
 };
 
+struct HealthOptions {
+  std::string server;
+  ChannelSecurity security;
+  std::string service = "readiness";  // "liveness", "readiness"
+  double timeout_s = 5;
+};
+
 struct DrainOptions {
   std::string server;
   ChannelSecurity security;
@@ -112,7 +119,7 @@ struct MakeCheckpointOptions {
 };
 
 using Command = std::variant<UpOptions, InferOptions, VerifyOptions, BenchOptions, StatusOptions,
-                             DrainOptions, MakeCheckpointOptions>;
+                             HealthOptions, DrainOptions, MakeCheckpointOptions>;
 
 // Either `command`, or, after --help or --version, the text to print before exiting with 0.
 struct ParsedCommand {

@@ -122,6 +122,8 @@ TEST(OptionsTest, ListsAndWordsAreReadStrictly) {
   EXPECT_FALSE(
       ParseAs<MakeCheckpointOptions>({"make-checkpoint", "--output=x", "--no-router"}).router);
   EXPECT_EQ(ParseAs<DrainOptions>({"drain", "worker-3"}).worker_id, "worker-3");
+  EXPECT_EQ(ParseAs<HealthOptions>({"health"}).service, "readiness");
+  EXPECT_EQ(ParseAs<HealthOptions>({"health", "--service=liveness"}).service, "liveness");
 }
 
 TEST(OptionsTest, WatchTakesItsSecondsOrItsDefault) {

@@ -229,6 +229,32 @@ def test_bench_without_a_service_fails():
     assert "127.0.0.1:1" in result.stderr
 
 
+# ---- health
+
+
+@pytest.mark.parametrize("service", ["liveness", "readiness"])
+def test_health_of_a_ready_service_exits_with_0(cluster, service):
+    result = run_program("epserve", "health", "--server", cluster.target, "--service", service)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{service}: serving\n"
+
+
+def test_health_without_workers_is_live_and_not_ready(checkpoint, start_cluster):
+    with start_cluster(checkpoint(experts=10, topk=3), workers=2, start=False) as cluster:
+        cluster.start_coordinator()
+        live = run_program("epserve", "health", "--server", cluster.target, "--service=liveness")
+        assert live.returncode == 0, live.stderr
+        ready = run_program("epserve", "health", "--server", cluster.target)
+        assert ready.returncode == 1
+        assert "UNAVAILABLE" in ready.stderr and "'readiness' is NOT_SERVING" in ready.stderr
+
+
+def test_health_without_a_service_fails():
+    result = run_program("epserve", "health", "--server", "127.0.0.1:1", "--timeout", 2)
+    assert result.returncode == 1
+    assert "127.0.0.1:1" in result.stderr
+
+
 # ---- status
 
 

@@ -8,7 +8,7 @@ import pytest
 from cluster import run_program, unique_cluster_id, wait_until
 
 PROGRAMS = ["epserve-coordinator", "epserve-worker", "epserve", "epserve-microbench"]
-COMMANDS = ["up", "infer", "verify", "bench", "status", "drain", "make-checkpoint"]
+COMMANDS = ["up", "infer", "verify", "bench", "status", "health", "drain", "make-checkpoint"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -21,7 +21,7 @@ SKIPPED = {"build", "__pycache__"}
 PROGRAMS = {
     "epserve-coordinator": [],
     "epserve-worker": [],
-    "epserve": ["up", "infer", "verify", "bench", "status", "drain", "make-checkpoint"],
+    "epserve": ["up", "infer", "verify", "bench", "status", "health", "drain", "make-checkpoint"],
     "epserve-microbench": ["alltoallv", "ffn"],
 }
 

@@ -1,0 +1,75 @@
+"""The files of deploy/docker and deploy/compose, without a daemon: linted, and about flags that the
+programs have."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cluster import ROOT, run_program
+from stack import WORKERS, compose_config, compose_environment
+
+FILES = {"cpu": ["compose.yaml"], "gpu": ["compose.yaml", "compose.gpu.yaml"]}
+SUBCOMMANDS = {"epserve": ["status"]}
+DOCKERFILES = ("deploy/docker/Dockerfile", "tests/compose/prometheus.Dockerfile")
+
+
+def variables_of(program):
+    """EPSERVE_* of each flag of a program."""
+    result = run_program(program, *SUBCOMMANDS.get(program, []), "--help")
+    assert result.returncode == 0, result.stderr
+    flags = re.findall(r"(?m)^\s+(?:-\w,)?--([a-z][a-z0-9-]*)", result.stdout)
+    assert flags
+    return {"EPSERVE_" + flag.upper().replace("-", "_") for flag in flags}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def services(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    return compose_config(compose_environment(directory), *FILES[request.param])["services"]
+
+
+@pytest.mark.parametrize("service", ["coordinator", *WORKERS, "client"])
+def test_every_variable_of_a_service_is_a_flag_of_its_program(services, service):
+    given = {name for name in services[service]["environment"] if name.startswith("EPSERVE_")}
+    assert given
+    assert given - variables_of(services[service]["command"][0]) == set()
+
+
+def test_workers_differ_in_their_names_and_devices_alone(services):
+    ids, ranks = set(), set()
+    for worker in WORKERS:
+        service = {**services[worker], "environment": {**services[worker]["environment"]}}
+        ids.add(service["environment"].pop("EPSERVE_WORKER_ID"))
+        ranks.add(service["environment"].pop("EPSERVE_LOCAL_RANK", None))
+        first = services[WORKERS[0]]
+        assert {**service, "environment": None} == {**first, "environment": None}
+        assert service["environment"].items() <= first["environment"].items()
+    assert ids == set(WORKERS)
+    assert ranks in ({None}, {"0", "1", "2", "3"})
+
+
+def test_coordinator_has_longer_to_stop_than_it_drains(services):
+    coordinator = services["coordinator"]
+    assert sorted(coordinator["depends_on"]) == list(WORKERS), "it is stopped before the workers"
+    grace = re.fullmatch(r"(\d+)s", coordinator["stop_grace_period"])
+    assert int(grace[1]) * 1000 > int(coordinator["environment"]["EPSERVE_DRAIN_TIMEOUT_MS"])
+
+
+def test_checkpoint_must_be_named(tmp_path):
+    env = compose_environment(tmp_path, EPSERVE_CHECKPOINT="")
+    with pytest.raises(AssertionError, match="EPSERVE_CHECKPOINT"):
+        compose_config(env, "compose.yaml")
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_dockerfile_passes_hadolint(dockerfile):
+    path = f"{sys.prefix}/bin"
+    hadolint = shutil.which("hadolint", path=path)
+    assert hadolint, f"no hadolint in {path}; pip install -r tests/requirements.txt"
+    result = subprocess.run(
+        [hadolint, ROOT / dockerfile], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
