@@ -128,6 +128,14 @@ void AddModel(CLI::App* command, std::string& model) {
   command->add_option("--model", model, "Name of the model (default: the only one served)");
 }
 
+CLI::Option* AddAttempts(CLI::App* command, int& attempts) {
+  return command
+      ->add_option("--attempts", attempts,
+                   "Attempts in all where the service is unavailable or full")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+}
+
 void AddUp(CLI::App& app, Parsed& parsed) {
   CLI::App* up = app.add_subcommand(
       "up", "Run a coordinator and its workers on this machine until SIGINT or SIGTERM");
@@ -191,11 +199,7 @@ void AddInfer(CLI::App& app, Parsed& parsed) {
       ->add_option("--layer", options.layer,
                    "The model's layer number (default: its first with experts)")
       ->check(AtLeast(0));
-  infer
-      ->add_option("--attempts", options.attempts,
-                   "Attempts in all where the service is unavailable or full")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
+  AddAttempts(infer, options.attempts);
   AddModel(infer, options.model);
   AddServer(infer, options.server, options.timeout_s, options.security);
 }
@@ -262,6 +266,7 @@ void AddBench(CLI::App& app, Parsed& parsed) {
       ->excludes(streaming)
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
+  AddAttempts(bench, options.attempts)->excludes(streaming);  // A stream's are never retried.
   bench->add_option("--requests", options.requests, "Requests measured, unless --duration is given")
       ->check(AtLeast(1))
       ->capture_default_str();
