@@ -98,7 +98,9 @@ LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inp
 }  // namespace
 
 absl::Status RunBench(const BenchOptions& options) {
-  InferenceClient client(ClientOptions{.target = options.server, .security = options.security});
+  ClientOptions client_options{.target = options.server, .security = options.security};
+  client_options.retry.max_attempts = options.attempts;
+  InferenceClient client(client_options);
   EPC_ASSIGN_OR_RETURN(const std::vector<InferRequest> inputs, MakeInputs(options, client));
   // One request first: what is wrong with all of them is said once, and at once.
   const auto first = client.Infer(inputs.front());

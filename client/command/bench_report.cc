@@ -138,6 +138,7 @@ nlohmann::ordered_json BenchJson(const BenchOptions& options, const BenchReport&
           {"loop", options.rate > 0 ? "open" : "closed"},
           {"concurrency", options.concurrency},
           {"streaming", options.streaming},
+          {"attempts", options.attempts},
           {"rate", options.rate},
           {"requests", report.requests},
           {"succeeded", report.succeeded},

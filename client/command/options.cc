@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "client/command/help_text.h"
+#include "client/command/shared_flags.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -18,7 +19,6 @@ namespace {
 constexpr std::int64_t kMost = std::int64_t{1} << 40;
 
 CLI::Range AtLeast(std::int64_t least) { return CLI::Range(least, kMost); }
-CLI::Range Seconds(double least) { return CLI::Range(least, 1e7); }
 
 // The children know each flag's range; that it is a number at all is said before they start.
 std::string IsWholeNumber(const std::string& text) {
@@ -102,34 +102,6 @@ struct Parsed {
   bool no_router = false;
 };
 
-void AddSecurity(CLI::App* command, ChannelSecurity& security) {
-  command->add_option("--tls-cert", security.tls_cert,
-                      "PEM certificate chain to show (default: none)");
-  command->add_option("--tls-key", security.tls_key, "PEM private key of --tls-cert");
-  command->add_option("--tls-ca", security.tls_ca,
-                      "PEM authorities that the service's certificate must come from (default: no "
-                      "TLS)");
-  command->add_option("--tls-server-name", security.tls_server_name,
-                      "Name that the service's certificate must have (default: the host called)");
-  command->add_option("--secret-file", security.secret_file,
-                      "File whose first line is the secret to show to the service (default: none)");
-}
-
-void AddServer(CLI::App* command, std::string& server, double& timeout_s,
-               ChannelSecurity& security) {
-  AddSecurity(command, security);
-  server = "127.0.0.1:8001";
-  command->add_option("--server", server, "Address of the service, HOST:PORT or unix:PATH")
-      ->capture_default_str();
-  command->add_option("--timeout", timeout_s, "Longest that one call may take, seconds")
-      ->check(Seconds(0.001))
-      ->capture_default_str();
-}
-
-void AddModel(CLI::App* command, std::string& model) {
-  command->add_option("--model", model, "Name of the model (default: the only one served)");
-}
-
 void AddUp(CLI::App& app, Parsed& parsed) {
   CLI::App* up = app.add_subcommand(
       "up", "Run a coordinator and its workers on this machine until SIGINT or SIGTERM");
@@ -193,11 +165,7 @@ void AddInfer(CLI::App& app, Parsed& parsed) {
       ->add_option("--layer", options.layer,
                    "The model's layer number (default: its first with experts)")
       ->check(AtLeast(0));
-  infer
-      ->add_option("--attempts", options.attempts,
-                   "Attempts in all where the service is unavailable or full")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
+  AddAttempts(infer, options.attempts);
   AddModel(infer, options.model);
   AddServer(infer, options.server, options.timeout_s, options.security);
 }
@@ -264,6 +232,7 @@ void AddBench(CLI::App& app, Parsed& parsed) {
       ->excludes(streaming)
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
+  AddAttempts(bench, options.attempts)->excludes(streaming);  // A stream's are never retried.
   bench->add_option("--requests", options.requests, "Requests measured, unless --duration is given")
       ->check(AtLeast(1))
       ->capture_default_str();

@@ -69,6 +69,7 @@ struct BenchOptions {
   bool server_routes = false;
   int concurrency = 1;
   bool streaming = false;
+  int attempts = 1;
   double rate = 0;  // Requests a second, open loop; 0: closed loop.
   std::int64_t requests = 1000;
   double duration_s = 0;  // 0: `requests` decides.

@@ -126,6 +126,15 @@ TEST(OptionsTest, ListsAndWordsAreReadStrictly) {
   EXPECT_EQ(ParseAs<HealthOptions>({"health", "--service=liveness"}).service, "liveness");
 }
 
+TEST(OptionsTest, BenchTakesAttemptsButNotForStreamsWhichAreNeverRetried) {
+  EXPECT_EQ(ParseAs<BenchOptions>({"bench"}).attempts, 1);
+  EXPECT_EQ(ParseAs<BenchOptions>({"bench", "--attempts=7"}).attempts, 7);
+  EXPECT_FALSE(Parse({"bench", "--attempts=0"}).ok());
+  const auto both = Parse({"bench", "--attempts=7", "--streaming"});
+  ASSERT_FALSE(both.ok());
+  EXPECT_THAT(both.status().message(), HasSubstr("--attempts"));
+}
+
 TEST(OptionsTest, WatchTakesItsSecondsOrItsDefault) {
   EXPECT_FALSE(ParseAs<StatusOptions>({"status"}).watch);
   EXPECT_TRUE(ParseAs<StatusOptions>({"status", "--watch"}).watch);
