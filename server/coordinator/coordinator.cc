@@ -1,6 +1,5 @@
 #include "server/coordinator/coordinator.h"
 
-#include <grpc/support/log.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server_builder.h>
 #include <sys/socket.h>
@@ -20,12 +19,12 @@
 #include "runtime/base/status.h"
 #include "runtime/base/unique_fd.h"
 #include "runtime/symmetric/stale_heaps.h"
-#include "server/common/log_limit.h"
 #include "server/coordinator/access.h"
 #include "server/coordinator/admin_service.h"
 #include "server/coordinator/control_service.h"
 #include "server/coordinator/front_door/infer_service.h"
 #include "server/coordinator/front_door/server_limits.h"
+#include "server/coordinator/grpc_log.h"
 #include "server/coordinator/host.h"
 #include "server/rpc/channelz_service.h"
 #include "server/rpc/health_service.h"
@@ -52,27 +51,6 @@ constexpr auto kStopGrace = std::chrono::seconds(1);
 // One thread reads, parses and answers for every connection: with a second, gRPC passes the polling
 // from one to the other at each event, which costs more than it gains until a core is full.
 constexpr int kIoThreads = 1;
-
-// gRPC's own lines would otherwise stand on stderr beside ours, and twice where we report the same.
-// Only refused handshakes, which no call of ours would tell of, stand out, each cause once a
-// minute.
-void LogGrpcLine(gpr_log_func_args* args) {
-  constexpr std::string_view kHandshake = "Handshake failed";
-  if (std::string_view(args->message).starts_with(kHandshake)) {
-    static server::LogLimit limit;
-    if (limit.Allows(args->message)) {
-      runtime::LogWarning("tls_handshake_refused", {{"cause", args->message}});
-    }
-    return;
-  }
-  runtime::LogDebug("grpc", {{"file", args->file}, {"line", args->line}, {"text", args->message}});
-}
-
-// Once in a process, before its first server.
-void PrepareGrpc() {
-  static std::once_flag once;
-  std::call_once(once, [] { gpr_set_log_function(LogGrpcLine); });
-}
 
 Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
                   const Coordinator::Pace& pace) {
@@ -217,7 +195,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
                                                                  const runtime::ModelInfo& model,
                                                                  std::function<void()> on_drained,
                                                                  Pace pace) {
-  PrepareGrpc();
+  TakeGrpcLog();
   auto parts = std::make_unique<Parts>();
   EPS_ASSIGN_OR_RETURN(parts->metrics, Metrics::Create(options.metrics_listen, model.num_experts));
   ShmOptions shm;

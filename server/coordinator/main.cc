@@ -1,5 +1,6 @@
 // epserve-coordinator: reads its options and the checkpoint's headers, serves until SIGTERM or
-// SIGINT, drains, exits 0. A second signal ends it at once.
+// SIGINT, drains, exits 0. A second signal ends it at once. Once gRPC has lost a listening socket
+// it drains too and exits 1, so that whoever runs it starts one that can be reached.
 #include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -7,10 +8,12 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -20,7 +23,9 @@
 #include "runtime/base/status.h"
 #include "runtime/base/unique_fd.h"
 #include "runtime/checkpoint/checkpoint.h"
+#include "server/common/file_limit.h"
 #include "server/coordinator/coordinator.h"
+#include "server/coordinator/grpc_log.h"
 #include "server/coordinator/options.h"
 
 namespace epserve::coordinator {
@@ -69,15 +74,29 @@ void UnblockSignals() {
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
 }
 
-// Drains at the first signal. Returns whether the drain ended before a second one.
-bool ServeUntilDrained(Coordinator& coordinator, int signal_fd, int drained_fd) {
+void Wake(int event_fd) {
+  const std::uint64_t one = 1;
+  if (::write(event_fd, &one, sizeof(one)) != sizeof(one)) runtime::LogError("wake_lost");
+}
+
+// Drains at the first signal, or once nobody can connect any more, which `listener_lost` receives.
+// Returns whether the drain ended before a second signal.
+bool ServeUntilDrained(Coordinator& coordinator, int signal_fd, int drained_fd, int lost_fd,
+                       bool* listener_lost) {
   bool draining = false;
   for (;;) {
-    pollfd fds[2] = {{signal_fd, POLLIN, 0}, {drained_fd, POLLIN, 0}};
-    if (::poll(fds, 2, -1) < 0) {
+    // A descriptor below 0 is passed over.
+    pollfd fds[3] = {{signal_fd, POLLIN, 0},
+                     {drained_fd, POLLIN, 0},
+                     {*listener_lost ? -1 : lost_fd, POLLIN, 0}};
+    if (::poll(fds, 3, -1) < 0) {
       if (errno == EINTR) continue;
       runtime::LogError("poll_failed", {{"error", std::strerror(errno)}});
       return false;
+    }
+    if (fds[2].revents != 0) {
+      *listener_lost = true;
+      if (!std::exchange(draining, true)) coordinator.Drain();
     }
     if (fds[0].revents != 0) {
       signalfd_siginfo info;
@@ -97,18 +116,18 @@ bool ServeUntilDrained(Coordinator& coordinator, int signal_fd, int drained_fd) 
 absl::Status Serve(const Options& options) {
   EPS_RETURN_IF_ERROR(
       runtime::InitLog("epserve-coordinator", options.log_level, options.log_format));
+  EPS_ASSIGN_OR_RETURN(const std::uint64_t file_limit, server::RaiseFileLimit());
   EPS_ASSIGN_OR_RETURN(const runtime::ModelInfo model,
                        runtime::ReadModelInfo(options.checkpoint_dir));
   const runtime::UniqueFd signal_fd = BlockSignals();
   const runtime::UniqueFd drained_fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!signal_fd.valid() || !drained_fd.valid()) {
+  const runtime::UniqueFd lost_fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!signal_fd.valid() || !drained_fd.valid() || !lost_fd.valid()) {
     return absl::ResourceExhaustedError(
         absl::StrCat("start: no file descriptor (", std::strerror(errno), ")"));
   }
-  const auto on_drained = [fd = drained_fd.get()] {
-    const std::uint64_t one = 1;
-    if (::write(fd, &one, sizeof(one)) != sizeof(one)) runtime::LogError("drain_signal_lost");
-  };
+  const auto on_drained = [fd = drained_fd.get()] { Wake(fd); };
+  SetOnListenerLost([fd = lost_fd.get()] { Wake(fd); });
   EPS_ASSIGN_OR_RETURN(std::unique_ptr<Coordinator> coordinator,
                        Coordinator::Create(options, model, on_drained, {}));
   const int port = FirstTcpPort(coordinator->ports());
@@ -122,12 +141,21 @@ absl::Status Serve(const Options& options) {
                                  {"version", EPSERVE_VERSION}});
   EPS_RETURN_IF_ERROR(WritePortFile(options.port_file, port));
   EPS_RETURN_IF_ERROR(WritePortFile(options.metrics_port_file, coordinator->metrics().port()));
-  if (!ServeUntilDrained(*coordinator, signal_fd.get(), drained_fd.get())) {
+  bool listener_lost = false;
+  if (!ServeUntilDrained(*coordinator, signal_fd.get(), drained_fd.get(), lost_fd.get(),
+                         &listener_lost)) {
     ::_exit(1);  // At once: a second signal, or no way to wait for one.
   }
   UnblockSignals();  // From here a signal kills.
   coordinator->Stop();
+  SetOnListenerLost(nullptr);
   runtime::LogInfo("stopped");
+  if (listener_lost) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("listen: nobody could connect any more, probably for want of file "
+                     "descriptors (at most ",
+                     file_limit, "); raise the hard limit (ulimit -Hn) and start again"));
+  }
   return absl::OkStatus();
 }
 

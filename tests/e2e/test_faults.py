@@ -1,6 +1,9 @@
 """What is killed, cut off or paused, costs no more than it must, and comes back."""
 
+import contextlib
+import resource
 import signal
+import socket
 import time
 
 import grpc
@@ -224,3 +227,27 @@ def test_load_with_unlike_batches_in_flight_stays_right_through_a_kill(
                 load.stop()
         outcomes = {call[2] for load in loads for call in load.calls}
         assert outcomes <= {"OK", "UNAVAILABLE"}
+
+
+def test_coordinator_without_free_descriptors_ends_so_that_another_can_be_reached(
+    checkpoint, start_cluster, rng
+):
+    served = checkpoint()
+    with start_cluster(served, workers=2) as cluster:
+        batch = random_batch(served.spec, rng, 8)
+        want = served.ffn(*batch)
+        first = cluster.coordinator
+        soft, hard = resource.prlimit(first.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard  # It has taken what it may.
+        resource.prlimit(first.pid, resource.RLIMIT_NOFILE, (200, 200))
+        with contextlib.ExitStack() as connections:
+            for _ in range(200):
+                connections.enter_context(socket.create_connection(("127.0.0.1", cluster.port)))
+            assert first.wait(20) == 1
+        assert "listener_lost" in first.log()
+        assert "raise the hard limit" in first.log()
+        cluster.start_coordinator()
+        cluster.wait_ready(10)
+        assert relative_error(infer(cluster, *batch), want) <= 1e-5
+        for worker in cluster.workers.values():
+            assert times_loaded(worker) == 1
