@@ -84,6 +84,7 @@ FrontDoorOptions MakeFrontDoorOptions(const Options& options, const runtime::Mod
   out.model.layers = model.layers;
   out.model.has_router = model.has_router;
   out.model.max_batch_tokens = options.max_batch_tokens;
+  out.max_held_bytes = options.max_held_bytes;
   return out;
 }
 

@@ -60,6 +60,12 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_MAX_MESSAGE_BYTES")
       ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{2147483647}))
       ->capture_default_str();
+  app.add_option("--max-held-bytes", options.max_held_bytes,
+                 "Memory of all requests and replies together, bytes; further requests are turned "
+                 "away until callers have taken their replies")
+      ->envname("EPSERVE_MAX_HELD_BYTES")
+      ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{1} << 50))
+      ->capture_default_str();
   app.add_option("--max-connections", options.max_connections,
                  "Connections that may have calls under way at once, workers' included")
       ->envname("EPSERVE_MAX_CONNECTIONS")

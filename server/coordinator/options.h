@@ -32,6 +32,7 @@ struct Options {
   std::int64_t batch_timeout_ms = 60000;
   int max_connections = 1024;
   std::int64_t max_message_bytes = 256 << 20;
+  std::int64_t max_held_bytes = std::int64_t{4} << 30;
   bool allow_client_shm = false;
   std::vector<std::string> shm_key_prefixes;
   std::int64_t drain_timeout_ms = 10000;

@@ -79,10 +79,13 @@ absl::Status InferCall::Submit(const grpc::ByteBuffer& bytes, bool message_came)
   if (!message_came) {
     return absl::CancelledError("infer: the caller cancelled the request before it had arrived");
   }
+  EPS_RETURN_IF_ERROR(memory_.Grow(static_cast<std::int64_t>(bytes.Length())));
   EPS_ASSIGN_OR_RETURN(message_, ParseInferRequest(bytes, shared_.options.limits));
   EPS_ASSIGN_OR_RETURN(ValidatedRequest request,
                        ValidateRequest(message_.view, shared_.options.model, shared_.options.limits,
                                        shared_.regions));
+  const std::size_t copied_bytes = request.hidden_copy != nullptr ? request.hidden.size() : 0;
+  EPS_RETURN_IF_ERROR(memory_.Grow(static_cast<std::int64_t>(request.output_bytes + copied_bytes)));
   deadline_ = EarlierOf(deadline_, arrival_, request.timeout_us);
   if (deadline_ <= Clock::now()) return TooLate();
   id_ = shared_.next_id.fetch_add(1, std::memory_order_relaxed);

@@ -18,6 +18,7 @@
 #include "absl/status/status.h"
 #include "server/coordinator/front_door/infer_proto_convert.h"
 #include "server/coordinator/front_door/infer_statistics.h"
+#include "server/coordinator/front_door/memory_budget.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/front_door/request_view.h"
 #include "server/coordinator/front_door/served_model.h"
@@ -30,6 +31,8 @@ struct FrontDoorOptions {
   RequestLimits limits;
   // With RESOURCE_EXHAUSTED, unless the sink says otherwise: a few batches' time.
   std::int64_t retry_pushback_ms = 50;
+  // See MemoryBudget.
+  std::int64_t max_held_bytes = std::int64_t{4} << 30;
 };
 
 // What every request needs; outlives them all.
@@ -37,6 +40,7 @@ struct InferContext {
   const FrontDoorOptions& options;
   const ShmRegistry& regions;
   RequestSink& sink;
+  MemoryBudget memory{options.max_held_bytes};
   InferStatistics statistics;
   std::atomic<std::uint64_t> next_id{1};
 };
@@ -76,6 +80,9 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
                   std::int64_t retry_pushback_ms);
 
   InferContext& shared_;
+  // Of the message, the output and the reply: whoever sends the reply keeps this object until the
+  // caller has taken it.
+  MemoryBudget::Share memory_{shared_.memory};
   const InferForm form_;
   const Clock::time_point arrival_;
   OnAnswer on_answer_;  // for whoever has won `answered_`

@@ -40,7 +40,7 @@ struct InferService::Parts {
       : options(std::move(front_options)),
         regions(*registry),
         sink(*request_sink),
-        infer{options, *registry, *request_sink, {}} {}
+        infer{options, *registry, *request_sink} {}
 
   void AddServerMethods(RpcServer* server);
   void AddModelMethods(RpcServer* server);

@@ -25,6 +25,7 @@
 namespace epserve::coordinator {
 
 inline constexpr int kMaxMessageBytes = 1 << 20;
+inline constexpr std::int64_t kMaxHeldBytes = 4 << 20;
 inline constexpr auto kPatience = std::chrono::seconds(20);  // Only a failing test waits that long.
 
 // Hands every request to a handler, or keeps it for the test to take.
@@ -117,6 +118,7 @@ class InferServiceTest : public testing::Test {
   explicit InferServiceTest(ShmOptions shm = Allowed()) : regions_(std::move(shm)) {
     FrontDoorOptions options;
     options.model = TestModel();
+    options.max_held_bytes = kMaxHeldBytes;
     service_ = std::make_unique<InferService>(options, &regions_, &sink_);
     service_->AddTo(&server_);
     grpc::ServerBuilder builder;

@@ -1,0 +1,92 @@
+// What all requests together may hold, by itself and behind the front door.
+#include "server/coordinator/front_door/memory_budget.h"
+
+#include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/server/coordinator/front_door/infer_service_fixture.h"
+
+namespace epserve::coordinator {
+namespace {
+
+using inference::ModelInferRequest;
+using inference::ModelStreamInferResponse;
+using testing::HasSubstr;
+
+TEST(MemoryBudgetTest, RefusesWhatIsTooMuchBesideTheOthersAndTakesItBack) {
+  MemoryBudget budget(100);
+  {
+    MemoryBudget::Share first(budget);
+    ASSERT_TRUE(first.Grow(60).ok());
+    MemoryBudget::Share second(budget);
+    const absl::Status refused = second.Grow(41);
+    EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(refused.message()), HasSubstr("41 bytes beside the 60"));
+    EXPECT_TRUE(second.Grow(40).ok());
+    EXPECT_EQ(budget.held_bytes(), 100);
+  }
+  EXPECT_EQ(budget.held_bytes(), 0);
+}
+
+TEST(MemoryBudgetTest, LetsThroughWhatStandsAlone) {
+  MemoryBudget budget(100);
+  MemoryBudget::Share alone(budget);
+  EXPECT_TRUE(alone.Grow(90).ok());
+  EXPECT_TRUE(alone.Grow(900).ok());
+  MemoryBudget::Share other(budget);
+  EXPECT_FALSE(other.Grow(1).ok());
+}
+
+using HeldBytesTest = InferServiceTest;
+
+// The id is as good a burden as a tensor: it is held, and comes back with the reply.
+ModelInferRequest Heavy(ModelInferRequest request) {
+  request.set_id(std::string(kMaxMessageBytes / 2, 'x'));
+  return request;
+}
+
+TEST_F(HeldBytesTest, RequestsOfAllCallersTogetherAreBoundedUntilTheirRepliesHaveGone) {
+  constexpr int kStreams = 2;
+  constexpr int kPerStream = kMaxHeldBytes / (kMaxMessageBytes / 2) / kStreams;
+  grpc::ClientContext contexts[kStreams];
+  std::vector<
+      std::unique_ptr<grpc::ClientReaderWriter<ModelInferRequest, ModelStreamInferResponse>>>
+      streams;
+  std::vector<std::unique_ptr<PendingRequest>> under_way;
+  for (grpc::ClientContext& context : contexts) {
+    streams.push_back(stub_->ModelStreamInfer(&context));
+    // The last of the second one would pass the limit: the requests' other fields count too.
+    const int fitting = streams.size() == kStreams ? kPerStream - 1 : kPerStream;
+    for (int i = 0; i < fitting; ++i) {
+      ASSERT_TRUE(streams.back()->Write(Heavy(ValidMessage())));
+      under_way.push_back(sink_.Take());
+      ASSERT_NE(under_way.back(), nullptr);
+    }
+  }
+  const grpc::Status refused = Infer(Heavy(ValidMessage()));
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_THAT(refused.error_message(), HasSubstr("--max-held-bytes"));
+
+  sink_.HandleBy(Echo);
+  EXPECT_TRUE(Infer(ValidMessage()).ok());  // There is room for a small one.
+  for (auto& request : under_way) Echo(std::move(request));
+  ModelStreamInferResponse response;
+  for (std::size_t i = 0; i < under_way.size(); ++i) {
+    ASSERT_TRUE(streams[i / kPerStream]->Read(&response));
+    EXPECT_EQ(response.error_message(), "");
+  }
+  for (auto& stream : streams) {
+    stream->WritesDone();
+    EXPECT_FALSE(stream->Read(&response));
+    EXPECT_TRUE(stream->Finish().ok());
+  }
+  EXPECT_TRUE(Infer(Heavy(ValidMessage())).ok());
+}
+
+}  // namespace
+}  // namespace epserve::coordinator
