@@ -88,6 +88,11 @@ FrontDoorOptions MakeFrontDoorOptions(const Options& options, const runtime::Mod
   return out;
 }
 
+absl::Status CannotBind(const std::string& address, const char* flag) {
+  return absl::UnavailableError(absl::StrCat("listen: address ", address,
+                                             " cannot be bound; free it or give another ", flag));
+}
+
 // gRPC puts its own socket in the place of one that is there, whoever serves it. A file that nobody
 // answers at is what a killed server left, and may be replaced. Other addresses: OK.
 absl::Status CheckNobodyAnswersAt(std::string_view address) {
@@ -164,21 +169,15 @@ struct Coordinator::Parts {
     server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
     const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
-      // gRPC gives 0 for an address that it could not bind, and 1 for a Unix socket that it could.
-      if (!started || ports[i] <= 0) {
-        const bool this_one = ports[i] == 0;
-        if (!started && !this_one && i + 1 < options.listen.size()) continue;
-        return absl::UnavailableError(absl::StrCat("listen: address ", options.listen[i],
-                                                   " cannot be bound; free it or give another "
-                                                   "--listen"));
-      }
+      // gRPC binds in this order and stops at the first that it cannot, whose port stays below 0
+      // (or becomes 0). It gives 1 for a Unix socket.
+      if (ports[i] <= 0) return CannotBind(options.listen[i], "--listen");
       if (options.listen[i].starts_with("unix:")) ports[i] = 0;
     }
-    if (health_port == 0) {
-      return absl::UnavailableError(absl::StrCat("listen: address ", options.health_listen,
-                                                 " cannot be bound; free it or give another "
-                                                 "--health-listen"));
+    if (health_port == 0 || (!started && !options.health_listen.empty())) {
+      return CannotBind(options.health_listen, "--health-listen");
     }
+    if (!started) return absl::InternalError("listen: gRPC could not start its server");
     return absl::OkStatus();
   }
 

@@ -106,6 +106,25 @@ def test_taken_port_is_named_and_fails(checkpoint, flag):
     assert str(port) in result.stderr
 
 
+def test_of_two_addresses_the_taken_one_is_named(checkpoint):
+    served = checkpoint()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run_program(
+            "epserve-coordinator",
+            *("--checkpoint", served.path),
+            *("--cluster-id", unique_cluster_id()),
+            *("--listen", address),
+            *("--listen", "127.0.0.1:0"),
+            *("--metrics-listen", "off"),
+            timeout_s=20,
+        )
+    assert result.returncode == 1
+    assert f"address {address} cannot be bound" in result.stderr
+
+
 def test_port_of_a_running_coordinator_is_not_shared(checkpoint, start_cluster):
     with start_cluster(checkpoint(), workers=1) as cluster:
         result = run_program(
