@@ -12,6 +12,7 @@
 #include "client/command/progress.h"
 #include "client/command/random_batch.h"
 #include "client/command/table.h"
+#include "client/cpp/admin_client.h"
 #include "client/cpp/client.h"
 #include "client/cpp/reference_model.h"
 #include "client/cpp/status.h"
@@ -37,8 +38,9 @@ struct Batch {
 class Verifier {
  public:
   Verifier(const VerifyOptions& options, InferenceClient& client, ReferenceModel& reference,
-           std::string model)
+           std::string model, bool on_gpus)
       : options_(options),
+        on_gpus_(on_gpus),
         client_(client),
         reference_(reference),
         model_(std::move(model)),
@@ -59,7 +61,7 @@ class Verifier {
     for (std::size_t i = 0; i < plans.size(); ++i) {
       VerifyRow row;
       row.dtype = options_.dtypes[i];
-      row.limit = options_.max_error > 0 ? options_.max_error : ErrorLimit(row.dtype);
+      row.limit = options_.max_error > 0 ? options_.max_error : ErrorLimit(row.dtype, on_gpus_);
       for (const Batch& batch : plans[i]) {
         EPC_RETURN_IF_ERROR(Check(batch, row));
         ++done;
@@ -171,6 +173,7 @@ class Verifier {
   }
 
   const VerifyOptions& options_;
+  const bool on_gpus_;
   InferenceClient& client_;
   ReferenceModel& reference_;
   const std::string model_;
@@ -229,9 +232,20 @@ absl::StatusOr<std::vector<std::int64_t>> ChooseLayers(const VerifyOptions& opti
   return options.layers.empty() ? config.layers : options.layers;
 }
 
+// Whether rows are computed in bf16, as GPU backends do. A caller that may not ask (no operator) is
+// held to the stricter limits.
+bool ServedOnGpus(const VerifyOptions& options) {
+  const auto cluster = AdminClient(options.server, options.security)
+                           .GetClusterStatus(absl::Seconds(options.timeout_s));
+  return cluster.ok() && !cluster->workers.empty() && cluster->workers.front().backend != "host" &&
+         !cluster->workers.front().backend.empty();
+}
+
 }  // namespace
 
-double ErrorLimit(const std::string& dtype) { return dtype == "fp32" ? 1e-5 : 1e-2; }
+double ErrorLimit(const std::string& dtype, bool on_gpus) {
+  return dtype == "fp32" && !on_gpus ? 1e-5 : 1e-2;
+}
 
 nlohmann::ordered_json VerifyJson(const std::vector<VerifyRow>& rows) {
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
@@ -269,8 +283,9 @@ absl::Status RunVerify(const VerifyOptions& options) {
         options.checkpoint_dir, "' H ", reference->config().hidden, " and K ",
         reference->config().topk, "; give the checkpoint that is served"));
   }
-  EPC_ASSIGN_OR_RETURN(const std::vector<VerifyRow> rows,
-                       Verifier(options, client, *reference, model).Run(layers));
+  EPC_ASSIGN_OR_RETURN(
+      const std::vector<VerifyRow> rows,
+      Verifier(options, client, *reference, model, ServedOnGpus(options)).Run(layers));
   if (options.json) {
     std::printf("%s\n", VerifyJson(rows).dump().c_str());
   } else {

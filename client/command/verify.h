@@ -24,8 +24,9 @@ struct VerifyRow {
   bool ok() const { return largest_error <= limit; }
 };
 
-// The largest relative L2 error that is right: 1e-5 for fp32, 1e-2 for bf16 and fp16.
-double ErrorLimit(const std::string& dtype);
+// The largest relative L2 error that is right: 1e-5 for fp32, 1e-2 for bf16 and fp16, and for all
+// where the service computes on GPUs, in bf16.
+double ErrorLimit(const std::string& dtype, bool on_gpus);
 
 nlohmann::ordered_json VerifyJson(const std::vector<VerifyRow>& rows);
 

@@ -61,8 +61,8 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{2147483647}))
       ->capture_default_str();
   app.add_option("--max-held-bytes", options.max_held_bytes,
-                 "Memory of all requests and replies together, bytes; further requests are turned "
-                 "away until callers have taken their replies")
+                 "Requests, outputs and unread replies of all callers together, bytes (gRPC's own "
+                 "buffers come on top); further requests are turned away until replies are taken")
       ->envname("EPSERVE_MAX_HELD_BYTES")
       ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{1} << 50))
       ->capture_default_str();

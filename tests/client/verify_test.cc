@@ -158,7 +158,8 @@ TEST(VerifyJsonTest, JsonHasItsShapeAndNanIsNull) {
   VerifyRow row;
   row.dtype = "fp32";
   row.batches = 3;
-  row.limit = ErrorLimit("fp32");
+  EXPECT_EQ(ErrorLimit("fp32", /*on_gpus=*/true), ErrorLimit("bf16", /*on_gpus=*/false));
+  row.limit = ErrorLimit("fp32", /*on_gpus=*/false);
   row.largest_error = 1e-7;
   auto json = VerifyJson({row});
   EXPECT_EQ(json["ok"], true);
