@@ -18,12 +18,11 @@ class CommandFailed(AssertionError):
     """A program that had to succeed did not."""
 
 
-def run(*words, timeout_s=120, check=True, env=None, text=""):
-    """Runs a program to its end; returns the CompletedProcess with text output. It reads
-    `text`."""
+def run(*words, timeout_s=120, check=True, env=None):
+    """Runs a program to its end; returns the CompletedProcess with text output."""
     result = subprocess.run(
         list(map(str, words)),
-        input=text,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 
 import grpc
+import yaml
 
 import protos
 from cluster import ROOT, SLOWNESS, free_port, wait_until
@@ -34,13 +35,7 @@ def compose_config(env, *files):
     """The compose files put together and checked, as compose itself reads them."""
     flags = [word for file in files for word in ("-f", COMPOSE_DIR / file)]
     result = run("/usr/bin/docker-compose", *flags, "config", env=env)
-    return json.loads(_yaml_to_json(result.stdout))
-
-
-def _yaml_to_json(text):
-    """By Debian's own python3, which has PyYAML because docker-compose needs it."""
-    program = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout)"
-    return run("/usr/bin/python3", "-c", program, text=text).stdout
+    return yaml.safe_load(result.stdout)
 
 
 class Stack:

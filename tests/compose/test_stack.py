@@ -42,11 +42,12 @@ def test_containers_are_confined(stack, service):
     assert written.returncode != 0 and "Read-only file system" in written.stderr
 
 
-def test_coordinator_is_healthy_once_requests_are_served(stack):
+@pytest.mark.parametrize("service", ["coordinator", "worker-1"])
+def test_container_is_healthy_once_requests_are_served(stack, service):
     wait_until(
-        lambda: stack.inspect("coordinator")["State"]["Health"]["Status"] == "healthy",
+        lambda: stack.inspect(service)["State"]["Health"]["Status"] == "healthy",
         20,
-        "the coordinator's container is healthy",
+        "the container is healthy",
     )
 
 
