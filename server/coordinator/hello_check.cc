@@ -1,11 +1,16 @@
 #include "server/coordinator/hello_check.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <optional>
 #include <string_view>
+#include <vector>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "server/coordinator/front_door/quote.h"
 
 namespace epserve::coordinator {
@@ -23,11 +28,28 @@ bool IsWorkerId(std::string_view id) {
          std::all_of(id.begin(), id.end(), allowed);
 }
 
-// "1.2" of "1.2.3"; empty where there is none.
-std::string_view MajorMinor(std::string_view version) {
-  const std::size_t first = version.find('.');
-  if (first == version.npos) return {};
-  return version.substr(0, version.find('.', first + 1));
+struct Version {
+  int major = 0;
+  int minor = 0;
+};
+
+// Of "1.2.3"; nullopt where it is none.
+std::optional<Version> ParseVersion(const std::string& text) {
+  const std::vector<std::string> parts = absl::StrSplit(text, '.');
+  Version version;
+  if (parts.size() != 3 || !absl::SimpleAtoi(parts[0], &version.major) ||
+      !absl::SimpleAtoi(parts[1], &version.minor) || version.major < 0 || version.minor < 0) {
+    return std::nullopt;
+  }
+  return version;
+}
+
+// One minor version apart, either way, so that a cluster can be upgraded part by part.
+bool WorkTogether(const std::string& a, const std::string& b) {
+  const std::optional<Version> one = ParseVersion(a);
+  const std::optional<Version> other = ParseVersion(b);
+  return one.has_value() && other.has_value() && one->major == other->major &&
+         std::abs(one->minor - other->minor) <= 1;
 }
 
 absl::Status Differs(const HelloInfo& hello, const std::string& name, const std::string& got,
@@ -52,10 +74,9 @@ absl::Status CheckHello(const HelloInfo& hello, const HelloPolicy& policy) {
                                                    hello.incarnation.size(),
                                                    " bytes is outside [1, ", kMaxIdBytes, "]"));
   }
-  if (MajorMinor(hello.version).empty() ||
-      MajorMinor(hello.version) != MajorMinor(policy.version)) {
+  if (!WorkTogether(hello.version, policy.version)) {
     return Differs(hello, "version", hello.version, policy.version,
-                   "run the same major.minor version everywhere");
+                   "they may be one minor version apart; upgrade one minor version at a time");
   }
   if (hello.cluster_id != policy.cluster_id) {
     return Differs(hello, "cluster_id", hello.cluster_id, policy.cluster_id,

@@ -12,7 +12,7 @@
 namespace epserve::coordinator {
 
 struct HelloPolicy {
-  std::string version;  // the coordinator's own; workers need the same major.minor
+  std::string version;  // the coordinator's own; a worker's may be one minor version off
   std::string fingerprint;
   std::int64_t max_batch_tokens = 0;
   int num_slots = 0;
