@@ -45,7 +45,7 @@ constexpr PassThrough kPassThrough[] = {
     {"--batch-window-us",
      "How long a request waits for others to merge with, microseconds (default: 0)", true, false,
      true},
-    {"--queue-capacity", "Most requests that wait in the queue (default: 256)", true, false, true},
+    {"--queue-capacity", "Most requests that wait in the queue (default: 1024)", true, false, true},
     {"--slots", "Batches in flight (default: 2)", true, true, true},
     {"--max-message-bytes",
      "Largest gRPC message taken or sent, bytes (default: the coordinator's own)", true, false,

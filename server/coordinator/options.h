@@ -23,7 +23,7 @@ struct Options {
   std::string cluster_id = "epserve";
   std::int64_t max_batch_tokens = 4096;
   std::int64_t batch_window_us = 0;
-  std::int64_t queue_capacity = 256;
+  std::int64_t queue_capacity = 1024;
   int num_slots = 2;
   bool separate_triggers = false;
   bool shared_rows = true;

@@ -30,7 +30,7 @@ def test_status_describes_cluster_and_workers(cluster):
     assert status.state == "serving"
     assert status.epoch > 0
     assert status.expected_workers == WORKERS
-    assert status.queue_capacity == 256
+    assert status.queue_capacity == 1024
     assert (status.num_experts, status.experts_without_worker) == (EXPERTS, 0)
     workers = sorted(status.workers, key=lambda worker: worker.rank)
     assert [worker.rank for worker in workers] == list(range(WORKERS))

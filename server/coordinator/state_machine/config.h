@@ -19,7 +19,7 @@ struct Config {
   std::vector<std::int64_t> layers;  // model layer numbers, ascending; the probe takes the first
   std::int64_t max_batch_tokens = 4096;
   int num_slots = 2;
-  std::int64_t queue_capacity = 256;  // requests not yet in a batch
+  std::int64_t queue_capacity = 1024;  // requests not yet in a batch
   std::int64_t batch_window_us = 0;   // 0: requests are never merged
   TriggerMode trigger = TriggerMode::kTogether;
 

@@ -33,7 +33,7 @@ TEST(OptionsTest, DefaultsAreThoseOfTheHelpText) {
   EXPECT_THAT(options.listen, ElementsAre("127.0.0.1:8001"));
   EXPECT_EQ(options.metrics_listen, "127.0.0.1:8002");
   EXPECT_EQ(options.max_batch_tokens, 4096);
-  EXPECT_EQ(options.queue_capacity, 256);
+  EXPECT_EQ(options.queue_capacity, 1024);
   EXPECT_FALSE(options.separate_triggers);
   EXPECT_EQ(options.lease_ms, 1000);
 }
