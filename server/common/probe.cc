@@ -63,7 +63,7 @@ ProbeBatch MakeProbeBatch(const runtime::Placement& placement, std::int64_t hidd
 
 absl::Status VerifyProbe(const ProbeBatch& batch, const runtime::Placement& placement,
                          std::int64_t hidden, std::span<const std::vector<float>> probe_outputs,
-                         std::span<const float> output) {
+                         std::span<const float> output, double tolerance) {
   const std::size_t row_size = static_cast<std::size_t>(hidden);
   if (probe_outputs.size() != static_cast<std::size_t>(placement.num_ranks())) {
     return absl::InternalError(absl::StrCat("probe: ", probe_outputs.size(),
@@ -102,11 +102,11 @@ absl::Status VerifyProbe(const ProbeBatch& batch, const runtime::Placement& plac
       norm += expected[h] * expected[h];
     }
     // Written so that NaN fails, and so that an all-zero expectation asks for exact zeros.
-    const bool right = std::sqrt(error) <= kProbeTolerance * std::sqrt(norm);
+    const bool right = std::sqrt(error) <= tolerance * std::sqrt(norm);
     if (!right) {
       return absl::InternalError(
           absl::StrCat("probe: row ", t, " (ranks ", ranks, ") has L2 error ", std::sqrt(error),
-                       " beyond ", kProbeTolerance, " of the expected norm ", std::sqrt(norm)));
+                       " beyond ", tolerance, " of the expected norm ", std::sqrt(norm)));
     }
   }
   return absl::OkStatus();

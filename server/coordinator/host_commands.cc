@@ -161,14 +161,16 @@ void Host::Execute(VerifyProbe& command) {
   absl::Status verdict = absl::InternalError("probe: its batch is not known");
   if (const KeptBatch* batch = batches_->Find(command.epoch, command.batch)) {
     std::vector<std::vector<float>> references(batch->shards.size());
+    double tolerance = server::ProbeTolerance("host");
     for (const ShardPlan& plan : batch->shards) {
       const auto it = streams_.find(plan.stream);
       if (it == streams_.end() || it->second.probe_epoch != command.epoch) continue;
+      tolerance = std::max(tolerance, server::ProbeTolerance(it->second.hello.backend));
       references[static_cast<std::size_t>(plan.rank)] = it->second.probe_output;
     }
     const absl::StatusOr<std::vector<float>> output = JoinProbeOutput(*batch);
     verdict = output.ok() ? server::VerifyProbe(batch->probe, machine_->placement(), hidden_,
-                                                references, *output)
+                                                references, *output, tolerance)
                           : output.status();
   }
   batches_->Erase(command.epoch, command.batch);

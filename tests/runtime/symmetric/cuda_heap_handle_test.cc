@@ -9,13 +9,14 @@ namespace epserve::runtime {
 namespace {
 
 CudaHeapHandle Example() {
+  constexpr char kSecret[] = "\0secret\xff with a zero";
   CudaHeapHandle handle;
   handle.rank = 3;
   handle.epoch = 77;
   handle.bytes = std::uint64_t{5} << 30;
   handle.layout_digest = 0x0123456789abcdefu;
   handle.address = "@epserve-cluster-77-3";
-  handle.secret = std::string("\0secret\xff with a zero", 22);
+  handle.secret = std::string(kSecret, sizeof(kSecret) - 1);
   handle.fabric[5] = std::byte{9};
   return handle;
 }

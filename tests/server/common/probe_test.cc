@@ -70,7 +70,7 @@ TEST(ProbeTest, RightOutputPassesForAnyShape) {
       const runtime::Placement placement = runtime::EvenPlacement(5, num_ranks);
       const ProbeBatch batch = MakeProbeBatch(placement, kHidden, topk);
       EXPECT_TRUE(VerifyProbe(batch, placement, kHidden, References(placement),
-                              RightOutput(batch, placement))
+                              RightOutput(batch, placement), ProbeTolerance("host"))
                       .ok());
     }
   }
@@ -81,9 +81,25 @@ TEST(ProbeTest, WrongOutputIsInternalAndNamesRowAndRanks) {
   const ProbeBatch batch = MakeProbeBatch(placement, kHidden, 2);
   std::vector<float> output = RightOutput(batch, placement);
   output[kHidden + 3] += 0.5f;
-  const absl::Status status = VerifyProbe(batch, placement, kHidden, References(placement), output);
+  const absl::Status status =
+      VerifyProbe(batch, placement, kHidden, References(placement), output, ProbeTolerance("host"));
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
   EXPECT_THAT(std::string(status.message()), HasSubstr("row 1 (ranks 1, 0)"));
+}
+
+TEST(ProbeTest, BackendsOnGpusMayBeOffByWhatTheirTypesRound) {
+  const runtime::Placement placement = runtime::EvenPlacement(4, 2);
+  const ProbeBatch batch = MakeProbeBatch(placement, kHidden, 2);
+  std::vector<float> output = RightOutput(batch, placement);
+  for (float& value : output) value *= 1.05f;
+  const auto check = [&](const char* backend) {
+    return VerifyProbe(batch, placement, kHidden, References(placement), output,
+                       ProbeTolerance(backend))
+        .ok();
+  };
+  EXPECT_FALSE(check("host"));
+  EXPECT_TRUE(check("cuda"));
+  EXPECT_TRUE(check("nccl"));
 }
 
 TEST(ProbeTest, NotANumberNeverPasses) {
@@ -91,7 +107,9 @@ TEST(ProbeTest, NotANumberNeverPasses) {
   const ProbeBatch batch = MakeProbeBatch(placement, kHidden, 2);
   std::vector<float> output = RightOutput(batch, placement);
   output[0] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_FALSE(VerifyProbe(batch, placement, kHidden, References(placement), output).ok());
+  EXPECT_FALSE(
+      VerifyProbe(batch, placement, kHidden, References(placement), output, ProbeTolerance("host"))
+          .ok());
 }
 
 TEST(ProbeTest, MissingReferenceOrShortOutputIsInternal) {
@@ -100,10 +118,14 @@ TEST(ProbeTest, MissingReferenceOrShortOutputIsInternal) {
   std::vector<float> output = RightOutput(batch, placement);
   std::vector<std::vector<float>> references = References(placement);
   references[1].clear();
-  EXPECT_THAT(std::string(VerifyProbe(batch, placement, kHidden, references, output).message()),
-              HasSubstr("rank 1"));
+  EXPECT_THAT(
+      std::string(VerifyProbe(batch, placement, kHidden, references, output, ProbeTolerance("host"))
+                      .message()),
+      HasSubstr("rank 1"));
   output.pop_back();
-  EXPECT_FALSE(VerifyProbe(batch, placement, kHidden, References(placement), output).ok());
+  EXPECT_FALSE(
+      VerifyProbe(batch, placement, kHidden, References(placement), output, ProbeTolerance("host"))
+          .ok());
 }
 
 }  // namespace
