@@ -19,6 +19,8 @@ namespace {
 constexpr std::int64_t kTileRows = 256;
 // Received rows that are grouped by expert together, at most.
 constexpr std::int64_t kChunkRows = 2048;
+// Columns of gate and of up that a member makes before it multiplies them.
+constexpr std::int64_t kUpColumns = 512;
 constexpr std::size_t kAlignment = 64;
 
 // Aligned floats that become resident only as they are used.
@@ -61,13 +63,15 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
         // A row may name one expert up to K times.
         tile_rows_(std::min(kTileRows, chunk_rows_ * config.max_topk)),
         x_(tile_rows_ * config.hidden),
-        mid_(tile_rows_ * 2 * config.intermediate),
+        mid_(tile_rows_ * config.intermediate),
+        up_columns_(std::min(kUpColumns, config.intermediate)),
+        up_(tile_rows_ * up_columns_ * config.threads),
         expert_begin_(static_cast<std::size_t>(config.max_local_experts) + 1),
         pairs_(static_cast<std::size_t>(chunk_rows_ * config.max_topk)),
         team_(config.threads) {}
 
   std::uint64_t workspace_bytes() const override {
-    return x_.bytes() + mid_.bytes() + expert_begin_.size() * sizeof(std::int64_t) +
+    return x_.bytes() + mid_.bytes() + up_.bytes() + expert_begin_.size() * sizeof(std::int64_t) +
            pairs_.size() * sizeof(Pair);
   }
 
@@ -162,7 +166,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
                      x_.data() + i * hidden, static_cast<std::size_t>(hidden));
     }
     team_.Barrier();  // The tile is gathered.
-    RunGateUp(expert, num_rows, PartOf(intermediate, team_.size(), member));
+    RunGateUp(member, expert, num_rows, PartOf(intermediate, team_.size(), member));
     team_.Barrier();  // mid_ is complete, and the gathered rows are read no more.
     const RowRange columns = PartOf(hidden, team_.size(), member);
     if (columns.size() == 0) return;
@@ -171,7 +175,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
            .n = columns.size(),
            .k = intermediate,
            .x = mid_.data(),
-           .ldx = 2 * intermediate,
+           .ldx = intermediate,
            .w = down + columns.begin * intermediate,
            .y = x_.data() + columns.begin,
            .ldy = hidden});
@@ -182,32 +186,32 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     }
   }
 
-  // mid_[:, part] = silu(x . gate^T) * (x . up^T); the up part is left beside it.
-  void RunGateUp(std::int64_t expert, std::int64_t num_rows, RowRange part) {
-    if (part.size() == 0) return;
+  // mid_[:, part] = silu(x . gate^T) * (x . up^T).
+  void RunGateUp(int member, std::int64_t expert, std::int64_t num_rows, RowRange part) {
     const std::int64_t hidden = config_.hidden;
     const std::int64_t intermediate = config_.intermediate;
     const float* gate = layer_->gate_up + expert * 2 * intermediate * hidden;
-    SgemmArgs gemm{.m = num_rows,
-                   .n = part.size(),
-                   .k = hidden,
-                   .x = x_.data(),
-                   .ldx = hidden,
-                   .w = gate + part.begin * hidden,
-                   .y = mid_.data() + part.begin,
-                   .ldy = 2 * intermediate};
-    if (part.size() == intermediate) {
-      gemm.n = 2 * intermediate;  // Gate and up lie side by side: one call does both.
+    const float* up = gate + intermediate * hidden;
+    float* const products = up_.data() + member * tile_rows_ * up_columns_;
+    for (std::int64_t begin = part.begin; begin < part.end; begin += up_columns_) {
+      const std::int64_t columns = std::min(up_columns_, part.end - begin);
+      SgemmArgs gemm{.m = num_rows,
+                     .n = columns,
+                     .k = hidden,
+                     .x = x_.data(),
+                     .ldx = hidden,
+                     .w = gate + begin * hidden,
+                     .y = mid_.data() + begin,
+                     .ldy = intermediate};
       Sgemm(gemm);
-    } else {
+      gemm.w = up + begin * hidden;
+      gemm.y = products;
+      gemm.ldy = columns;
       Sgemm(gemm);
-      gemm.w = gate + (intermediate + part.begin) * hidden;
-      gemm.y = mid_.data() + intermediate + part.begin;
-      Sgemm(gemm);
-    }
-    for (std::int64_t i = 0; i < num_rows; ++i) {
-      float* row = mid_.data() + i * 2 * intermediate + part.begin;
-      SwiGlu(row, row + intermediate, static_cast<std::size_t>(part.size()));
+      for (std::int64_t i = 0; i < num_rows; ++i) {
+        SwiGlu(mid_.data() + i * intermediate + begin, products + i * columns,
+               static_cast<std::size_t>(columns));
+      }
     }
   }
 
@@ -215,7 +219,9 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
   const std::int64_t chunk_rows_;
   const std::int64_t tile_rows_;
   const Workspace x_;    // [tile, H] rows of one expert, then what down makes of them
-  const Workspace mid_;  // [tile, 2 * I] gate, then up
+  const Workspace mid_;  // [tile, I] gate, then what SwiGLU makes of it
+  const std::int64_t up_columns_;
+  const Workspace up_;                      // [threads, tile, up_columns] of up; a member's own
   std::vector<std::int64_t> expert_begin_;  // [E_local + 1] into pairs_
   std::vector<Pair> pairs_;                 // [chunk * K]
 
