@@ -7,7 +7,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "runtime/alltoallv/device_limits.h"
-#include "runtime/base/digest.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -31,12 +30,7 @@ absl::Status Validate(const CudaExchangeConfig& config) {
 
 // Of everything that both sides of a mapping must have alike.
 std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& layout) {
-  Digest digest;
-  for (const std::int64_t first : config.base.placement.first_expert) digest.Add(first);
-  return digest.Add(config.base.num_slots)
-      .Add(config.base.max_topk)
-      .Add(config.base.hidden)
-      .Add(config.base.max_batch_tokens)
+  return DigestOfDeviceConfig(config.base)
       .Add(config.max_decode_tokens)
       .Add(config.max_element_bytes)
       .Add(config.comm_blocks)

@@ -34,6 +34,15 @@ absl::Status CheckDeviceConfig(const char* name, const ExchangeConfig& config) {
   return absl::OkStatus();
 }
 
+Digest DigestOfDeviceConfig(const ExchangeConfig& config) {
+  Digest digest;
+  for (const std::int64_t first : config.placement.first_expert) digest.Add(first);
+  return digest.Add(config.num_slots)
+      .Add(config.max_topk)
+      .Add(config.hidden)
+      .Add(config.max_batch_tokens);
+}
+
 absl::Status CheckDeviceTokens(const CudaTokens& tokens, const DeviceTokenLimits& limits) {
   if (tokens.num_tokens < 0 || tokens.num_tokens > limits.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("dispatch: num_tokens ", tokens.num_tokens,

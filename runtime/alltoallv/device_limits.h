@@ -8,11 +8,15 @@
 #include "absl/status/status.h"
 #include "runtime/alltoallv/device_exchange.h"
 #include "runtime/alltoallv/exchange.h"
+#include "runtime/base/digest.h"
 
 namespace epserve::runtime {
 
 // INVALID_ARGUMENT names what the kernels do not take. `name` opens the message: "cuda exchange".
 absl::Status CheckDeviceConfig(const char* name, const ExchangeConfig& config);
+
+// Of what every rank must set alike, to be gone on with by what the backend adds.
+Digest DigestOfDeviceConfig(const ExchangeConfig& config);
 
 struct DeviceTokenLimits {
   std::int64_t max_tokens = 0;  // of this rank

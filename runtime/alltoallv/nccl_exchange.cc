@@ -11,7 +11,6 @@
 #include "runtime/alltoallv/device_limits.h"
 #include "runtime/alltoallv/nccl_kernels.h"
 #include "runtime/base/cuda_stream.h"
-#include "runtime/base/digest.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -44,12 +43,7 @@ absl::Status Validate(const NcclExchangeConfig& config) {
 }
 
 std::uint64_t DigestOf(const NcclExchangeConfig& config) {
-  Digest digest;
-  for (const std::int64_t first : config.base.placement.first_expert) digest.Add(first);
-  return digest.Add(config.base.num_slots)
-      .Add(config.base.max_topk)
-      .Add(config.base.hidden)
-      .Add(config.base.max_batch_tokens)
+  return DigestOfDeviceConfig(config.base)
       .Add(config.max_decode_tokens)
       .Add(config.max_element_bytes)
       .Add(static_cast<std::int64_t>(config.settings_digest))
