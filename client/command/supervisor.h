@@ -21,7 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "client/command/terminal.h"
-#include "client/cpp/safetensors_file.h"
+#include "client/cpp/file_handle.h"
 
 namespace epserve::client {
 

@@ -27,7 +27,7 @@
 #include "client/command/readiness_watch.h"
 #include "client/command/supervisor.h"
 #include "client/command/terminal.h"
-#include "client/cpp/safetensors_file.h"
+#include "client/cpp/file_handle.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -415,7 +415,12 @@ absl::Status CheckReadyFile(const std::string& path) {
                                                    "can be written"));
   };
   struct stat info {};
-  if (stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode)) return refuse(EISDIR);
+  if (lstat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--ready-file '", path,
+                     "': is there and is no regular file; it would be "
+                     "replaced and removed: name another"));
+  }
   const std::string partial = PartialPath(path);
   const FileHandle file(open(partial.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
   if (file.get() < 0) return refuse(errno);

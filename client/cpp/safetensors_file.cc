@@ -27,15 +27,6 @@ absl::Status Damaged(const std::string& path, const std::string& what) {
       absl::StrCat("safetensors: file '", path, "' ", what, "; get an undamaged copy"));
 }
 
-absl::Status FileError(const std::string& verb, const std::string& path, int error) {
-  const std::string message =
-      absl::StrCat("safetensors: ", verb, " '", path, "': ", strerror(error));
-  if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
-    return absl::ResourceExhaustedError(message + "; make room, or write elsewhere");
-  }
-  return error == ENOENT ? absl::NotFoundError(message) : absl::UnknownError(message);
-}
-
 absl::Status ReadExactly(int fd, const std::string& path, std::uint64_t offset, std::size_t size,
                          char* destination) {
   while (size > 0) {
@@ -111,21 +102,6 @@ absl::StatusOr<TensorEntry> ParseEntry(const std::string& path, const std::strin
 }
 
 }  // namespace
-
-FileHandle& FileHandle::operator=(FileHandle&& other) noexcept {
-  if (this != &other) {
-    Close();
-    fd_ = std::exchange(other.fd_, -1);
-  }
-  return *this;
-}
-
-FileHandle::~FileHandle() { Close(); }
-
-int FileHandle::Close() {
-  const int fd = std::exchange(fd_, -1);
-  return fd >= 0 ? close(fd) : 0;
-}
 
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std::string& path) {
   FileHandle handle(open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -230,30 +206,14 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
   // Readers expect the data 8-byte aligned; the format pads with spaces.
   header.append((8 - header.size() % 8) % 8, ' ');
 
-  const std::string partial = path + ".partial";
-  FileHandle handle(open(partial.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-  if (handle.get() < 0) return FileError("create", partial, errno);
-  std::unique_ptr<SafetensorsWriter> writer(new SafetensorsWriter(path, std::move(handle)));
+  EPC_ASSIGN_OR_RETURN(auto file, OutputFile::Create(path));
+  std::unique_ptr<SafetensorsWriter> writer(new SafetensorsWriter(path, std::move(file)));
   writer->pending_ = std::move(pending);
   const std::uint64_t header_bytes = header.size();
-  EPC_RETURN_IF_ERROR(writer->WriteAll(reinterpret_cast<const char*>(&header_bytes), kLengthBytes));
-  EPC_RETURN_IF_ERROR(writer->WriteAll(header.data(), header.size()));
+  EPC_RETURN_IF_ERROR(
+      writer->file_->Write(reinterpret_cast<const char*>(&header_bytes), kLengthBytes));
+  EPC_RETURN_IF_ERROR(writer->file_->Write(header.data(), header.size()));
   return writer;
-}
-
-SafetensorsWriter::~SafetensorsWriter() {
-  if (!finished_) unlink((path_ + ".partial").c_str());
-}
-
-absl::Status SafetensorsWriter::WriteAll(const char* data, std::size_t size) {
-  while (size > 0) {
-    const ssize_t put = write(file_.get(), data, size);
-    if (put < 0 && errno == EINTR) continue;
-    if (put < 0) return FileError("write", path_, errno);
-    data += put;
-    size -= static_cast<std::size_t>(put);
-  }
-  return absl::OkStatus();
 }
 
 absl::Status SafetensorsWriter::Append(const std::string& bytes) {
@@ -265,7 +225,7 @@ absl::Status SafetensorsWriter::Append(const std::string& bytes) {
             : std::string("past the last")));
   }
   ++next_;
-  return WriteAll(bytes.data(), bytes.size());
+  return file_->Write(bytes.data(), bytes.size());
 }
 
 absl::Status SafetensorsWriter::Finish() {
@@ -274,12 +234,7 @@ absl::Status SafetensorsWriter::Finish() {
                                                       next_, " of ", pending_.size(),
                                                       " tensors were appended"));
   }
-  if (file_.Close() != 0) return FileError("close", path_, errno);
-  if (rename((path_ + ".partial").c_str(), path_.c_str()) != 0) {
-    return FileError("rename", path_, errno);
-  }
-  finished_ = true;
-  return absl::OkStatus();
+  return file_->Finish();
 }
 
 absl::Status WriteSafetensors(const std::string& path,

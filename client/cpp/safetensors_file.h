@@ -21,6 +21,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "client/cpp/file_handle.h"
+#include "client/cpp/output_file.h"
 #include "client/cpp/tensor.h"
 
 namespace epserve::client {
@@ -31,21 +33,6 @@ struct TensorEntry {
   std::vector<std::int64_t> shape;
   std::uint64_t begin = 0;  // Bytes from the end of the header.
   std::uint64_t end = 0;
-};
-
-// A move-only file descriptor.
-class FileHandle {
- public:
-  explicit FileHandle(int fd = -1) : fd_(fd) {}
-  FileHandle(FileHandle&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  FileHandle& operator=(FileHandle&& other) noexcept;
-  ~FileHandle();
-  int get() const { return fd_; }
-  // Closes now and returns what close() said.
-  int Close();
-
- private:
-  int fd_;
 };
 
 class SafetensorsFile {
@@ -76,7 +63,7 @@ struct TensorSpec {
 };
 
 // Writes a file tensor by tensor, for files larger than memory. The file appears under its name
-// only when Finish succeeds; until then it is `<path>.partial`, removed if the writer is dropped.
+// only when Finish succeeds (OutputFile).
 class SafetensorsWriter {
  public:
   // INVALID_ARGUMENT: a name given twice or a bad shape.
@@ -84,7 +71,6 @@ class SafetensorsWriter {
       const std::string& path, const std::vector<TensorSpec>& specs);
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
-  ~SafetensorsWriter();
 
   // The next tensor's bytes, in the order of `specs`. INVALID_ARGUMENT: not the size its spec says.
   absl::Status Append(const std::string& bytes);
@@ -92,15 +78,13 @@ class SafetensorsWriter {
   absl::Status Finish();
 
  private:
-  SafetensorsWriter(std::string path, FileHandle file)
+  SafetensorsWriter(std::string path, std::unique_ptr<OutputFile> file)
       : path_(std::move(path)), file_(std::move(file)) {}
-  absl::Status WriteAll(const char* data, std::size_t size);
 
-  std::string path_;
-  FileHandle file_;
+  const std::string path_;
+  const std::unique_ptr<OutputFile> file_;
   std::vector<std::pair<std::string, std::uint64_t>> pending_;  // name and bytes, by order
   std::size_t next_ = 0;
-  bool finished_ = false;
 };
 
 // Whole files at once.

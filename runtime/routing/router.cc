@@ -81,8 +81,9 @@ void Softmax(std::span<float> values) {
   for (float& value : values) value /= sum;
 }
 
-// Leaves the scores of the best groups in `choice`, and 0 in place of the others'. A group is worth
-// the sum of its two best scores.
+// Leaves the scores of the best groups in `choice`, and -inf in place of the others', as DeepSeek's
+// own inference code does: a bias may make every score negative, and 0 would win over them. A group
+// is worth the sum of its two best scores.
 void KeepBestGroups(const RouterConfig& config, std::span<float> choice,
                     std::span<float> group_scores, std::int32_t* best_groups) {
   const std::size_t group_size = choice.size() / group_scores.size();
@@ -105,7 +106,7 @@ void KeepBestGroups(const RouterConfig& config, std::span<float> choice,
                                 static_cast<std::int32_t>(g)) != best_groups + config.topk_groups;
     if (kept) continue;
     const auto group = choice.subspan(g * group_size, group_size);
-    std::fill(group.begin(), group.end(), 0.0f);
+    std::fill(group.begin(), group.end(), -std::numeric_limits<float>::infinity());
   }
 }
 

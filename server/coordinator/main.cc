@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -36,6 +37,12 @@ constexpr int kUsageExitCode = 2;
 // The port as one line; renamed into place, so that a reader never sees half of it.
 absl::Status WritePortFile(const std::string& path, int port) {
   if (path.empty()) return absl::OkStatus();
+  struct stat info {};
+  if (::lstat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("port file: ", path,
+                     " is there and is no regular file; it would be replaced: name another"));
+  }
   const std::string temporary = absl::StrCat(path, ".tmp.", ::getpid());
   std::FILE* file = std::fopen(temporary.c_str(), "w");
   bool written = file != nullptr && std::fprintf(file, "%d\n", port) > 0;

@@ -1,8 +1,15 @@
 #include "client/cpp/safetensors_file.h"
 
+#include <sys/stat.h>
+
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <map>
 #include <string>
+#include <thread>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -187,12 +194,41 @@ TEST_F(SafetensorsFileTest, UnfinishedWriterLeavesNothing) {
 
 TEST(SafetensorsWriterTest, FullDiskIsResourceExhausted) {
   const TestDirectory directory;
-  std::filesystem::create_symlink("/dev/full", directory.File("full.safetensors.partial"));
+  std::filesystem::create_symlink("/dev/full", directory.File("full.safetensors"));
   const absl::Status status = WriteSafetensors(directory.File("full.safetensors"),
                                                {{"x", MakeTensor(ElementType::kF32, {1}, {1})}});
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
   EXPECT_NE(status.message().find("No space left"), std::string::npos) << status;
-  EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
+  EXPECT_TRUE(std::filesystem::is_symlink(directory.File("full.safetensors")));
+  EXPECT_TRUE(std::filesystem::is_character_file("/dev/full"));
+}
+
+TEST(SafetensorsWriterTest, LinkIsFollowedAndStays) {
+  const TestDirectory directory;
+  directory.Write("target", "before");
+  std::filesystem::create_symlink("target", directory.File("link"));
+  const std::map<std::string, Tensor> tensors = {{"x", MakeTensor(ElementType::kF32, {1}, {1})}};
+  ASSERT_TRUE(WriteSafetensors(directory.File("link"), tensors).ok());
+  EXPECT_TRUE(std::filesystem::is_symlink(directory.File("link")));
+  EXPECT_TRUE(ReadSafetensors(directory.File("target")).ok());
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(directory.path()), {}), 2);
+}
+
+TEST(SafetensorsWriterTest, PipeIsWrittenWhereItIs) {
+  const TestDirectory directory;
+  const std::string pipe = directory.File("pipe");
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  std::string read;
+  std::thread reader([&] {
+    std::ifstream file(pipe, std::ios::binary);
+    read.assign(std::istreambuf_iterator<char>(file), {});
+  });
+  const absl::Status status =
+      WriteSafetensors(pipe, {{"x", MakeTensor(ElementType::kF32, {1}, {1})}});
+  reader.join();
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_TRUE(std::filesystem::is_fifo(pipe));
+  EXPECT_NE(read.find("\"x\""), std::string::npos);
 }
 
 }  // namespace

@@ -236,7 +236,8 @@ TEST_F(UpTest, MissingProgramIsSaidBeforeAnythingStarts) {
 
 TEST_F(UpTest, ReadyFileThatCannotBeWrittenIsSaidBeforeAnythingStarts) {
   std::filesystem::create_directory(directory_.File("directory"));
-  for (const char* path : {"no/such/ready", "directory"}) {
+  std::filesystem::create_symlink("ready", directory_.File("link"));
+  for (const char* path : {"no/such/ready", "directory", "link"}) {
     ready_file_ = path;
     Start();
     EXPECT_EQ(Wait(), 1);

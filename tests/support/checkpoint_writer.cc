@@ -51,7 +51,7 @@ float StoredValue(const CheckpointSpec& spec, const Tensor& tensor, std::uint64_
     // An FP8 weight is uniform in [-448, 448]; its scale brings it back to the others' size.
     return (1.0f + 0.5f * uniform) / (448.0f * std::sqrt(static_cast<float>(spec.hidden)));
   }
-  if (EndsWith(tensor.name, "e_score_correction_bias")) return 0.1f * (uniform + 1.0f);
+  if (EndsWith(tensor.name, "e_score_correction_bias")) return 0.7f * uniform - 0.5f;
   if (tensor.dtype == DataType::kFp8E4m3) return 448.0f * uniform;
   return uniform * std::sqrt(3.0f / static_cast<float>(tensor.shape.back()));
 }

@@ -255,7 +255,7 @@ def build(spec):
         if spec.router:
             layer.router = add(f"{router}.weight", (spec.experts, spec.hidden), False)
             if spec.layout == "deepseek_v3":
-                bias = rng.uniform(0.0, 0.2, spec.experts).astype(np.float32)
+                bias = rng.uniform(-1.2, 0.2, spec.experts).astype(np.float32)
                 tensors[f"{router}.e_score_correction_bias"] = bias
                 layer.bias = bias.astype(np.float64)
         layers[number] = layer

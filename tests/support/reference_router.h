@@ -82,7 +82,8 @@ inline ReferenceRouting RouteInDouble(const runtime::RouterConfig& config,
     }
     for (std::size_t i = static_cast<std::size_t>(config.topk_groups); i < groups.size(); ++i) {
       for (std::size_t m = 0; m < size; ++m) {
-        choice[static_cast<std::size_t>(groups[i]) * size + m] = 0.0;
+        choice[static_cast<std::size_t>(groups[i]) * size + m] =
+            -std::numeric_limits<double>::infinity();
       }
     }
   }

@@ -135,6 +135,16 @@ TEST(RouterTest, GroupIsChosenByItsTwoBestAndLimitsTheChoice) {
   EXPECT_EQ(one.ids, (std::vector<std::int32_t>{2, 3}));
 }
 
+// A bias may make every choice negative; experts of the other groups stay out even then.
+TEST(RouterTest, NegativeChoicesStayInTheirGroups) {
+  Case one(Grouped(1, 4, 2, 2, 1, 1.0f), 1, 9);
+  one.gate = {4, -4, 2, 1};
+  one.x = {1.0f};
+  one.bias.assign(4, -1.5f);
+  one.Route();
+  EXPECT_EQ(one.ids, (std::vector<std::int32_t>{2, 3}));
+}
+
 TEST(RouterTest, EqualScoresGoToLowerId) {
   Case even(Softmax(4, 6, 3, true), 1, 10);
   std::fill(even.gate.begin(), even.gate.end(), 0.25f);
