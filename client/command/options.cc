@@ -20,14 +20,6 @@ constexpr std::int64_t kMost = std::int64_t{1} << 40;
 
 CLI::Range AtLeast(std::int64_t least) { return CLI::Range(least, kMost); }
 
-// The children know each flag's range; that it is a number at all is said before they start.
-std::string IsWholeNumber(const std::string& text) {
-  std::int64_t value = 0;
-  const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
-  if (digits && absl::SimpleAtoi(text, &value)) return "";
-  return "'" + text + "' is not a whole number from 0";
-}
-
 // A flag that `up` hands on to its children as it is.
 struct PassThrough {
   const char* name;
@@ -145,7 +137,8 @@ void AddUp(CLI::App& app, Parsed& parsed) {
   for (std::size_t i = 0; i < std::size(kPassThrough); ++i) {
     CLI::Option* option =
         up->add_option(kPassThrough[i].name, parsed.pass_through[i], kPassThrough[i].description);
-    if (kPassThrough[i].number) option->type_name("UINT")->check(IsWholeNumber);
+    // The children know each flag's range; that it is a number at all is said before they start.
+    if (kPassThrough[i].number) option->type_name("UINT")->check(WholeNumber());
   }
 }
 
@@ -189,12 +182,14 @@ void AddVerify(CLI::App& app, Parsed& parsed) {
       ->capture_default_str();
   verify->add_option("--layers", parsed.verify_layers, "all, or layer numbers with commas between")
       ->capture_default_str();
-  verify->add_option("--seed", options.seed, "Seed of the random batches")->capture_default_str();
+  verify->add_option("--seed", options.seed, "Seed of the random batches")
+      ->check(WholeNumber())
+      ->capture_default_str();
   verify
       ->add_option("--max-error", options.max_error,
                    "Largest relative L2 error that is right (default: 1e-5 for fp32, else 1e-2); "
                    "GPUs compute in bf16, so give 1e-2 there, and 6e-2 with fp8 weights or rows")
-      ->check(CLI::Range(1e-12, 1.0));
+      ->check(Between(1e-12, 1.0));
   verify->add_flag("--json", options.json, "Print one JSON object instead of a table");
   AddModel(verify, options.model);
   AddServer(verify, options.server, options.timeout_s, options.security);
@@ -230,7 +225,7 @@ void AddBench(CLI::App& app, Parsed& parsed) {
           "--rate", options.rate,
           "Open loop: requests started a second, whatever the service does; 0: closed loop")
       ->excludes(streaming)
-      ->check(CLI::Range(0.0, 1e6))
+      ->check(Between(0.0, 1e6))
       ->capture_default_str();
   AddAttempts(bench, options.attempts)->excludes(streaming);  // A stream's are never retried.
   bench->add_option("--requests", options.requests, "Requests measured, unless --duration is given")
@@ -246,6 +241,7 @@ void AddBench(CLI::App& app, Parsed& parsed) {
       ->check(AtLeast(0))
       ->capture_default_str();
   bench->add_option("--seed", options.seed, "Seed of the random tokens and ids")
+      ->check(WholeNumber())
       ->capture_default_str();
   bench->add_option("--trace", options.trace_path,
                     "Write a timeline of the requests and of every worker's phases to this file, "
@@ -300,16 +296,19 @@ void AddMakeCheckpoint(CLI::App& app, Parsed& parsed) {
         ->check(CLI::Range(std::int64_t{1}, most))
         ->capture_default_str();
   };
-  add("--hidden", options.hidden, 1 << 20, "Hidden size H");
-  add("--intermediate", options.intermediate, 1 << 20, "Intermediate size I of an expert");
-  add("--experts", options.num_experts, 1 << 16, "Experts E of a layer");
-  add("--topk", options.topk, 1 << 10, "Experts K of a token");
+  // What the service takes.
+  add("--hidden", options.hidden, 1 << 17, "Hidden size H");
+  add("--intermediate", options.intermediate, 1 << 18, "Intermediate size I of an expert");
+  add("--experts", options.num_experts, 1 << 12, "Experts E of a layer");
+  add("--topk", options.topk, 16, "Experts K of a token");
   make->add_option("--dtype", options.dtype,
                    "Type of the weights: bf16, fp16, fp32, fp8 (deepseek_v3 only)")
       ->check(CLI::IsMember({"bf16", "fp16", "fp32", "fp8"}))
       ->capture_default_str();
   add("--shards", options.num_shards, 99999, "Files to spread the tensors over");
-  make->add_option("--seed", options.seed, "Seed of the random weights")->capture_default_str();
+  make->add_option("--seed", options.seed, "Seed of the random weights")
+      ->check(WholeNumber())
+      ->capture_default_str();
   make->add_flag("--no-router", parsed.no_router, "Leave the routers out");
   make->add_flag("--force", options.force, "Write into a directory that is not empty");
 }

@@ -1,8 +1,36 @@
 #include "client/command/shared_flags.h"
 
+#include <cstdint>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+
 namespace epserve::client {
 
-CLI::Range Seconds(double least) { return CLI::Range(least, 1e7); }
+CLI::Validator Between(double least, double most) {
+  // CLI::Range lets NaN pass, which is neither below nor above anything.
+  return CLI::Validator(
+      [least, most](std::string& text) -> std::string {
+        double value = 0;
+        if (absl::SimpleAtod(text, &value) && value >= least && value <= most) return "";
+        return absl::StrCat("'", text, "' is not a number in [", least, ", ", most, "]");
+      },
+      absl::StrCat("FLOAT in [", least, " - ", most, "]"));
+}
+
+CLI::Validator Seconds(double least) { return Between(least, 1e7); }
+
+CLI::Validator WholeNumber() {
+  return CLI::Validator(
+      [](std::string& text) -> std::string {
+        std::uint64_t value = 0;
+        const bool digits =
+            !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+        if (digits && absl::SimpleAtoi(text, &value)) return "";
+        return absl::StrCat("'", text, "' is not a whole number from 0");
+      },
+      "NUMBER");
+}
 
 void AddSecurity(CLI::App* command, ChannelSecurity& security) {
   command->add_option("--tls-cert", security.tls_cert,

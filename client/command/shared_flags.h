@@ -9,7 +9,9 @@
 
 namespace epserve::client {
 
-CLI::Range Seconds(double least);
+CLI::Validator Between(double least, double most);  // a number, which NaN is not
+CLI::Validator Seconds(double least);
+CLI::Validator WholeNumber();  // from 0, below 2^64
 
 // How a call shows who it is, and whom it trusts.
 void AddSecurity(CLI::App* command, ChannelSecurity& security);

@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 
 namespace epserve::coordinator {
@@ -117,7 +118,7 @@ void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger,
       ->capture_default_str();
   app.add_option("--slots", options.num_slots, "Batches in flight; the same everywhere")
       ->envname("EPSERVE_SLOTS")
-      ->check(CLI::Range(1, 64))
+      ->check(CLI::Range(1, runtime::kMaxSlots))
       ->capture_default_str();
   app.add_option("--trigger", trigger,
                  "Dispatch and combine are triggered together with the shard, or one by one: "
@@ -229,10 +230,13 @@ absl::Status ValidateOptions(const Options& options) {
 }
 
 std::string BaseName(const std::string& dir) {
-  std::error_code error;
-  std::filesystem::path path = std::filesystem::weakly_canonical(dir, error);
-  if (error) path = dir;
+  // As it was given: a link's name is the model's, not what it leads to.
+  std::filesystem::path path = std::filesystem::path(dir).lexically_normal();
   if (!path.has_filename()) path = path.parent_path();
+  if (path == "." || path.filename() == "..") {
+    std::error_code error;
+    path = std::filesystem::weakly_canonical(path, error);
+  }
   const std::string name = path.filename().string();
   return name.empty() ? "model" : name;
 }

@@ -9,6 +9,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 
 namespace epserve::worker {
@@ -57,7 +58,7 @@ void AddEngineFlags(CLI::App& app, Options& options) {
       ->capture_default_str();
   app.add_option("--slots", options.num_slots, "Batches in flight; the same everywhere")
       ->envname("EPSERVE_SLOTS")
-      ->check(CLI::Range(1, 64))
+      ->check(CLI::Range(1, runtime::kMaxSlots))
       ->capture_default_str();
   app.add_option("--compute-threads", options.compute_threads, "Threads of the experts, per batch")
       ->envname("EPSERVE_COMPUTE_THREADS")
@@ -70,8 +71,8 @@ void AddEngineFlags(CLI::App& app, Options& options) {
       ->capture_default_str();
   app.add_option(
          "--backend", options.backend,
-         "What computes and moves rows: host, cuda, or auto (cuda where a GPU is); the same "
-         "everywhere")
+         "What computes and moves rows: host, cuda, nccl, or auto (cuda where a GPU is); the "
+         "same everywhere")
       ->envname("EPSERVE_BACKEND")
       ->check(CLI::IsMember({"auto", "host", "cuda", "nccl"}))
       ->capture_default_str();

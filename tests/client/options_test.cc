@@ -53,6 +53,10 @@ TEST(OptionsTest, MistakesAreRefusedByName) {
               HasSubstr("--queue-capacity"));
   EXPECT_THAT(error({"bench", "--dtype=fp64"}), HasSubstr("--dtype"));
   EXPECT_THAT(error({"bench", "--tokens=1x"}), HasSubstr("1x"));
+  EXPECT_THAT(error({"bench", "--rate=nan"}), HasSubstr("'nan' is not a number"));
+  EXPECT_THAT(error({"bench", "--timeout=nan"}), HasSubstr("--timeout"));
+  EXPECT_THAT(error({"bench", "--seed=-1"}), HasSubstr("'-1'"));
+  EXPECT_THAT(error({"make-checkpoint", "--output=x", "--topk=17"}), HasSubstr("--topk"));
   EXPECT_THAT(error({"bench", "--unheard-of=1"}), HasSubstr("--unheard-of"));
   EXPECT_THAT(error({"verify", "--checkpoint=x", "--layers=1,a"}), HasSubstr("'a'"));
   EXPECT_THAT(error({"verify", "--checkpoint=x", "--layers="}), HasSubstr("--layers"));

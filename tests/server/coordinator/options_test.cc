@@ -3,9 +3,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 #include <vector>
+
+#include "absl/strings/str_cat.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -36,6 +41,22 @@ TEST(OptionsTest, DefaultsAreThoseOfTheHelpText) {
   EXPECT_EQ(options.queue_capacity, 1024);
   EXPECT_FALSE(options.separate_triggers);
   EXPECT_EQ(options.lease_ms, 1000);
+}
+
+TEST(OptionsTest, ModelIsNamedAsTheDirectoryIsGivenNotAsALinkLeadsOn) {
+  const std::filesystem::path dir =
+      std::filesystem::path(testing::TempDir()) / absl::StrCat("name-", ::getpid());
+  std::filesystem::create_directories(dir / "snapshots" / "0123abc");
+  std::filesystem::create_directory_symlink(dir / "snapshots" / "0123abc", dir / "mixtral");
+  const auto name = [](const std::string& given) {
+    const std::string flag = "--checkpoint=" + given;
+    return Parse({flag.c_str()})->options->model_name;
+  };
+  EXPECT_EQ(name((dir / "mixtral").string()), "mixtral");
+  EXPECT_EQ(name((dir / "mixtral").string() + "/"), "mixtral");
+  EXPECT_EQ(name((dir / "snapshots" / ".").string()), "snapshots");
+  EXPECT_EQ(name("."), std::filesystem::current_path().filename().string());
+  std::filesystem::remove_all(dir);
 }
 
 TEST(OptionsTest, RepeatedListenKeepsEveryAddress) {
@@ -85,6 +106,7 @@ TEST(OptionsTest, WrongValuesAreRefusedByFlag) {
   EXPECT_THAT(Refusal({"--checkpoint=m", "--workers=0"}), HasSubstr("--workers"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--workers=four"}), HasSubstr("--workers"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--slots=1.5"}), HasSubstr("--slots"));
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--slots=17"}), HasSubstr("--slots"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--trigger=never"}), HasSubstr("--trigger"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--log-format=xml"}), HasSubstr("--log-format"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--listen=127.0.0.1"}), HasSubstr("--listen"));

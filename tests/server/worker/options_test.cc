@@ -109,6 +109,7 @@ TEST(OptionsTest, EnvironmentStandsInForAFlagAndTheFlagWins) {
 TEST(OptionsTest, WrongValuesAreRefusedNamingTheFlag) {
   ExpectRefused({}, "--checkpoint");
   ExpectRefused({"--checkpoint=/m", "--slots=0"}, "--slots");
+  ExpectRefused({"--checkpoint=/m", "--slots=17"}, "--slots");
   ExpectRefused({"--checkpoint=/m", "--slots=two"}, "--slots");
   ExpectRefused({"--checkpoint=/m", "--max-batch-tokens=0"}, "--max-batch-tokens");
   ExpectRefused({"--checkpoint=/m", "--coordinator=here"}, "--coordinator");
