@@ -108,6 +108,8 @@ def test_metrics_count_batches_by_the_way_taken(clusters, served, rng):
     routed = served.tokens_away_from_ties(rng, 8)
 
     def batches(cluster):
+        # A batch is counted right after its requests are answered.
+        cluster.wait_status(lambda s: not s.batches_in_flight, 5, "no batch in flight")
         metrics = cluster.metrics()
         kinds = ("coordinator", "streams", "device")
         return {k: metrics[f'epserve_batches_total{{count_exchange="{k}"}}'] for k in kinds}
@@ -157,7 +159,7 @@ def test_peer_killed_during_the_exchange_costs_unavailable_in_bounded_time(
     with start_cluster(served, workers=WORKERS, **options) as cluster:
         batch = random_batch(served.spec, rng, 30)
         bits = infer(cluster, *batch).tobytes()
-        cluster.workers[1].send(signal.SIGSTOP)  # It tells its peers nothing any more.
+        cluster.workers[1].pause()  # It tells its peers nothing any more.
         call = begin(cluster, *batch)
         killed_at = time.monotonic()
         cluster.workers[1].kill()
@@ -180,7 +182,7 @@ def test_peer_that_is_silent_in_the_exchange_is_named_after_the_peer_timeout(
     with start_cluster(served, workers=WORKERS, **options) as cluster:
         batch = random_batch(served.spec, rng, 30)
         bits = infer(cluster, *batch).tobytes()
-        cluster.workers[1].send(signal.SIGSTOP)
+        cluster.workers[1].pause()
         call = begin(cluster, *batch)
         error = call.exception(timeout=20)
         assert error.code() == grpc.StatusCode.UNAVAILABLE
