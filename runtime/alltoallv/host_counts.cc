@@ -1,8 +1,9 @@
 #include "runtime/alltoallv/host_counts.h"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <new>
-#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/host_exchange.h"
