@@ -56,6 +56,8 @@ constexpr PassThrough kPassThrough[] = {
      false},
     {"--secrets-file", "File of lines '<frontend|worker|operator> <secret>' (default: none)", true,
      false},
+    {"--count-exchange", "How the count matrix is made: coordinator, device, auto (default: auto)",
+     true, false},
     {"--row-transport", "How rows reach the workers: shared or messages (default: shared)", true,
      false},
     {"--backend", "What computes and moves rows: host, cuda, nccl, auto (default: host)", false,

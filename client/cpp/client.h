@@ -70,9 +70,10 @@ struct InferResult {
   // epserve_server_us.
   std::map<std::string, std::int64_t> parameters;
   // Where the request asked for it: JSON with started_us (the batch went to the workers),
-  // count_exchange ("coordinator" or "device"), and for each of `workers` its rank, start_ns (its
-  // shard had come) and the durations assign_ns, counts_ns, dispatch_ns, ffn_ns, combine_ns, one
-  // after another. Times are CLOCK_MONOTONIC's of the service's machine.
+  // count_exchange ("coordinator", "streams" or "device": how the count matrix was made) and
+  // counts_ns (what it took), and for each of `workers` its rank, start_ns (its shard had come) and
+  // the durations assign_ns, counts_ns, dispatch_ns, ffn_ns, combine_ns, one after another. Times
+  // are CLOCK_MONOTONIC's of the service's machine.
   std::string trace;
   int attempts = 1;  // How many it took.
 };

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "runtime/base/dtype.h"
 #include "runtime/routing/count_matrix.h"
@@ -70,6 +71,12 @@ constexpr std::int64_t MaxSumRows(std::int64_t max_batch_tokens) {
 class Exchange {
  public:
   virtual ~Exchange() = default;
+
+  // Tells every rank this one's counts of a batch (`counts` of R and E entries), waits for theirs,
+  // and gives the count matrix, the same on all ranks. `sequence` is the batch's, as Dispatch's.
+  // INVALID_ARGUMENT: outside the config. Other errors as Dispatch's.
+  virtual absl::StatusOr<CountMatrix> ExchangeCounts(int slot, std::uint64_t sequence,
+                                                     const ShardCounts& counts) = 0;
 
   // Pushes the shard, then waits until every source's rows are in this rank's heap.
   // INVALID_ARGUMENT: args outside the config. DEADLINE_EXCEEDED: a peer's rows did not come within

@@ -40,7 +40,7 @@ absl::Status CheckRange(const char* field, std::int64_t value, std::int64_t low,
 
 HeapLayout LayoutOf(const ExchangeConfig& config) {
   return MakeHeapLayout(config.num_ranks, config.max_batch_tokens, config.hidden, config.max_topk,
-                        config.num_slots);
+                        config.num_slots, config.placement.num_experts());
 }
 
 HeapSpec SpecOf(const ExchangeConfig& config, int rank) {
@@ -131,6 +131,7 @@ HostExchange::HostExchange(const ExchangeConfig& config, const HeapLayout& layou
     const SlotView view{heap_.data() + layout_.SlotOffset(index), &layout_};
     for (int src = 0; src < config.num_ranks; ++src) new (&view.arrival(src)) Arrival{};
     new (view.partials_ready()) SharedFlag;
+    CountRecords(view.base, layout_, config.num_ranks).Initialize();
   }
 }
 

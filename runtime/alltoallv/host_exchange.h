@@ -21,6 +21,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "runtime/alltoallv/exchange.h"
+#include "runtime/alltoallv/host_counts.h"
 #include "runtime/alltoallv/layout.h"
 #include "runtime/symmetric/shared_flag.h"
 #include "runtime/symmetric/symmetric_heap.h"
@@ -55,6 +56,8 @@ class HostExchange final : public Exchange {
   // Takes the heap's name out of the system. REQUIRES: every peer has opened it.
   void Seal() { heap_.Seal(); }
 
+  absl::StatusOr<CountMatrix> ExchangeCounts(int slot, std::uint64_t sequence,
+                                             const ShardCounts& counts) override;
   absl::Status Dispatch(const DispatchArgs& args) override;
   const ReceivedRows& Received(int slot) const override { return slots_[slot].received; }
   absl::Status Combine(int slot, void* out) override;
@@ -70,6 +73,7 @@ class HostExchange final : public Exchange {
     ReceivedRows received;
     std::vector<const std::byte*> row_pointers;     // [max_batch_tokens]
     std::vector<std::uint64_t> token_destinations;  // [max shard tokens] bit r: goes to rank r
+    std::uint64_t counted_sequence = 0;             // of the last counts told; 0: none yet
     std::uint64_t sequence = 0;                     // of the last batch; 0: none yet
     bool dispatched = false;                        // Combine may follow
     std::int64_t num_tokens = 0;
@@ -78,6 +82,8 @@ class HostExchange final : public Exchange {
 
   HostExchange(const ExchangeConfig& config, const HeapLayout& layout, SymmetricHeap heap);
 
+  absl::Status ValidateCounts(int slot, std::uint64_t sequence, const ShardCounts& counts) const;
+  CountRecords RecordsOf(int rank, int slot) const;
   absl::Status ValidateDispatch(const DispatchArgs& args) const;
   // Fills the slot's token_destinations; refuses bad ids and a count matrix that says otherwise.
   absl::Status RouteShard(const DispatchArgs& args, Slot* slot) const;

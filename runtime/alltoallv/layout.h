@@ -1,7 +1,8 @@
 // Where everything stands in a rank's heap; the one table of offsets. Pure and constexpr.
 //
 //   header page | slot 0 | slot 1 | ...
-//   slot: Arrival[R] | partials_ready | receive rows | local experts | weights | partial rows
+//   slot: Arrival[R] | partials_ready | count records[R] | receive rows | local experts | weights |
+//         partial rows
 //
 // Sizes are those of 4-byte elements and of max_topk; a batch of a narrower type or a smaller K
 // packs its rows and its metadata closer, from the same begin.
@@ -37,10 +38,22 @@ struct Arrival {
 };
 static_assert(sizeof(Arrival) == 128 && sizeof(Arrival) % kRegionAlignment == 0);
 
+// What one source tells every rank about its shard of a batch, where the ranks exchange the counts;
+// written before its flag is raised. Behind it stand i32 [R], the source's rows to each rank, and
+// i32 [E], its token-expert pairs by expert.
+struct CountRecord {
+  SharedFlag flag;  // The sequence of the last batch whose counts are all there.
+  std::uint64_t sequence;
+  std::uint8_t unused[56];
+};
+static_assert(sizeof(CountRecord) == 128 && sizeof(CountRecord) % kRegionAlignment == 0);
+
 struct HeapLayout {
   // From the begin of the slot.
   std::uint64_t arrivals_offset = 0;        // Arrival [R], written by the sources
   std::uint64_t partials_ready_offset = 0;  // SharedFlag, raised by the owner
+  std::uint64_t counts_offset = 0;          // CountRecord [R] and their counts, by the sources
+  std::uint64_t count_record_bytes = 0;     // from one record to the next
   std::uint64_t receive_rows_offset = 0;    // [max_batch_tokens] rows, each on a cache line
   std::uint64_t local_experts_offset = 0;   // [max_batch_tokens, K] i32
   std::uint64_t weights_offset = 0;         // [max_batch_tokens, K] f32
@@ -62,13 +75,19 @@ constexpr std::uint64_t ReceiveRowStride(std::int64_t hidden, std::uint64_t elem
 
 // REQUIRES: a valid config, whose limits keep every product far below 2^63.
 constexpr HeapLayout MakeHeapLayout(int num_ranks, std::int64_t max_batch_tokens,
-                                    std::int64_t hidden, int max_topk, int num_slots) {
+                                    std::int64_t hidden, int max_topk, int num_slots,
+                                    std::int64_t num_experts) {
   const auto ranks = static_cast<std::uint64_t>(num_ranks);
   const auto rows = static_cast<std::uint64_t>(max_batch_tokens);
   const auto topk = static_cast<std::uint64_t>(max_topk);
   HeapLayout layout;
   layout.partials_ready_offset = layout.arrivals_offset + ranks * sizeof(Arrival);
-  layout.receive_rows_offset = layout.partials_ready_offset + sizeof(SharedFlag);
+  layout.counts_offset = layout.partials_ready_offset + sizeof(SharedFlag);
+  layout.count_record_bytes =
+      AlignUp(sizeof(CountRecord) +
+                  (ranks + static_cast<std::uint64_t>(num_experts)) * sizeof(std::int32_t),
+              kRegionAlignment);
+  layout.receive_rows_offset = layout.counts_offset + ranks * layout.count_record_bytes;
   layout.local_experts_offset =
       layout.receive_rows_offset + rows * ReceiveRowStride(hidden, sizeof(float));
   layout.weights_offset =
@@ -84,16 +103,18 @@ constexpr HeapLayout MakeHeapLayout(int num_ranks, std::int64_t max_batch_tokens
   return layout;
 }
 
-// The table by example: 4 ranks, 6 tokens, H 5, K 3, 2 slots.
-inline constexpr HeapLayout kExampleLayout = MakeHeapLayout(4, 6, 5, 3, 2);
+// The table by example: 4 ranks, 6 tokens, H 5, K 3, 2 slots, 10 experts.
+inline constexpr HeapLayout kExampleLayout = MakeHeapLayout(4, 6, 5, 3, 2, 10);
 static_assert(kExampleLayout.partials_ready_offset == 4 * 128);
-static_assert(kExampleLayout.receive_rows_offset == 576);
-static_assert(kExampleLayout.local_experts_offset == 576 + 6 * 64);
-static_assert(kExampleLayout.weights_offset == 960 + 128);
-static_assert(kExampleLayout.partial_rows_offset == 1088 + 128);
-static_assert(kExampleLayout.sums_offset == 1216 + 64);
-static_assert(kExampleLayout.slot_bytes == 1216 + 128);
-static_assert(kExampleLayout.heap_bytes == 8192);
+static_assert(kExampleLayout.counts_offset == 576);
+static_assert(kExampleLayout.count_record_bytes == 128 + 64);
+static_assert(kExampleLayout.receive_rows_offset == 576 + 4 * 192);
+static_assert(kExampleLayout.local_experts_offset == 1344 + 6 * 64);
+static_assert(kExampleLayout.weights_offset == 1728 + 128);
+static_assert(kExampleLayout.partial_rows_offset == 1856 + 128);
+static_assert(kExampleLayout.sums_offset == 1984 + 64);
+static_assert(kExampleLayout.slot_bytes == 1984 + 128);
+static_assert(kExampleLayout.heap_bytes == 12288);
 static_assert(kHeapHeaderBytes % kRegionAlignment == 0);
 
 // Differs where two ranks' layouts or placements do, so that they refuse each other's heaps.

@@ -322,7 +322,7 @@ absl::Status CudaEngine::StageSlot(ShardSlot& slot) {
 absl::Status CudaEngine::CheckCounts(const CudaSlot& slot, const CountMatrix& counts) const {
   EPS_RETURN_IF_ERROR(ValidateCountMatrix(counts, placement(), options_.max_batch_tokens));
   for (int to = 0; to < counts.num_ranks; ++to) {
-    const std::int32_t counted = slot.rows_to_rank()[static_cast<std::size_t>(to)];
+    const std::int32_t counted = slot.counts().rows_to_rank[static_cast<std::size_t>(to)];
     if (counts.at(rank(), to) == counted) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("dispatch: the count matrix has ", counts.at(rank(), to), " rows from rank ",

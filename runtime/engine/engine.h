@@ -3,9 +3,10 @@
 // (host, cuda, nccl); all give the same results and pass the same tests.
 //
 // Life: Create ─► LoadExperts ─► [ CreateHeap ─► OpenPeers ─► SealHeap ─► batches ─► CloseEpoch ]*
-// A batch on a slot: Stage ─► Dispatch ─► RunExperts ─► Combine ─► Finish.
+// A batch on a slot: Stage [─► ExchangeCounts] ─► Dispatch ─► RunExperts ─► Combine ─► Finish.
 // A slot's next batch starts, on any rank, only after its last one has ended on all of them.
-// A device backend enqueues in all but Stage (where it must return counts) and Finish.
+// A device backend enqueues in all but Stage and ExchangeCounts (which must return counts) and
+// Finish.
 //
 // Thread safety: LoadExperts and the epoch calls come from one thread, with no batch running but
 // for Abort(), which may be called from any thread at any time. Each slot's calls come from one
@@ -24,6 +25,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "runtime/base/dtype.h"
 #include "runtime/checkpoint/model_info.h"
@@ -84,11 +86,6 @@ struct ShardInput {
   const float* topk_weights = nullptr;     // [T, K], null where topk_ids is
 };
 
-struct ShardCounts {
-  std::vector<std::int32_t> rows_to_rank;     // [R]
-  std::vector<std::int64_t> rows_per_expert;  // [E], of this shard
-};
-
 struct BatchTimes {
   std::int64_t dispatch_ns = 0;
   std::int64_t ffn_ns = 0;
@@ -140,6 +137,17 @@ class Engine {
 
   // Takes a shard in, routes it where ids are absent, and counts it.
   virtual absl::StatusOr<ShardCounts> Stage(const ShardInput& input) = 0;
+  // Whether ExchangeCounts is to be had.
+  virtual bool exchanges_counts() const { return false; }
+  // The count matrix of the slot's staged batch, which the ranks gather among themselves through
+  // each other's heaps; the same on all. Every rank calls it, also with an empty shard.
+  // DEADLINE_EXCEEDED: a peer's counts did not come within peer_timeout, naming the peer. ABORTED:
+  // Abort() was called. UNIMPLEMENTED: not exchanges_counts().
+  virtual absl::StatusOr<CountMatrix> ExchangeCounts(int /*slot*/) {
+    return absl::UnimplementedError(
+        absl::StrCat("exchange counts: ranks of the ", std::string(backend()),
+                     " backend cannot; give the coordinator --count-exchange=coordinator or auto"));
+  }
   virtual absl::Status Dispatch(int slot, const CountMatrix& counts) = 0;
   virtual absl::Status RunExperts(int slot) = 0;
   virtual absl::Status Combine(int slot) = 0;

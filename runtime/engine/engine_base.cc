@@ -149,7 +149,7 @@ absl::StatusOr<ShardCounts> EngineBase::Stage(const ShardInput& input) {
   counts.rows_per_expert.resize(static_cast<std::size_t>(model().num_experts));
   CountShard(slot->intake().ids(), input.topk, placement_, counts.rows_to_rank,
              counts.rows_per_expert);
-  slot->SetRowsToRank(counts.rows_to_rank);
+  slot->SetCounts(counts);
   return counts;
 }
 

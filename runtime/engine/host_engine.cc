@@ -55,6 +55,8 @@ class HostEngine final : public EngineBase {
   absl::StatusOr<std::vector<float>> ReferenceExpert(std::int64_t layer, std::int64_t expert,
                                                      std::span<const float> x) const override;
 
+  bool exchanges_counts() const override { return true; }
+  absl::StatusOr<CountMatrix> ExchangeCounts(int slot) override;
   absl::Status Dispatch(int slot, const CountMatrix& counts) override;
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
@@ -177,6 +179,18 @@ absl::StatusOr<BatchSlot*> HostEngine::BatchIn(const char* operation, int slot,
 absl::Status HostEngine::StageSlot(ShardSlot& slot) {
   static_cast<BatchSlot&>(slot).Reset();
   return absl::OkStatus();
+}
+
+absl::StatusOr<CountMatrix> HostEngine::ExchangeCounts(int slot_index) {
+  EPS_ASSIGN_OR_RETURN(BatchSlot * slot,
+                       BatchIn("exchange counts", slot_index, BatchSlot::State::kStaged));
+  slot->SetState(BatchSlot::State::kFailed);
+  EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("exchange counts"));
+  EPS_ASSIGN_OR_RETURN(
+      CountMatrix counts,
+      exchange->ExchangeCounts(slot_index, slot->intake().input().sequence, slot->counts()));
+  slot->SetState(BatchSlot::State::kStaged);
+  return counts;
 }
 
 absl::Status HostEngine::Dispatch(int slot_index, const CountMatrix& counts) {

@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "runtime/engine/engine.h"
@@ -32,16 +31,16 @@ class ShardSlot {
   std::size_t layer_index() const { return layer_index_; }
   BatchTimes& times() { return times_; }
 
-  // Rows of the shard that each rank receives, counted once it was taken in.
-  const std::vector<std::int32_t>& rows_to_rank() const { return rows_to_rank_; }
-  void SetRowsToRank(const std::vector<std::int32_t>& rows) { rows_to_rank_ = rows; }
+  // Of the shard, counted once it was taken in.
+  const ShardCounts& counts() const { return counts_; }
+  void SetCounts(const ShardCounts& counts) { counts_ = counts; }
 
  private:
   ShardIntake intake_;
   State state_ = State::kFree;
   std::size_t layer_index_ = 0;
   BatchTimes times_;
-  std::vector<std::int32_t> rows_to_rank_;  // [R]
+  ShardCounts counts_;
 };
 
 }  // namespace epserve::runtime

@@ -2,7 +2,8 @@
 //
 // A token goes ONCE to each rank that owns any of its experts, however many of them that rank owns.
 // The coordinator computes the matrix where it sees the ids; elsewhere each rank counts its own
-// shard and the rows are gathered. Pure functions, safe from any thread.
+// shard, and the counts are gathered by the coordinator or exchanged by the ranks. All ways give
+// the same matrix. Pure functions, safe from any thread.
 #ifndef EPSERVE_RUNTIME_ROUTING_COUNT_MATRIX_H_
 #define EPSERVE_RUNTIME_ROUTING_COUNT_MATRIX_H_
 
@@ -54,6 +55,12 @@ struct CountMatrix {
   // Where dst's rows begin among the rows that src sent (ordered by destination rank).
   std::int64_t SendOffset(int src, int dst) const;
   std::int64_t NumSent(int src) const;
+};
+
+// What one rank adds to the matrix.
+struct ShardCounts {
+  std::vector<std::int32_t> rows_to_rank;     // [R] its row of the matrix
+  std::vector<std::int64_t> rows_per_expert;  // [E] token-expert pairs of its shard
 };
 
 // Counts one shard. An id of -1 is no expert; an id that stands twice in a row counts twice in

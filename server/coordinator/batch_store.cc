@@ -1,6 +1,7 @@
 #include "server/coordinator/batch_store.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 
@@ -37,9 +38,11 @@ struct BatchStore::Segment {
 
 namespace {
 
+// `took_ns` receives what it cost.
 std::shared_ptr<const runtime::CountMatrix> CountRows(
     std::span<const std::span<const std::int32_t>> ids_of_segments, std::int64_t num_tokens,
-    int topk, const runtime::Placement& placement) {
+    int topk, const runtime::Placement& placement, std::int64_t* took_ns) {
+  const auto start = std::chrono::steady_clock::now();
   std::vector<std::int32_t> joined;
   std::span<const std::int32_t> ids;
   if (ids_of_segments.size() == 1) {
@@ -49,8 +52,10 @@ std::shared_ptr<const runtime::CountMatrix> CountRows(
     for (const auto& part : ids_of_segments) joined.insert(joined.end(), part.begin(), part.end());
     ids = joined;
   }
-  return std::make_shared<const runtime::CountMatrix>(
+  auto counts = std::make_shared<const runtime::CountMatrix>(
       runtime::ComputeCountMatrix(ids, num_tokens, topk, placement));
+  *took_ns = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+  return counts;
 }
 
 }  // namespace
@@ -151,7 +156,7 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
   KeptBatch& batch = Keep(start.epoch, start.batch, start.slot, start.shards, now_us);
   batch.layer = start.layer;
   batch.row_bytes = hidden_ * RowTypeBytes(start.row_type);
-  batch.routed = start.routed;
+  batch.counts = start.counts;
 
   std::vector<Segment> segments;
   std::vector<std::span<const std::int32_t>> ids;
@@ -168,7 +173,10 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
   common.topk = topk_;
   common.routed = start.routed;
   common.trigger = start.trigger;
-  if (start.routed) common.counts = CountRows(ids, start.num_tokens, topk_, placement_);
+  common.device_counts = start.counts == CountExchange::kDevice;
+  if (start.counts == CountExchange::kCoordinator) {
+    common.counts = CountRows(ids, start.num_tokens, topk_, placement_, &batch.times.counts_ns);
+  }
   return MakeShards(common, batch, segments);
 }
 
@@ -177,6 +185,7 @@ std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_
   batch.layer = start.layer;
   batch.row_bytes = hidden_ * RowTypeBytes(RowType::kFp32);
   batch.is_probe = true;
+  batch.counts = start.counts;
   batch.probe = server::MakeProbeBatch(placement_, hidden_, topk_);
 
   const std::span<const float> rows = batch.probe.hidden;
@@ -192,7 +201,11 @@ std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_
   common.layer = start.layer;
   common.topk = topk_;
   common.trigger = start.trigger;
-  common.counts = CountRows({&ids, 1}, batch.probe.num_tokens, topk_, placement_);
+  common.device_counts = start.counts == CountExchange::kDevice;
+  if (start.counts == CountExchange::kCoordinator) {
+    common.counts =
+        CountRows({&ids, 1}, batch.probe.num_tokens, topk_, placement_, &batch.times.counts_ns);
+  }
   return MakeShards(common, batch, {&segment, 1});
 }
 

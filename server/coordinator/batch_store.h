@@ -36,9 +36,9 @@ struct KeptBatch {
   std::vector<bool> in_arena;        // by rank
   int slot = 0;
   std::shared_ptr<runtime::RowArena> arena;  // null where no rank's rows are in one
-  WorkerTimes times;                         // of each phase the most that any worker took
+  WorkerTimes times;  // of each phase the most that any worker took; counts: or the matrix here
   std::vector<WorkerTimes> times_of_rank;
-  bool routed = false;  // the requests gave their ids
+  CountExchange counts = CountExchange::kCoordinator;
   TimeUs started_us = 0;
   TimeUs last_done_us = 0;
   bool is_probe = false;

@@ -145,6 +145,7 @@ void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   shard->set_in_arena(in.in_arena);
   shard->set_first_row(in.first_row);
   shard->set_trigger(ToProto(in.trigger));
+  shard->set_device_counts(in.device_counts);
   if (in.counts != nullptr) FillCounts(in.epoch, in.batch, *in.counts, shard->mutable_counts());
 }
 
@@ -179,6 +180,7 @@ HelloInfo FromProto(const v1::Hello& hello) {
   info.max_batch_tokens = hello.max_batch_tokens();
   info.cluster_id = hello.cluster_id();
   info.num_slots = hello.num_slots();
+  info.device_counts = hello.device_counts();
   return info;
 }
 

@@ -52,6 +52,11 @@ constexpr auto kStopGrace = std::chrono::seconds(1);
 // from one to the other at each event, which costs more than it gains until a core is full.
 constexpr int kIoThreads = 1;
 
+CountExchangeMode CountExchangeModeOf(std::string_view option) {
+  if (option == "coordinator") return CountExchangeMode::kCoordinator;
+  return option == "device" ? CountExchangeMode::kDevice : CountExchangeMode::kAuto;
+}
+
 Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
                   const Coordinator::Pace& pace) {
   Config config;
@@ -64,6 +69,7 @@ Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
   config.queue_capacity = options.queue_capacity;
   config.batch_window_us = options.batch_window_us;
   config.trigger = options.separate_triggers ? TriggerMode::kSeparate : TriggerMode::kTogether;
+  config.count_exchange = CountExchangeModeOf(options.count_exchange);
   config.lease_us = options.lease_ms * 1000;
   config.initial_epoch = static_cast<EpochId>(std::time(nullptr));
   config.epoch_pace_us = pace.epoch_pace_us;

@@ -248,6 +248,7 @@ void Host::Handle(NewStream& opened) {
   event.held_rank = opened.hello.held_rank;
   event.held_num_ranks = opened.hello.held_num_ranks;
   event.backend = opened.hello.backend;
+  event.device_counts = opened.hello.device_counts;
   runtime::LogInfo("worker_hello", {{"worker", opened.hello.worker_id},
                                     {"node", opened.hello.node},
                                     {"pid", opened.hello.pid},

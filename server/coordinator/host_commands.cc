@@ -187,12 +187,12 @@ InferTimes Host::TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_u
   InferTimes times;
   times.queue_us = std::max<std::int64_t>(batch.started_us - arrived_us, 0);
   times.assign_us = batch.times.assign_ns / 1000;
-  times.counts_us = batch.times.counts_ns / 1000;
+  times.counts_ns = batch.times.counts_ns;
   times.dispatch_us = batch.times.dispatch_ns / 1000;
   times.ffn_us = batch.times.ffn_ns / 1000;
   times.combine_us = batch.times.combine_ns / 1000;
   times.epoch = epoch;
-  times.device_counts = !batch.routed;
+  times.count_exchange = CountExchangeName(batch.counts);
   times.started_us = batch.started_us;
   if (!trace) return times;
   for (std::size_t i = 0; i < batch.shards.size(); ++i) {
@@ -207,6 +207,7 @@ void Host::ObserveBatch(const KeptBatch& batch) {
   const auto observe = [&](PhaseMetric phase, std::int64_t ns) {
     metrics_->ObservePhase(phase, static_cast<double>(ns) * kSecondsPerNs);
   };
+  metrics_->AddBatch(batch.counts);
   observe(PhaseMetric::kAssign, batch.times.assign_ns);
   observe(PhaseMetric::kCounts, batch.times.counts_ns);
   observe(PhaseMetric::kDispatch, batch.times.dispatch_ns);

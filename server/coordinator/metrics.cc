@@ -63,6 +63,7 @@ struct Metrics::State {
   std::array<prometheus::Counter*, kNumStatusCodes> requests{};
   prometheus::Gauge* queue_depth = nullptr;
   prometheus::Counter* tokens = nullptr;
+  std::array<prometheus::Counter*, kNumCountExchanges> batches{};
   std::array<prometheus::Histogram*, kNumPhaseMetrics> phases{};
   prometheus::Histogram* request_seconds = nullptr;
   std::vector<prometheus::Counter*> expert_rows;  // [E]
@@ -91,6 +92,14 @@ struct Metrics::State {
                   .Help("Tokens of requests answered with a result")
                   .Register(*registry)
                   .Add({});
+    auto& batch_family = prometheus::BuildCounter()
+                             .Name("epserve_batches_total")
+                             .Help("Batches answered, by how their count matrix was made")
+                             .Register(*registry);
+    for (int exchange = 0; exchange < kNumCountExchanges; ++exchange) {
+      batches[exchange] = &batch_family.Add(
+          {{"count_exchange", CountExchangeName(static_cast<CountExchange>(exchange))}});
+    }
     auto& phase_family = prometheus::BuildHistogram()
                              .Name("epserve_phase_seconds")
                              .Help("Duration of each phase; over the workers, the longest")
@@ -181,6 +190,10 @@ void Metrics::AddRequest(absl::StatusCode code, double seconds) {
 
 void Metrics::AddTokens(std::int64_t num_tokens) {
   state_->tokens->Increment(static_cast<double>(num_tokens));
+}
+
+void Metrics::AddBatch(CountExchange exchange) {
+  state_->batches[static_cast<std::size_t>(exchange)]->Increment();
 }
 
 void Metrics::ObservePhase(PhaseMetric phase, double seconds) {

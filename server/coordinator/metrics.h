@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/coordinator/state_machine/types.h"
 
 namespace epserve::coordinator {
 
@@ -33,6 +34,7 @@ class Metrics {
   // `code` gives the label: "ok", "unavailable", "resource_exhausted", ...
   void AddRequest(absl::StatusCode code, double seconds);
   void AddTokens(std::int64_t num_tokens);
+  void AddBatch(CountExchange exchange);  // one that was answered
   void ObservePhase(PhaseMetric phase, double seconds);
   void AddExpertRows(std::int64_t expert, std::int64_t rows);
   void SetQueueDepth(std::int64_t depth);

@@ -126,6 +126,14 @@ void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger,
       ->envname("EPSERVE_TRIGGER")
       ->check(CLI::IsMember({"together", "separate"}))
       ->capture_default_str();
+  app.add_option("--count-exchange", options.count_exchange,
+                 "How a batch's count matrix is made: coordinator (it computes it where it sees "
+                 "the ids, else gathers it over the workers' streams), device (always by the "
+                 "workers among themselves), or auto (coordinator where it sees the ids, else "
+                 "device where the backend can, else over the streams)")
+      ->envname("EPSERVE_COUNT_EXCHANGE")
+      ->check(CLI::IsMember({"coordinator", "device", "auto"}))
+      ->capture_default_str();
   app.add_option("--row-transport", row_transport,
                  "How rows reach the workers: shared (through memory that the workers of this "
                  "machine map; within messages to others) or messages (always within them)")

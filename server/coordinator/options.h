@@ -27,6 +27,7 @@ struct Options {
   int num_slots = 2;
   bool separate_triggers = false;
   bool shared_rows = true;
+  std::string count_exchange = "auto";  // "coordinator", "device", "auto"
   std::int64_t lease_ms = 1000;
   std::int64_t formation_timeout_ms = 30000;
   std::int64_t batch_timeout_ms = 60000;

@@ -40,7 +40,8 @@ struct ShardMessage {
   bool in_arena = false;
   std::int64_t first_row = 0;
   TriggerMode trigger = TriggerMode::kTogether;
-  std::shared_ptr<const runtime::CountMatrix> counts;  // set where routed
+  std::shared_ptr<const runtime::CountMatrix> counts;  // for CountExchange::kCoordinator
+  bool device_counts = false;                          // CountExchange::kDevice
 };
 
 struct CountMatrixMessage {
@@ -94,6 +95,7 @@ struct HelloInfo {
   std::int64_t max_batch_tokens = 0;
   std::string cluster_id;
   int num_slots = 0;
+  bool device_counts = false;
 };
 
 struct WorkerTimes {

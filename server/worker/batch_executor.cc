@@ -121,7 +121,7 @@ void BatchExecutor::Submit(Shard shard) {
       // The slot may still be handing in its last batch; this one is then next.
       taken = slots_[shard.slot].get();
       taken->queued = std::make_unique<Batch>();
-      taken->queued->counts_known = shard.counts.has_value();
+      taken->queued->counts_known = shard.counts.has_value() || shard.device_counts;
       taken->queued->shard = std::move(shard);
     }
   }
@@ -242,6 +242,10 @@ absl::Status BatchExecutor::CheckShard(const Shard& shard) const {
     return absl::InvalidArgumentError(
         absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
   }
+  if (shard.device_counts && shard.counts.has_value()) {
+    return absl::InvalidArgumentError(
+        "shard: a count matrix came, and the ranks are to exchange the counts, too");
+  }
   if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard));
   const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
   EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), in_message * RowBytes(shard)));
@@ -350,6 +354,20 @@ absl::Status BatchExecutor::CheckCounts(const Shard& shard,
   return absl::OkStatus();
 }
 
+absl::Status BatchExecutor::ObtainCounts(int index, Batch& batch,
+                                         const runtime::ShardCounts& staged, bool came_along) {
+  Shard& shard = batch.shard;
+  if (shard.device_counts) {
+    EPS_RETURN_IF_ERROR(CheckLease("counts"));
+    EPS_ASSIGN_OR_RETURN(shard.counts, engine_->ExchangeCounts(index));
+  } else if (!came_along) {
+    ReportUnlessAborted(shard.epoch,
+                        CountsReport{.epoch = shard.epoch, .batch = shard.batch, .counts = staged});
+    EPS_RETURN_IF_ERROR(WaitFor(*slots_[index], batch.counts_known, "count matrix"));
+  }
+  return CheckCounts(shard, staged);
+}
+
 absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   const Shard& shard = batch.shard;
   Slot& slot = *slots_[index];
@@ -359,13 +377,10 @@ absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(shard)));
   const std::int64_t staged_ns = SteadyNowNs();
   done.times.assign_ns = staged_ns - shard.received_ns;
-  if (!counts_came_along) {
-    ReportUnlessAborted(shard.epoch,
-                        CountsReport{.epoch = shard.epoch, .batch = shard.batch, .counts = staged});
-    EPS_RETURN_IF_ERROR(WaitFor(slot, batch.counts_known, "count matrix"));
+  EPS_RETURN_IF_ERROR(ObtainCounts(index, batch, staged, counts_came_along));
+  if (shard.device_counts || !counts_came_along) {
     done.times.counts_ns = SteadyNowNs() - staged_ns;
   }
-  EPS_RETURN_IF_ERROR(CheckCounts(shard, staged));
   if (shard.separate_triggers) {
     EPS_RETURN_IF_ERROR(WaitFor(slot, batch.dispatch_triggered, "dispatch trigger"));
   }

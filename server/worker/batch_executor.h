@@ -1,6 +1,7 @@
 // Runs batches: one thread a slot, each taking its slot's shards through Stage, Dispatch,
 // RunExperts, Combine and Finish, and waiting between them for what the coordinator still owes
-// (count matrix, dispatch trigger, combine trigger).
+// (count matrix, dispatch trigger, combine trigger). Where a shard says so, the ranks exchange the
+// counts among themselves, and the matrix is not waited for.
 //
 //   closed ─OpenEpoch─► open (shards are held) ─StartEpoch─► running ─AbortEpoch─► aborted ─Drain─►
 //   closed
@@ -85,7 +86,7 @@ class BatchExecutor {
 
   struct Batch {
     Shard shard;
-    bool counts_known = false;
+    bool counts_known = false;  // the coordinator owes no count matrix
     bool dispatch_triggered = false;
     bool combine_triggered = false;
   };
@@ -109,6 +110,9 @@ class BatchExecutor {
   absl::Status CheckLease(std::string_view phase) const;
   absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;
   bool CountsKnownNow(const Batch& batch) const;
+  // Has the count matrix in the shard, however it is to be had.
+  absl::Status ObtainCounts(int index, Batch& batch, const runtime::ShardCounts& staged,
+                            bool came_along);
   absl::Status WaitFor(Slot& slot, const bool& flag, std::string_view what);
   bool AbortLocked();
   bool Idle() const;

@@ -69,6 +69,7 @@ struct Shard {
   bool in_arena = false;
   std::int64_t first_row = 0;
   bool separate_triggers = false;
+  bool device_counts = false;  // the ranks exchange the counts among themselves
   std::optional<runtime::CountMatrix> counts;
   std::int64_t received_ns = 0;  // steady clock, set on arrival
 };
@@ -117,6 +118,7 @@ struct Hello {
   std::int64_t max_batch_tokens = 0;
   std::string cluster_id;
   int num_slots = 0;
+  bool device_counts = false;
 };
 
 struct Heartbeat {

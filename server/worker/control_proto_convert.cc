@@ -75,6 +75,7 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.in_arena = proto.in_arena();
   shard.first_row = proto.first_row();
   shard.separate_triggers = proto.trigger() == v1::TRIGGER_SEPARATE;
+  shard.device_counts = proto.device_counts();
   if (proto.has_counts()) {
     EPS_ASSIGN_OR_RETURN(shard.counts, ToCounts(proto.counts()));
   }
@@ -121,6 +122,7 @@ struct ProtoWriter {
     out.set_max_batch_tokens(m.max_batch_tokens);
     out.set_cluster_id(std::move(m.cluster_id));
     out.set_num_slots(m.num_slots);
+    out.set_device_counts(m.device_counts);
   }
   void operator()(Heartbeat&& m) {
     v1::Heartbeat& out = *proto.mutable_heartbeat();

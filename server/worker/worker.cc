@@ -458,6 +458,7 @@ Hello Worker::MakeHello() const {
   hello.max_batch_tokens = config_.max_batch_tokens;
   hello.cluster_id = config_.cluster_id;
   hello.num_slots = config_.num_slots;
+  hello.device_counts = engine_->exchanges_counts();
   return hello;
 }
 

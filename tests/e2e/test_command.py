@@ -201,6 +201,7 @@ def test_bench_trace_shows_requests_and_every_workers_phases_on_one_clock(
             assert phase["ts"] + phase["dur"] <= request["ts"] + request["dur"] + 1000
         exchange = "device" if routing == "server" else "coordinator"
         assert request["args"]["count_exchange"] == exchange
+        assert request["args"]["epserve_counts_us"] >= 0
         assert any(e["name"] == "counts" for e in own) == (routing == "server")
 
 

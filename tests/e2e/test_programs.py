@@ -64,6 +64,7 @@ def test_missing_checkpoint_flag_is_named_and_fails(program):
         ("--queue-capacity", "-1"),
         ("--max-batch-tokens", "12x"),
         ("--trigger", "sometimes"),
+        ("--count-exchange", "streams"),
         ("--log-format", "xml"),
         ("--listen", "nonsense"),
         ("--listen", "127.0.0.1:70000"),

@@ -64,6 +64,7 @@ FakeWorkerOptions CoordinatorFixture::WorkerOptions(int index) const {
   worker.hello.set_incarnation(absl::StrCat("incarnation-", index));
   worker.hello.set_version(EPSERVE_VERSION);
   worker.hello.set_backend("host");
+  worker.hello.set_device_counts(device_counts_);
   worker.hello.mutable_model()->set_fingerprint(model_.fingerprint);
   worker.hello.mutable_model()->set_hidden(model_.hidden);
   worker.hello.set_last_epoch(7);

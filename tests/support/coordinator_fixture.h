@@ -61,6 +61,7 @@ class CoordinatorFixture : public ::testing::Test {
 
   std::shared_ptr<grpc::Channel> NewChannel() const;
 
+  bool device_counts_ = false;  // what workers say they can
   coordinator::Options options_;
   runtime::ModelInfo model_;
   coordinator::Coordinator::Pace pace_;

@@ -210,12 +210,12 @@ void Head(const ServedModel& model, std::string_view id, ModelInferResponse& res
   response.set_id(std::string(id));
 }
 
-// What a timeline is drawn from: when the batch went out, how its counts were had, and each
-// worker's phases one after another; JSON, times on the monotonic clock.
+// What a timeline is drawn from: when the batch went out, how its count matrix was made and what
+// that took, and each worker's phases one after another; JSON, times on the monotonic clock.
 std::string TraceOf(const InferTimes& times) {
   std::string text =
       absl::StrCat("{\"started_us\":", times.started_us, ",\"count_exchange\":\"",
-                   times.device_counts ? "device" : "coordinator", "\",\"workers\":[");
+                   times.count_exchange, "\",\"counts_ns\":", times.counts_ns, ",\"workers\":[");
   for (const RankTimes& of : times.ranks) {
     absl::StrAppend(&text, &of == times.ranks.data() ? "" : ",", "{\"rank\":", of.rank,
                     ",\"start_ns\":", of.start_ns);
@@ -233,7 +233,7 @@ void SetParameters(const InferReply& reply, ModelInferResponse& response) {
   };
   set("epserve_queue_us", reply.times.queue_us);
   set("epserve_assign_us", reply.times.assign_us);
-  set("epserve_counts_us", reply.times.counts_us);
+  set("epserve_counts_us", reply.times.counts_ns / 1000);
   set("epserve_dispatch_us", reply.times.dispatch_us);
   set("epserve_ffn_us", reply.times.ffn_us);
   set("epserve_combine_us", reply.times.combine_us);

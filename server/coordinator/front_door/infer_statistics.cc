@@ -19,7 +19,7 @@ void InferStatistics::Add(bool succeeded, std::chrono::nanoseconds server_time,
       std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
   AddTo(totals_.success, server_time.count());
   AddTo(totals_.queue, times.queue_us * 1000);
-  AddTo(totals_.compute_input, (times.assign_us + times.counts_us + times.dispatch_us) * 1000);
+  AddTo(totals_.compute_input, (times.assign_us + times.dispatch_us) * 1000 + times.counts_ns);
   AddTo(totals_.compute_infer, times.ffn_us * 1000);
   AddTo(totals_.compute_output, times.combine_us * 1000);
 }

@@ -33,14 +33,14 @@ struct RankTimes {
 struct InferTimes {
   std::int64_t queue_us = 0;
   std::int64_t assign_us = 0;
-  std::int64_t counts_us = 0;
+  std::int64_t counts_ns = 0;  // what the count matrix took, whoever made it
   std::int64_t dispatch_us = 0;
   std::int64_t ffn_us = 0;
   std::int64_t combine_us = 0;
   std::uint64_t epoch = 0;
-  bool device_counts = false;    // the workers counted, because the ids were theirs alone to see
-  std::int64_t started_us = 0;   // monotonic clock: the batch went to the workers
-  std::vector<RankTimes> ranks;  // where the request asked for its trace
+  const char* count_exchange = "";  // how the matrix was made: "coordinator", "streams", "device"
+  std::int64_t started_us = 0;      // monotonic clock: the batch went to the workers
+  std::vector<RankTimes> ranks;     // where the request asked for its trace
 };
 
 struct Completion {

@@ -35,11 +35,11 @@ struct Batch {
   int slot = 0;
   TimeUs started_us = 0;
   bool probe = false;
-  bool routed = true;
+  CountExchange exchange = CountExchange::kCoordinator;
   std::vector<RequestRows> requests;  // those not ended yet
   std::vector<ShardPlan> shards;      // [R]
 
-  runtime::CountMatrix counts;  // gathered, where not routed
+  runtime::CountMatrix counts;  // gathered, in CountExchange::kStreams
   RankSet counted;
   RankSet dispatched;
   RankSet done;

@@ -138,14 +138,25 @@ std::vector<ShardPlan> StateMachine::Impl::PlanShards(std::int64_t num_tokens) c
   return shards;
 }
 
+CountExchange StateMachine::Impl::ExchangeFor(bool routed) const {
+  if (config_.count_exchange == CountExchangeMode::kDevice) return CountExchange::kDevice;
+  if (routed) return CountExchange::kCoordinator;
+  if (config_.count_exchange == CountExchangeMode::kCoordinator) return CountExchange::kStreams;
+  for (int rank = 0; rank < config_.num_workers; ++rank) {
+    if (!membership_.AtRank(rank)->device_counts) return CountExchange::kStreams;
+  }
+  return CountExchange::kDevice;
+}
+
 void StateMachine::Impl::StartProbeBatch() {
   Batch batch(next_batch_++, FreeSlot(), config_.num_workers, now_us_);
   const std::int64_t num_tokens =
       std::min<std::int64_t>(std::max(2 * config_.num_workers, 2), config_.max_batch_tokens);
   batch.probe = true;
+  batch.exchange = ExchangeFor(/*routed=*/true);
   batch.shards = PlanShards(num_tokens);
   Emit(StartProbe{epoch_, batch.id, batch.slot, config_.layers.front(), num_tokens, batch.shards,
-                  config_.trigger});
+                  config_.trigger, batch.exchange});
   if (config_.trigger == TriggerMode::kSeparate) {
     Emit(SendDispatchTrigger{epoch_, batch.id, batch.Streams()});
   }
@@ -167,11 +178,12 @@ void StateMachine::Impl::PumpQueue() {
       batch.requests.push_back({id, {num_tokens, end}});
       num_tokens = end;
     }
-    batch.routed = head.routed;
+    batch.exchange = ExchangeFor(head.routed);
     batch.shards = PlanShards(num_tokens);
     Emit(StartBatch{epoch_, batch.id, slot, head.layer, head.row_type, head.routed, num_tokens,
-                    batch.requests, batch.shards, config_.trigger});
-    if (head.routed && config_.trigger == TriggerMode::kSeparate) {
+                    batch.requests, batch.shards, config_.trigger, batch.exchange});
+    const bool counts_follow = batch.exchange == CountExchange::kStreams;
+    if (!counts_follow && config_.trigger == TriggerMode::kSeparate) {
       Emit(SendDispatchTrigger{epoch_, batch.id, batch.Streams()});
     }
     batches_.emplace(batch.id, std::move(batch));
@@ -189,8 +201,8 @@ Batch* StateMachine::Impl::BatchOf(EpochId epoch, BatchId batch) {
 void StateMachine::Impl::On(const Counts& event) {
   Session* session = membership_.Find(event.stream);
   Batch* batch = BatchOf(event.epoch, event.batch);
-  if (session == nullptr || batch == nullptr || !IsMember(*session) || batch->routed ||
-      batch->counted.Has(session->rank)) {
+  if (session == nullptr || batch == nullptr || !IsMember(*session) ||
+      batch->exchange != CountExchange::kStreams || batch->counted.Has(session->rank)) {
     return Stale();
   }
   absl::Status status = batch->AddCounts(session->rank, event, placement_, config_.topk);
@@ -292,7 +304,7 @@ void StateMachine::Impl::DropAllWork(const std::string& message) {
 }
 
 std::string StateMachine::Impl::WaitedFor(const Batch& batch) const {
-  const bool counting = !batch.routed && !batch.counted.Full();
+  const bool counting = batch.exchange == CountExchange::kStreams && !batch.counted.Full();
   const bool dispatching =
       !counting && config_.trigger == TriggerMode::kSeparate && !batch.dispatched.Full();
   std::vector<std::string> names;

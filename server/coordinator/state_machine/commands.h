@@ -79,7 +79,8 @@ struct CloseStream {
 // only), FinishBatch (batch only) or DropBatch; then the host frees what it kept of the batch.
 
 // The probe of server/common/probe.h, routed, fp32, on the first layer, as batch `batch`. The host
-// computes its rows, ids, weights and count matrix and sends each rank its shard.
+// computes its rows, ids, weights and, for CountExchange::kCoordinator, its count matrix, and sends
+// each rank its shard.
 struct StartProbe {
   EpochId epoch = 0;
   BatchId batch = 0;
@@ -88,10 +89,12 @@ struct StartProbe {
   std::int64_t num_tokens = 0;    // max(2R, 2), at most max_batch_tokens
   std::vector<ShardPlan> shards;  // [R], by rank
   TriggerMode trigger = TriggerMode::kTogether;
+  CountExchange counts = CountExchange::kCoordinator;  // never kStreams
 };
 
-// Send each rank its shard. The batch's rows are the requests' rows one after another. Where
-// `routed`, the host computes the count matrix from the ids and sends it with the shards.
+// Send each rank its shard. The batch's rows are the requests' rows one after another. For
+// CountExchange::kCoordinator the host computes the count matrix from the ids and sends it with the
+// shards.
 struct StartBatch {
   EpochId epoch = 0;
   BatchId batch = 0;
@@ -103,6 +106,7 @@ struct StartBatch {
   std::vector<RequestRows> requests;  // in batch order
   std::vector<ShardPlan> shards;      // [R], by rank
   TriggerMode trigger = TriggerMode::kTogether;
+  CountExchange counts = CountExchange::kCoordinator;  // kCoordinator only where `routed`
 };
 
 // The matrix gathered from all ranks' Counts, to all ranks.

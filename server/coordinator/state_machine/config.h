@@ -20,8 +20,9 @@ struct Config {
   std::int64_t max_batch_tokens = 4096;
   int num_slots = 2;
   std::int64_t queue_capacity = 1024;  // requests not yet in a batch
-  std::int64_t batch_window_us = 0;   // 0: requests are never merged
+  std::int64_t batch_window_us = 0;    // 0: requests are never merged
   TriggerMode trigger = TriggerMode::kTogether;
+  CountExchangeMode count_exchange = CountExchangeMode::kAuto;
 
   std::int64_t lease_us = 1'000'000;
   EpochId initial_epoch = 1;  // unix seconds at start

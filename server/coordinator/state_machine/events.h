@@ -24,11 +24,12 @@ namespace epserve::coordinator {
 struct WorkerHello {
   StreamId stream = 0;
   std::string worker_id;
-  std::string incarnation;  // new with each process
-  EpochId last_epoch = 0;   // highest epoch this process took part in, 0: none
-  int held_rank = -1;       // whose weights are in memory, -1: none
-  int held_num_ranks = 0;   // the R of that placement
-  std::string backend;      // what computes and moves its rows; all workers have one
+  std::string incarnation;     // new with each process
+  EpochId last_epoch = 0;      // highest epoch this process took part in, 0: none
+  int held_rank = -1;          // whose weights are in memory, -1: none
+  int held_num_ranks = 0;      // the R of that placement
+  std::string backend;         // what computes and moves its rows; all workers have one
+  bool device_counts = false;  // offers CountExchange::kDevice
 };
 
 struct WorkerLoadProgress {
@@ -73,7 +74,7 @@ struct Heartbeat {
   std::uint64_t resident_bytes = 0;
 };
 
-// Counts of a shard whose ids only the worker knows (batches with routed = false).
+// Counts of a shard (batches of CountExchange::kStreams).
 struct Counts {
   StreamId stream = 0;
   EpochId epoch = 0;

@@ -20,6 +20,7 @@ struct Session {
   std::string worker_id;
   std::string incarnation;
   std::string backend;
+  bool device_counts = false;
   EpochId last_epoch = 0;  // as its Hello said
   int held_rank = -1;      // as its Hello said; -1 where it is of another placement
   std::uint64_t join_order = 0;

@@ -98,6 +98,8 @@ class StateMachine::Impl {
   void StartProbeBatch();
   void PumpQueue();
   int FreeSlot() const;  // -1: all taken
+  // Of a batch of the present epoch. `routed`: its ids are seen here.
+  CountExchange ExchangeFor(bool routed) const;
   std::vector<ShardPlan> PlanShards(std::int64_t num_tokens) const;
   Batch* BatchOf(EpochId epoch, BatchId batch);
   void FailBatch(Batch& batch, absl::StatusCode code, const std::string& message);

@@ -23,6 +23,7 @@
 // A batch: started ─► [counts from all R ─► matrix to all] ─► [dispatch trigger ─► PhaseDone from
 // all R ─► combine trigger] ─► BatchDone from all R ─► finished, and its slot is free again. An
 // error in a BatchDone fails its requests at once; the slot stays taken until all R have answered.
+// Counts come from the workers in CountExchange::kStreams alone.
 //
 // A request ends exactly once: by CompleteRequest or by standing in FinishBatch.requests.
 //
@@ -51,6 +52,26 @@ enum class Phase { kDispatch, kCombine };
 enum class TriggerMode {
   kTogether,  // Dispatch and combine ride on the shard.
   kSeparate,  // The worker waits for a trigger before each.
+};
+
+// How a batch's count matrix is made.
+enum class CountExchange {
+  kCoordinator,  // It computes the matrix from the ids and sends it with the shards.
+  kStreams,      // It gathers the workers' counts and sends them the matrix.
+  kDevice,       // The workers exchange the counts among themselves.
+};
+inline constexpr int kNumCountExchanges = 3;
+// As traces and metrics have it.
+constexpr const char* CountExchangeName(CountExchange exchange) {
+  constexpr const char* kNames[kNumCountExchanges] = {"coordinator", "streams", "device"};
+  return kNames[static_cast<int>(exchange)];
+}
+
+// Which of them batches take.
+enum class CountExchangeMode {
+  kAuto,         // as kCoordinator, but kDevice instead of kStreams where all workers offer it
+  kCoordinator,  // kCoordinator where it sees the ids, else kStreams
+  kDevice,       // kDevice; a worker that does not offer it may not join
 };
 
 enum class WorkerState { kStandby, kLoading, kLoaded, kForming, kServing, kQuiescing, kLeaving };

@@ -41,6 +41,15 @@ void StateMachine::Impl::On(const WorkerHello& event) {
                                    other.backend, "; give all workers the same --backend")});
     return;
   }
+  if (config_.count_exchange == CountExchangeMode::kDevice && !event.device_counts) {
+    Emit(RejectWorker{event.stream, absl::StatusCode::kInvalidArgument,
+                      absl::StrCat("join: worker ", absl::CHexEscape(event.worker_id),
+                                   " has backend ", absl::CHexEscape(event.backend),
+                                   ", whose ranks do not exchange counts among themselves, as "
+                                   "--count-exchange=device demands; give the coordinator "
+                                   "--count-exchange=auto or coordinator")});
+    return;
+  }
   if (Session* older = membership_.FindWorker(event.worker_id)) {
     // A process that is gone has taken its stream with it, or falls silent. One that is alive keeps
     // its name: two of one name would otherwise throw each other out for ever.
@@ -66,6 +75,7 @@ void StateMachine::Impl::On(const WorkerHello& event) {
   session.incarnation = event.incarnation;
   session.last_epoch = event.last_epoch;
   session.backend = event.backend;
+  session.device_counts = event.device_counts;
   const bool same_placement = event.held_num_ranks == config_.num_workers && event.held_rank >= 0 &&
                               event.held_rank < config_.num_workers;
   session.held_rank = same_placement ? event.held_rank : -1;

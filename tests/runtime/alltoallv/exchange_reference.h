@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -139,6 +140,19 @@ inline DispatchArgs ShardArgs(const Batch& batch, const CountMatrix& counts, int
   args.topk = batch.topk;
   args.counts = &counts;
   return args;
+}
+
+// What one rank counts of its shard.
+inline ShardCounts CountsOf(const Batch& batch, const Placement& placement, int rank) {
+  ShardCounts counts;
+  counts.rows_to_rank.resize(static_cast<std::size_t>(placement.num_ranks()));
+  counts.rows_per_expert.resize(static_cast<std::size_t>(placement.num_experts()));
+  const RowRange shard = ShardOf(batch.num_tokens, placement.num_ranks(), rank);
+  CountShard(std::span(batch.topk_ids)
+                 .subspan(static_cast<std::size_t>(shard.begin * batch.topk),
+                          static_cast<std::size_t>(shard.size() * batch.topk)),
+             batch.topk, placement, counts.rows_to_rank, counts.rows_per_expert);
+  return counts;
 }
 
 // All ranks of an epoch in one process, each with its own heap and its own mappings of the others'.

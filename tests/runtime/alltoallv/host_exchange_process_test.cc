@@ -19,7 +19,8 @@ using ::testing::HasSubstr;
 
 constexpr std::uint32_t kSeed = 12345;
 
-class HostExchangeProcessTest : public testing::Test {
+// With counts that each rank computes from the whole batch, or that the ranks exchange.
+class HostExchangeProcessTest : public testing::TestWithParam<const char*> {
  protected:
   void Start(int num_ranks, int timeout_ms) {
     std::string handles;
@@ -27,7 +28,7 @@ class HostExchangeProcessTest : public testing::Test {
       children_.emplace_back(
           EXCHANGE_RANK,
           std::vector<std::string>{cluster_id_, absl::StrCat(rank), absl::StrCat(num_ranks),
-                                   absl::StrCat(kSeed), absl::StrCat(timeout_ms)});
+                                   absl::StrCat(kSeed), absl::StrCat(timeout_ms), GetParam()});
       ASSERT_TRUE(children_.back().started());
     }
     for (ChildProcess& child : children_) absl::StrAppend(&handles, child.ReadLine(), " ");
@@ -47,7 +48,7 @@ class HostExchangeProcessTest : public testing::Test {
   std::vector<ChildProcess> children_;
 };
 
-TEST_F(HostExchangeProcessTest, ProcessesGiveTheReferencesBitsAndLeaveNothingBehind) {
+TEST_P(HostExchangeProcessTest, ProcessesGiveTheReferencesBitsAndLeaveNothingBehind) {
   constexpr int kRanks = 5;
   Start(kRanks, 60'000);
   for (ChildProcess& child : children_) ASSERT_TRUE(child.WriteLine("go"));
@@ -63,13 +64,15 @@ TEST_F(HostExchangeProcessTest, ProcessesGiveTheReferencesBitsAndLeaveNothingBeh
   EXPECT_EQ(NumSegments(), 0);
 }
 
-TEST_F(HostExchangeProcessTest, KilledPeerIsNamedByThoseWhoWaitAndItsHeapIsReclaimed) {
+TEST_P(HostExchangeProcessTest, KilledPeerIsNamedByThoseWhoWaitAndItsHeapIsReclaimed) {
   Start(3, 300);
   children_[1].Kill();
   for (const int rank : {0, 2}) ASSERT_TRUE(children_[rank].WriteLine("go"));
   for (const int rank : {0, 2}) {
     const std::string line = children_[rank].ReadLine();
-    EXPECT_THAT(line, HasSubstr("error DEADLINE_EXCEEDED: dispatch: rank "));
+    const bool exchanged = GetParam() == std::string("exchanged");
+    EXPECT_THAT(line, HasSubstr(exchanged ? "error DEADLINE_EXCEEDED: counts: rank "
+                                          : "error DEADLINE_EXCEEDED: dispatch: rank "));
     EXPECT_THAT(line, HasSubstr("ms for rank 1 (epoch 1, slot 0, batch 1)"));
     EXPECT_EQ(children_[rank].Wait(), 1);
   }
@@ -77,6 +80,8 @@ TEST_F(HostExchangeProcessTest, KilledPeerIsNamedByThoseWhoWaitAndItsHeapIsRecla
   EXPECT_EQ(*ReclaimStaleHeaps(cluster_id_), 1);
   EXPECT_EQ(NumSegments(), 0);
 }
+
+INSTANTIATE_TEST_SUITE_P(Counts, HostExchangeProcessTest, testing::Values("computed", "exchanged"));
 
 }  // namespace
 }  // namespace epserve::runtime

@@ -13,11 +13,15 @@ TEST(HeapLayoutTest, RegionsAreAlignedLargeEnoughAndDoNotOverlap) {
     for (const std::int64_t tokens : {1, 7, 4096}) {
       for (const std::int64_t hidden : {1, 5, 96, 7168}) {
         for (const int topk : {1, 3, 16}) {
-          const HeapLayout layout = MakeHeapLayout(ranks, tokens, hidden, topk, 3);
+          const HeapLayout layout = MakeHeapLayout(ranks, tokens, hidden, topk, 3, 37);
           const std::uint64_t rows = tokens;
           EXPECT_EQ(layout.arrivals_offset, 0u);
           EXPECT_GE(layout.partials_ready_offset, ranks * sizeof(Arrival));
-          EXPECT_GE(layout.receive_rows_offset, layout.partials_ready_offset + sizeof(SharedFlag));
+          EXPECT_GE(layout.counts_offset, layout.partials_ready_offset + sizeof(SharedFlag));
+          EXPECT_GE(layout.count_record_bytes,
+                    sizeof(CountRecord) + static_cast<std::uint64_t>(ranks + 37) * 4);
+          EXPECT_GE(layout.receive_rows_offset,
+                    layout.counts_offset + ranks * layout.count_record_bytes);
           EXPECT_GE(layout.local_experts_offset,
                     layout.receive_rows_offset + rows * ReceiveRowStride(hidden, 4));
           EXPECT_GE(layout.weights_offset, layout.local_experts_offset + rows * topk * 4);
@@ -27,9 +31,9 @@ TEST(HeapLayoutTest, RegionsAreAlignedLargeEnoughAndDoNotOverlap) {
           EXPECT_GE(layout.slot_bytes, layout.sums_offset + MaxSumRows(tokens) * hidden * 4);
           EXPECT_GE(layout.heap_bytes, layout.SlotOffset(3));
           for (const std::uint64_t offset :
-               {layout.partials_ready_offset, layout.receive_rows_offset,
-                layout.local_experts_offset, layout.weights_offset, layout.partial_rows_offset,
-                layout.slot_bytes, layout.SlotOffset(2)}) {
+               {layout.partials_ready_offset, layout.counts_offset, layout.count_record_bytes,
+                layout.receive_rows_offset, layout.local_experts_offset, layout.weights_offset,
+                layout.partial_rows_offset, layout.slot_bytes, layout.SlotOffset(2)}) {
             EXPECT_EQ(offset % kRegionAlignment, 0u);
           }
         }
@@ -39,8 +43,8 @@ TEST(HeapLayoutTest, RegionsAreAlignedLargeEnoughAndDoNotOverlap) {
 }
 
 TEST(HeapLayoutTest, LargestConfigStaysFarFromOverflow) {
-  const HeapLayout layout =
-      MakeHeapLayout(64, std::int64_t{1} << 24, std::int64_t{1} << 20, 16, 16);
+  const HeapLayout layout = MakeHeapLayout(64, std::int64_t{1} << 24, std::int64_t{1} << 20, 16, 16,
+                                           std::int64_t{1} << 20);
   EXPECT_GT(layout.heap_bytes, std::uint64_t{1} << 50);
   EXPECT_LT(layout.heap_bytes, std::uint64_t{1} << 60);
 }

@@ -30,12 +30,20 @@ struct Batch {
   std::vector<float> weights;     // [T, K]
 };
 
+// Where a batch's count matrix comes from.
+enum class CountsFrom {
+  kWholeBatch,  // computed from all ids, which the batch must have
+  kGathering,   // from what each rank's Stage counted
+  kRanks,       // from Engine::ExchangeCounts
+};
+
 struct BatchResult {
   std::vector<std::byte> output;                      // [T, H]
   std::vector<absl::Status> statuses;                 // [R] the first error of each rank
   std::vector<std::int64_t> rows_per_expert;          // [E] as the ranks counted while computing
   std::vector<std::int64_t> counted_rows_per_expert;  // [E] as Stage counted
   std::vector<runtime::BatchTimes> times;             // [R]
+  std::vector<runtime::CountMatrix> matrices;         // [R] as each rank had it
 
   bool ok() const {
     for (const absl::Status& status : statuses) {
@@ -98,7 +106,7 @@ class EngineCluster {
   }
 
   // Runs one batch on all ranks; may be called from several threads, for different slots.
-  BatchResult Run(const Batch& batch) {
+  BatchResult Run(const Batch& batch, CountsFrom counts_from = CountsFrom::kGathering) {
     const auto num_ranks = static_cast<std::size_t>(this->num_ranks());
     const auto row_bytes =
         static_cast<std::size_t>(engines_[0]->model().hidden) * runtime::DataTypeBytes(batch.dtype);
@@ -106,6 +114,7 @@ class EngineCluster {
     result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
     result.statuses.resize(num_ranks);
     result.times.resize(num_ranks);
+    result.matrices.resize(num_ranks);
     result.rows_per_expert.resize(static_cast<std::size_t>(engines_[0]->model().num_experts));
     result.counted_rows_per_expert.resize(result.rows_per_expert.size());
     runtime::CountMatrix counts;
@@ -129,13 +138,22 @@ class EngineCluster {
           }
         }
         gathered.arrive_and_wait();
+        absl::StatusOr<runtime::CountMatrix> matrix = counts;
+        if (!staged.ok()) {
+          matrix = staged.status();
+        } else if (counts_from == CountsFrom::kRanks) {
+          matrix = engines_[rank]->ExchangeCounts(batch.slot);
+        } else if (counts_from == CountsFrom::kWholeBatch) {
+          matrix = runtime::ComputeCountMatrix(batch.ids, batch.num_tokens, batch.topk, placement_);
+        }
+        if (matrix.ok()) result.matrices[rank] = *matrix;
         std::vector<std::int64_t> local_rows;
         result.statuses[rank] =
-            staged.ok()
-                ? RunRank(batch, rank, counts,
+            matrix.ok()
+                ? RunRank(batch, rank, *matrix,
                           result.output.data() + static_cast<std::size_t>(shard.begin) * row_bytes,
                           &result.times[rank], &local_rows)
-                : staged.status();
+                : matrix.status();
         if (!result.statuses[rank].ok()) engines_[rank]->Discard(batch.slot);
         const std::lock_guard lock(mutex);
         std::copy(local_rows.begin(), local_rows.end(),

@@ -96,14 +96,46 @@ TEST_F(BatchStoreTest, MatrixCountsATokenOnceForEachRank) {
   EXPECT_THAT(shards[0].counts->rows_per_expert, ElementsAre(1, 2, 2, 2));
 }
 
+TEST_F(BatchStoreTest, MatrixComputedHereIsTimedHere) {
+  Start();
+  const KeptBatch& batch = *store_.Find(5, 9);
+  EXPECT_EQ(batch.counts, CountExchange::kCoordinator);
+  EXPECT_GT(batch.times.counts_ns, 0);
+}
+
+TEST_F(BatchStoreTest, ShardsOfRanksThatExchangeTheCountsSaySoAndCarryNoMatrix) {
+  start_.counts = CountExchange::kDevice;
+  for (const ShardMessage& shard : Start()) {
+    EXPECT_EQ(shard.counts, nullptr);
+    EXPECT_TRUE(shard.device_counts);
+    EXPECT_FALSE(shard.topk_ids.empty());
+  }
+  const KeptBatch& batch = *store_.Find(5, 9);
+  EXPECT_EQ(batch.counts, CountExchange::kDevice);
+  EXPECT_EQ(batch.times.counts_ns, 0);
+}
+
+TEST_F(BatchStoreTest, ProbeThatTheRanksCountSaysSo) {
+  StartProbe probe{.epoch = 5, .batch = 1, .layer = 3, .num_tokens = 4};
+  probe.shards = {{0, 11, {0, 2}}, {1, 12, {2, 4}}};
+  EXPECT_NE(store_.Start(probe, 1000)[0].counts, nullptr);
+  probe.batch = 2;
+  probe.counts = CountExchange::kDevice;
+  const std::vector<ShardMessage> shards = store_.Start(probe, 1000);
+  EXPECT_EQ(shards[0].counts, nullptr);
+  EXPECT_TRUE(shards[0].device_counts);
+}
+
 TEST_F(BatchStoreTest, UnroutedShardsCarryNoIdsAndNoMatrix) {
   start_.routed = false;
+  start_.counts = CountExchange::kStreams;
   first_.topk_ids.clear();
   first_.topk_weights.clear();
   second_.topk_ids.clear();
   second_.topk_weights.clear();
   const std::vector<ShardMessage> shards = Start();
   EXPECT_EQ(shards[0].counts, nullptr);
+  EXPECT_FALSE(shards[0].device_counts);
   EXPECT_TRUE(shards[0].topk_ids.empty());
   EXPECT_THAT(Unpack<float>(shards[1].hidden), ElementsAre(20, 21, 30, 31));
 }

@@ -89,6 +89,35 @@ TEST_P(CoordinatorRoutingTest, EverySizeComesBackRight) {
 INSTANTIATE_TEST_SUITE_P(RoutedAndTrigger, CoordinatorRoutingTest,
                          ::testing::Combine(::testing::Bool(), ::testing::Bool()));
 
+TEST_F(CoordinatorTest, WorkersThatExchangeCountsAreSentNoMatrix) {
+  options_.count_exchange = "device";
+  device_counts_ = true;
+  ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
+  for (const bool routed : {true, false}) {
+    InferCase request = MakeCase(7, 1);
+    request.routed = routed;
+    const InferReply reply = Infer(request);
+    ASSERT_TRUE(reply.status.ok()) << reply.status.error_message();
+    EXPECT_EQ(reply.output, Expected(request));
+  }
+  v1::CoordinatorMessage probe;
+  ASSERT_TRUE(workers_[0]->WaitFor(v1::CoordinatorMessage::kShard, &probe));
+  EXPECT_TRUE(probe.shard().device_counts());
+  EXPECT_FALSE(probe.shard().has_counts());
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 3), 3);
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kCountMatrix, 0), 0);
+}
+
+TEST_F(CoordinatorTest, WorkerThatCannotExchangeCountsIsRejectedWhereAllMust) {
+  options_.count_exchange = "device";
+  ASSERT_NO_FATAL_FAILURE(StartCoordinator());
+  FakeWorker& worker = StartWorker(WorkerOptions(0));
+  v1::CoordinatorMessage rejected;
+  ASSERT_TRUE(worker.WaitFor(v1::CoordinatorMessage::kRejected, &rejected));
+  EXPECT_EQ(rejected.rejected().code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(rejected.rejected().message(), HasSubstr("do not exchange counts"));
+}
+
 TEST_F(CoordinatorTest, MergedRequestsEachGetTheirOwnRows) {
   options_.batch_window_us = 10'000'000;  // Only a full batch starts.
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());

@@ -54,7 +54,10 @@ TEST(MetricsTest, EndpointOffersEveryName) {
   for (const char* line :
        {"epserve_requests_total{outcome=\"ok\"} 0",
         "epserve_requests_total{outcome=\"resource_exhausted\"} 0", "epserve_queue_depth 0",
-        "epserve_tokens_total 0", "epserve_phase_seconds_count{phase=\"queue\"} 0",
+        "epserve_tokens_total 0", "epserve_batches_total{count_exchange=\"coordinator\"} 0",
+        "epserve_batches_total{count_exchange=\"streams\"} 0",
+        "epserve_batches_total{count_exchange=\"device\"} 0",
+        "epserve_phase_seconds_count{phase=\"queue\"} 0",
         "epserve_phase_seconds_count{phase=\"assign\"} 0",
         "epserve_phase_seconds_count{phase=\"counts\"} 0",
         "epserve_phase_seconds_count{phase=\"dispatch\"} 0",
@@ -88,6 +91,9 @@ TEST(MetricsTest, NumbersFollowWhatIsCounted) {
   metrics.AddRequest(absl::StatusCode::kOk, 0.003);
   metrics.AddRequest(absl::StatusCode::kResourceExhausted, 0.001);
   metrics.AddTokens(64);
+  metrics.AddBatch(CountExchange::kDevice);
+  metrics.AddBatch(CountExchange::kDevice);
+  metrics.AddBatch(CountExchange::kStreams);
   metrics.AddExpertRows(2, 5);
   metrics.AddExpertRows(4, 5);   // Beyond the experts: counts nowhere.
   metrics.AddExpertRows(-1, 5);  // The same.
@@ -99,6 +105,9 @@ TEST(MetricsTest, NumbersFollowWhatIsCounted) {
   EXPECT_THAT(text, HasSubstr("epserve_requests_total{outcome=\"resource_exhausted\"} 1\n"));
   EXPECT_THAT(text, HasSubstr("epserve_request_seconds_count 2\n"));
   EXPECT_THAT(text, HasSubstr("epserve_tokens_total 64\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_batches_total{count_exchange=\"coordinator\"} 0\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_batches_total{count_exchange=\"streams\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_batches_total{count_exchange=\"device\"} 2\n"));
   EXPECT_THAT(text, HasSubstr("epserve_expert_rows_total{expert=\"2\"} 5\n"));
   EXPECT_THAT(text, HasSubstr("epserve_epoch 1760000001\n"));
   EXPECT_THAT(text, HasSubstr("epserve_workers{state=\"serving\"} 2\n"));

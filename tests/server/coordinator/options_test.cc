@@ -40,6 +40,7 @@ TEST(OptionsTest, DefaultsAreThoseOfTheHelpText) {
   EXPECT_EQ(options.max_batch_tokens, 4096);
   EXPECT_EQ(options.queue_capacity, 1024);
   EXPECT_FALSE(options.separate_triggers);
+  EXPECT_EQ(options.count_exchange, "auto");
   EXPECT_EQ(options.lease_ms, 1000);
 }
 
@@ -78,6 +79,17 @@ TEST(OptionsTest, EnvironmentSetsWhatFlagsLeaveOpen) {
   ASSERT_TRUE(parsed.ok()) << parsed.status();
   EXPECT_EQ(parsed->options->queue_capacity, 9);
   EXPECT_TRUE(parsed->options->separate_triggers);
+}
+
+TEST(OptionsTest, CountExchangeIsOneOfThree) {
+  for (const char* mode : {"coordinator", "device", "auto"}) {
+    const std::string flag = std::string("--count-exchange=") + mode;
+    const auto parsed = Parse({"--checkpoint=m", flag.c_str()});
+    ASSERT_TRUE(parsed.ok()) << parsed.status();
+    EXPECT_EQ(parsed->options->count_exchange, mode);
+  }
+  EXPECT_THAT(Refusal({"--checkpoint=m", "--count-exchange=streams"}),
+              HasSubstr("--count-exchange"));
 }
 
 TEST(OptionsTest, ListeningBeyondTheMachineNeedsInsecure) {

@@ -277,6 +277,78 @@ TEST_F(BatchExecutorTest, MatrixThatComesDuringStagingIsUsed) {
   EXPECT_TRUE(reporter_.Next<BatchDone>().status.ok());
 }
 
+// A shard whose counts the ranks exchange among themselves.
+Shard MakeDeviceShard(std::uint64_t batch, int slot = 0) {
+  Shard shard = MakeShard(batch, slot);
+  shard.counts.reset();
+  shard.device_counts = true;
+  return shard;
+}
+
+TEST_F(BatchExecutorTest, CountsOfADeviceShardAreExchangedAndNotReported) {
+  Serve();
+  executor_->Submit(MakeDeviceShard(1));
+  const auto done = reporter_.Next<BatchDone>();  // The first thing that is said.
+  EXPECT_TRUE(done.status.ok()) << done.status;
+  EXPECT_GT(done.times.counts_ns, 0);
+  const std::vector<std::string> calls = engine_.calls();
+  EXPECT_THAT(std::vector<std::string>(calls.end() - 5, calls.end()),
+              testing::ElementsAre("counts 0", "dispatch 0", "experts 0", "combine 0", "finish 0"));
+}
+
+TEST_F(BatchExecutorTest, MatrixSentForADeviceShardIsNotUsed) {
+  Serve();
+  engine_.Hold("counts 0");
+  executor_->Submit(MakeDeviceShard(1));
+  ASSERT_TRUE(engine_.AwaitStep("counts 0"));
+  executor_->SetCounts({.epoch = kEpoch, .batch = 1, .counts = {}});  // It would be refused.
+  engine_.Release("counts 0");
+  EXPECT_TRUE(reporter_.Next<BatchDone>().status.ok());
+}
+
+TEST_F(BatchExecutorTest, DeviceShardWithAMatrixIsRefused) {
+  Serve();
+  Shard both = MakeShard(1);
+  both.device_counts = true;
+  ExpectRefused(both, absl::StatusCode::kInvalidArgument, "a count matrix came");
+  EXPECT_EQ(engine_.Count("stage 0"), 0);
+}
+
+TEST_F(BatchExecutorTest, DeviceShardForAnEngineThatCannotExchangeCountsIsUnimplemented) {
+  engine_.set_exchanges_counts(false);
+  Serve();
+  ExpectRefused(MakeDeviceShard(1), absl::StatusCode::kUnimplemented,
+                "ranks of the host backend cannot; give the coordinator --count-exchange=");
+  EXPECT_EQ(engine_.Count("dispatch 0"), 0);
+}
+
+TEST_F(BatchExecutorTest, PeerTimeoutInTheCountExchangeIsReportedWithItsMessage) {
+  Serve();
+  engine_.FailAt("counts 0", absl::DeadlineExceededError("counts: rank 1 waited for rank 0"));
+  ExpectRefused(MakeDeviceShard(1), absl::StatusCode::kDeadlineExceeded,
+                "rank 1 waited for rank 0");
+  EXPECT_EQ(engine_.Count("dispatch 0"), 0);
+  EXPECT_EQ(engine_.Count("discard 0"), 1);
+}
+
+TEST_F(BatchExecutorTest, WithoutALeaseNoPeerIsToldTheCounts) {
+  Serve();
+  now_us_ = 1000;
+  ExpectRefused(MakeDeviceShard(1), absl::StatusCode::kAborted, "counts: the worker has no lease");
+  EXPECT_EQ(engine_.Count("counts 0"), 0);
+}
+
+TEST_F(BatchExecutorTest, AbortEndsACountExchange) {
+  Serve();
+  engine_.Hold("counts 0");
+  executor_->Submit(MakeDeviceShard(1));
+  ASSERT_TRUE(engine_.AwaitStep("counts 0"));
+  EXPECT_TRUE(executor_->AbortEpoch(kEpoch));
+  executor_->Drain();
+  EXPECT_TRUE(reporter_.empty());
+  EXPECT_EQ(engine_.Count("dispatch 0"), 0);
+}
+
 TEST_F(BatchExecutorTest, TriggerThatNeverComesEndsTheBatchWithDeadlineExceeded) {
   Serve(absl::Milliseconds(20));
   Shard shard = MakeShard(1);

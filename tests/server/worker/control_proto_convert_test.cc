@@ -57,6 +57,20 @@ TEST(FromProtoTest, ShardIsTakenWholeAndItsBytesAreMoved) {
   EXPECT_THAT(shard.counts->rows_per_expert, ElementsAre(9));
 }
 
+TEST(FromProtoTest, ShardSaysWhetherTheRanksExchangeItsCounts) {
+  v1::CoordinatorMessage message;
+  message.mutable_shard()->set_row_type(v1::ROW_TYPE_FP32);
+  auto converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  EXPECT_FALSE(std::get<Shard>(*converted).device_counts);
+  message.mutable_shard()->set_row_type(v1::ROW_TYPE_FP32);
+  message.mutable_shard()->set_device_counts(true);
+  converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  EXPECT_TRUE(std::get<Shard>(*converted).device_counts);
+  EXPECT_FALSE(std::get<Shard>(*converted).counts.has_value());
+}
+
 TEST(FromProtoTest, ShardWithoutATypeIsRefused) {
   v1::CoordinatorMessage message;
   message.mutable_shard()->set_epoch(7);
@@ -108,7 +122,10 @@ TEST(ToProtoTest, HelloCarriesTheModel) {
   hello.model.layers = {1, 2};
   hello.model.num_experts = 64;
   hello.last_epoch = 9;
+  EXPECT_FALSE(ToProto(hello).hello().device_counts());
+  hello.device_counts = true;
   const v1::WorkerMessage message = ToProto(hello);
+  EXPECT_TRUE(message.hello().device_counts());
   EXPECT_EQ(message.hello().held_rank(), 2);
   EXPECT_EQ(message.hello().held_num_ranks(), 4);
   EXPECT_EQ(message.hello().last_epoch(), 9u);

@@ -153,7 +153,22 @@ absl::StatusOr<runtime::ShardCounts> FakeEngine::Stage(const runtime::ShardInput
   counts.rows_to_rank.resize(placement_.num_ranks());
   counts.rows_per_expert.resize(kExperts);
   runtime::CountShard(ids, input.topk, placement_, counts.rows_to_rank, counts.rows_per_expert);
+  counted_[input.slot] = counts;
   return counts;
+}
+
+absl::StatusOr<runtime::CountMatrix> FakeEngine::ExchangeCounts(int slot) {
+  if (!exchanges_counts_) return Engine::ExchangeCounts(slot);
+  EPS_RETURN_IF_ERROR(Step(absl::StrCat("counts ", slot)));
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!staged_.contains(slot)) violations_.push_back("ExchangeCounts of nothing staged");
+  const runtime::ShardCounts& own = counted_.at(slot);
+  const int num_ranks = placement_.num_ranks();
+  runtime::CountMatrix matrix{.num_ranks = num_ranks, .rows_per_expert = own.rows_per_expert};
+  matrix.rows.resize(static_cast<std::size_t>(num_ranks * num_ranks));
+  std::copy(own.rows_to_rank.begin(), own.rows_to_rank.end(),
+            matrix.rows.begin() + rank_ * num_ranks);
+  return matrix;
 }
 
 absl::Status FakeEngine::Dispatch(int slot, const runtime::CountMatrix& counts) {

@@ -38,6 +38,9 @@ class FakeEngine : public runtime::Engine {
   std::vector<std::string> calls() const;
   int Count(const std::string& step) const;
   std::vector<std::string> violations() const;
+  // Whether ranks exchange counts among themselves; set before the engine is used. The fake's peers
+  // have nothing to send.
+  void set_exchanges_counts(bool exchanges) { exchanges_counts_ = exchanges; }
   void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
 
   std::string_view backend() const override { return "host"; }
@@ -55,6 +58,8 @@ class FakeEngine : public runtime::Engine {
   absl::StatusOr<std::vector<float>> ReferenceExpert(std::int64_t layer, std::int64_t expert,
                                                      std::span<const float> x) const override;
   absl::StatusOr<runtime::ShardCounts> Stage(const runtime::ShardInput& input) override;
+  bool exchanges_counts() const override { return exchanges_counts_; }
+  absl::StatusOr<runtime::CountMatrix> ExchangeCounts(int slot) override;
   absl::Status Dispatch(int slot, const runtime::CountMatrix& counts) override;
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
@@ -67,6 +72,7 @@ class FakeEngine : public runtime::Engine {
 
   const runtime::ModelInfo model_;
   runtime::MemoryPlan plan_;
+  bool exchanges_counts_ = true;
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::vector<std::string> calls_;  // Guarded by mutex_, as all below.
@@ -78,6 +84,7 @@ class FakeEngine : public runtime::Engine {
   runtime::Placement placement_;
   int rank_ = -1;
   std::map<int, runtime::ShardInput> staged_;
+  std::map<int, runtime::ShardCounts> counted_;
 };
 
 }  // namespace epserve::worker

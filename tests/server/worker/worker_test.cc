@@ -140,6 +140,29 @@ TEST_F(WorkerTest, UnroutedShardReportsCountsAndWaitsForTheMatrix) {
   EXPECT_EQ(done.batch_done().output(), ShardRows(1));
 }
 
+TEST_F(WorkerTest, HelloSaysWhetherTheRanksCanExchangeCounts) {
+  StartCoordinator();
+  engine_->set_exchanges_counts(false);
+  StartWorker();
+  v1::Hello hello;
+  ASSERT_NE(Greet(&hello), nullptr);
+  EXPECT_FALSE(hello.device_counts());
+}
+
+TEST_F(WorkerTest, ShardThatTheRanksCountNeedsNoWordOfTheCoordinator) {
+  std::shared_ptr<ControlSession> session = Serve(7);
+  ASSERT_NE(session, nullptr);
+  v1::CoordinatorMessage shard = ShardMessage(7, 1, 0, Routing::kByWorker);
+  shard.mutable_shard()->set_device_counts(true);
+  session->Send(shard);
+  const v1::WorkerMessage done = session->Next();
+  ASSERT_TRUE(done.has_batch_done()) << done.DebugString();
+  EXPECT_EQ(done.batch_done().code(), 0) << done.batch_done().message();
+  EXPECT_GT(done.batch_done().times().counts_ns(), 0);
+  EXPECT_EQ(done.batch_done().output(), ShardRows(1));
+  EXPECT_EQ(engine_->Count("counts 0"), 1);
+}
+
 TEST_F(WorkerTest, TwoSlotsRunAtOnce) {
   std::shared_ptr<ControlSession> session = Serve(7);
   ASSERT_NE(session, nullptr);

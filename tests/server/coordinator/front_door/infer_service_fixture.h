@@ -95,7 +95,7 @@ class FakeSink final : public RequestSink {
 
 inline Completion Ok() {
   Completion completion;
-  completion.times = {1, 2, 3, 4, 5, 6, 77};
+  completion.times = {1, 2, /*counts_ns=*/3000, 4, 5, 6, 77};
   return completion;
 }
 

@@ -99,6 +99,7 @@ class TestCluster {
   Commands Join(const std::string& worker_id, WorkerHello hello = {}) {
     hello.stream = ++last_stream;
     hello.worker_id = worker_id;
+    hello.device_counts |= device_counts;
     if (hello.incarnation.empty()) hello.incarnation = worker_id + "#1";
     stream_of[worker_id] = hello.stream;
     return Do(hello);
@@ -182,6 +183,7 @@ class TestCluster {
   TimeUs now_us;
   EpochId epoch = 0;
   StreamId last_stream = 100;
+  bool device_counts = false;  // offered by whoever joins from now on
   std::map<std::string, StreamId> stream_of;
 };
 

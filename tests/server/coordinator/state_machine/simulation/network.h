@@ -19,9 +19,9 @@ struct ShardMessage {
   EpochId epoch = 0;
   BatchId batch = 0;
   int slot = 0;
-  bool routed = true;
   TriggerMode trigger = TriggerMode::kTogether;
   std::int64_t num_tokens = 0;
+  CountExchange counts = CountExchange::kCoordinator;
 };
 struct MatrixMessage {
   EpochId epoch = 0;

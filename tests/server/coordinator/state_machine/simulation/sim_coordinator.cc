@@ -207,7 +207,8 @@ void SimCoordinator::On(const CloseStream& c) {
 
 // ---- batches
 
-void SimCoordinator::TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch) {
+void SimCoordinator::TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch,
+                              CountExchange counts) {
   if (epoch != epoch_) world_.Fail("a batch started in an epoch that is not the newest");
   if (batch <= last_batch_) world_.Fail(absl::StrCat("batch ", batch, " follows ", last_batch_));
   last_batch_ = batch;
@@ -217,30 +218,52 @@ void SimCoordinator::TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch
       world_.Fail(absl::StrCat("batches ", other, " and ", batch, " share slot ", slot));
     }
   }
-  batches_[batch] = {slot, probe, {}};
+  batches_[batch] = {slot, probe, counts, {}};
+}
+
+CountExchange SimCoordinator::ExpectedCounts(bool routed) const {
+  switch (config_.count_exchange) {
+    case CountExchangeMode::kDevice:
+      return CountExchange::kDevice;
+    case CountExchangeMode::kCoordinator:
+      return routed ? CountExchange::kCoordinator : CountExchange::kStreams;
+    case CountExchangeMode::kAuto:
+      break;
+  }
+  if (routed) return CountExchange::kCoordinator;
+  const std::vector<int>& members = world_.members.at(epoch_);
+  const bool all = std::all_of(members.begin(), members.end(), [this](int process) {
+    return world_.offers_device_counts.at(process);
+  });
+  return all ? CountExchange::kDevice : CountExchange::kStreams;
 }
 
 template <typename T>
 void SimCoordinator::SendShards(const T& start, bool routed) {
+  if (start.counts != ExpectedCounts(routed)) {
+    world_.Fail(absl::StrCat("a batch is counted by ", CountExchangeName(start.counts), ", not by ",
+                             CountExchangeName(ExpectedCounts(routed))));
+  }
   std::int64_t next = 0;
   for (const ShardPlan& shard : start.shards) {
     if (shard.rows.begin != next) world_.Fail("shards do not follow one another");
     next = shard.rows.end;
     if (!MayGo(shard.stream, start.epoch)) return;
-    network_.ToWorkerEnd(shard.stream, ShardMessage{start.epoch, start.batch, start.slot, routed,
-                                                    start.trigger, shard.rows.size()});
+    network_.ToWorkerEnd(shard.stream,
+                         ShardMessage{start.epoch, start.batch, start.slot, start.trigger,
+                                      shard.rows.size(), start.counts});
   }
   if (next != start.num_tokens || next > config_.max_batch_tokens) world_.Fail("wrong shards");
 }
 
 void SimCoordinator::On(const StartProbe& c) {
-  TakeSlot(c.batch, c.slot, true, c.epoch);
+  TakeSlot(c.batch, c.slot, true, c.epoch, c.counts);
   SendShards(c, true);
 }
 
 void SimCoordinator::On(const StartBatch& c) {
   if (verified_epoch_ != c.epoch) world_.Fail("a batch started in an unverified epoch");
-  TakeSlot(c.batch, c.slot, false, c.epoch);
+  TakeSlot(c.batch, c.slot, false, c.epoch, c.counts);
   std::int64_t next = 0;
   for (const RequestRows& rows : c.requests) {
     if (queued_.erase(rows.request) == 0) {
@@ -256,6 +279,10 @@ void SimCoordinator::On(const StartBatch& c) {
 }
 
 void SimCoordinator::On(const SendCountMatrix& c) {
+  if (const auto it = batches_.find(c.batch);
+      it == batches_.end() || it->second.counts != CountExchange::kStreams) {
+    world_.Fail(absl::StrCat("a count matrix went out for batch ", c.batch));
+  }
   for (const StreamId stream : c.streams) {
     if (MayGo(stream, c.epoch)) network_.ToWorkerEnd(stream, MatrixMessage{c.epoch, c.batch});
   }
@@ -300,6 +327,9 @@ void SimCoordinator::On(const VerifyProbe& c) {
 
 void SimCoordinator::On(const FinishBatch& c) {
   CheckAllDone(c.epoch, c.batch);
+  if (const auto it = batches_.find(c.batch); it != batches_.end()) {
+    ++world_.batches_finished[it->second.counts];
+  }
   FreeBatch(c.epoch, c.batch, false);
   for (const RequestRows& rows : c.requests) {
     if (in_flight_.erase(rows.request) == 0) world_.Fail("a finished request was not in flight");

@@ -44,6 +44,7 @@ class SimCoordinator {
   struct InFlight {
     int slot = 0;
     bool probe = false;
+    CountExchange counts = CountExchange::kCoordinator;
     std::set<RequestId> requests;
   };
 
@@ -83,7 +84,9 @@ class SimCoordinator {
   }
   // Whether a message of `epoch` (0: of none) may go to `stream`; fails the schedule if not.
   bool MayGo(StreamId stream, EpochId epoch);
-  void TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch);
+  void TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch, CountExchange counts);
+  // How a batch must be counted.
+  CountExchange ExpectedCounts(bool routed) const;
   void FreeBatch(EpochId epoch, BatchId batch, bool probe);
   void CheckAllDone(EpochId epoch, BatchId batch);
   template <typename T>

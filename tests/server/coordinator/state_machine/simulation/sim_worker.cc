@@ -5,13 +5,14 @@
 namespace epserve::coordinator::sim {
 
 SimWorker::SimWorker(World& world, Network& network, Exchanges& exchanges, const Config& config,
-                     int index, std::function<int()> coordinator)
+                     int index, std::function<int()> coordinator, bool device_counts)
     : world_(world),
       network_(network),
       exchanges_(exchanges),
       config_(config),
       id_(absl::StrCat("w", index)),
       coordinator_(std::move(coordinator)),
+      device_counts_(device_counts),
       clock_offset_us_(world.Between(-1'000'000'000, 1'000'000'000)) {}
 
 // ---- the process
@@ -39,6 +40,7 @@ void SimWorker::LaterInEpoch(TimeUs delay_us, std::function<void()> action) {
 void SimWorker::StartProcess() {
   alive_ = true;
   process_ = world_.next_process++;
+  world_.offers_device_counts[process_] = device_counts_;
   paused_until_us_ = 0;
   stream_ = 0;
   held_rank_ = rank_ = -1;
@@ -89,6 +91,7 @@ void SimWorker::Connect() {
   });
   WorkerHello hello{stream_,     id_,        std::to_string(process_),
                     last_epoch_, held_rank_, held_rank_ < 0 ? 0 : config_.num_workers};
+  hello.device_counts = device_counts_;
   Send(hello);
   Heartbeats(stream_);
 }
@@ -221,7 +224,8 @@ void SimWorker::On(const ShardMessage& m) {
   }
   Work& work = work_[m.batch];
   work.slot = m.slot;
-  work.routed = m.routed;
+  work.counts = m.counts;
+  work.counted = m.counts == CountExchange::kCoordinator;
   work.separate = m.trigger == TriggerMode::kSeparate;
   work.num_tokens = m.num_tokens;
   const TimeUs delay_us =
@@ -231,7 +235,7 @@ void SimWorker::On(const ShardMessage& m) {
     if (work == nullptr) return;
     if (world_.Fault(0.005)) return Done(batch, absl::StatusCode::kInternal, "staging failed");
     work->staged = true;
-    if (!work->routed) {
+    if (work->counts == CountExchange::kStreams) {
       Counts counts{stream_, epoch_, batch};
       const bool bad = world_.Fault(0.005);
       counts.rows_to_rank.assign(config_.num_workers, bad ? -1 : 0);
@@ -251,6 +255,7 @@ SimWorker::Work* SimWorker::WorkOf(EpochId epoch, BatchId batch) {
 void SimWorker::On(const MatrixMessage& m) {
   if (Work* work = WorkOf(m.epoch, m.batch)) {
     if (!work->staged) world_.Fail("a count matrix came before this rank's counts");
+    if (work->counts != CountExchange::kStreams) world_.Fail("a count matrix came unasked for");
     work->counted = true;
     Advance(m.batch);
   }
@@ -279,7 +284,13 @@ void SimWorker::OnFlags(EpochId epoch, BatchId batch) {
 void SimWorker::Advance(BatchId batch) {
   Work* work = WorkOf(epoch_, batch);
   if (work == nullptr || !work->staged) return;
-  if (!work->routed && !work->counted) return;
+  if (work->counts == CountExchange::kDevice && !work->told_counts) {
+    return ExchangeCounts(batch, *work);
+  }
+  if (work->counts == CountExchange::kDevice && !work->counted) {
+    work->counted = Everyone(exchanges_.flags[{epoch_, batch}].counted);
+  }
+  if (!work->counted) return;
   if (work->separate && !work->dispatch_allowed) return;
   if (!work->dispatched) return Dispatch(batch, *work);
   const Exchanges::Flags& flags = exchanges_.flags[{epoch_, batch}];
@@ -300,6 +311,20 @@ void SimWorker::Advance(BatchId batch) {
     world_.done_ok[{epoch_, batch}].insert(rank_);
     Done(batch, absl::StatusCode::kOk, "");
   }
+}
+
+void SimWorker::ExchangeCounts(BatchId batch, Work& work) {
+  if (!LeaseIsFresh()) return Done(batch, absl::StatusCode::kAborted, "the lease ran out");
+  world_.Touch(epoch_, process_);
+  work.told_counts = true;
+  exchanges_.flags[{epoch_, batch}].counted.insert(rank_);
+  LaterInEpoch(kPeerTimeoutUs, [this, batch] {
+    const Work* work = WorkOf(epoch_, batch);
+    if (work != nullptr && !work->counted) {
+      Done(batch, absl::StatusCode::kDeadlineExceeded, "a peer's counts did not come");
+    }
+  });
+  RaiseFlags(batch);
 }
 
 void SimWorker::Dispatch(BatchId batch, Work& work) {

@@ -21,6 +21,7 @@ class SimWorker;
 // Flags in symmetric memory: who has pushed, who has published.
 struct Exchanges {
   struct Flags {
+    std::set<int> counted;
     std::set<int> dispatched;
     std::set<int> combined;
   };
@@ -32,7 +33,7 @@ class SimWorker {
  public:
   // `coordinator` gives the life of the coordinator that listens now, 0: none.
   SimWorker(World& world, Network& network, Exchanges& exchanges, const Config& config, int index,
-            std::function<int()> coordinator);
+            std::function<int()> coordinator, bool device_counts);
 
   void StartProcess();
   void Kill();  // Comes back as a new process after a while.
@@ -46,10 +47,10 @@ class SimWorker {
  private:
   struct Work {
     int slot = 0;
-    bool routed = true;
+    CountExchange counts = CountExchange::kCoordinator;
     bool separate = false;
     std::int64_t num_tokens = 0;
-    bool staged = false, counted = false;
+    bool staged = false, told_counts = false, counted = false;
     bool dispatch_allowed = false, combine_allowed = false;
     bool dispatched = false, computing = false, computed = false, combined = false;
   };
@@ -83,6 +84,7 @@ class SimWorker {
 
   Work* WorkOf(EpochId epoch, BatchId batch);
   void Advance(BatchId batch);
+  void ExchangeCounts(BatchId batch, Work& work);
   void Dispatch(BatchId batch, Work& work);
   void Combine(BatchId batch, Work& work);
   void Done(BatchId batch, absl::StatusCode code, const std::string& message);
@@ -99,6 +101,7 @@ class SimWorker {
   const Config& config_;
   const std::string id_;
   const std::function<int()> coordinator_;
+  const bool device_counts_;  // offered by each of its processes
   const TimeUs clock_offset_us_;
 
   bool alive_ = false;

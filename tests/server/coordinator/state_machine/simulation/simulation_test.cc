@@ -4,6 +4,7 @@
 // EPSERVE_SIM_SCHEDULES: how many schedules (default 10000; 1000 in sanitizer builds).
 // EPSERVE_SIM_SEED: run that one schedule and trace it to stderr.
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,7 @@ struct Totals {
   std::int64_t coordinator_lives = 0;
   std::int64_t processes = 0;
   std::int64_t stale_messages = 0;
+  std::map<CountExchange, std::int64_t> batches;
 };
 
 class Schedule {
@@ -36,9 +38,11 @@ class Schedule {
       lives_.back()->Deliver(event);
     };
     const int num_workers = config_.num_workers + static_cast<int>(world_.Between(0, 2));
+    const bool alike = config_.count_exchange == CountExchangeMode::kDevice || world_.Chance(0.7);
     for (int i = 0; i < num_workers; ++i) {
-      workers_.push_back(std::make_unique<SimWorker>(world_, network_, exchanges_, config_, i,
-                                                     [this] { return ListeningLife(); }));
+      workers_.push_back(std::make_unique<SimWorker>(
+          world_, network_, exchanges_, config_, i, [this] { return ListeningLife(); },
+          /*device_counts=*/alike || world_.Chance(0.5)));
       exchanges_.workers.push_back(workers_.back().get());
     }
   }
@@ -66,6 +70,7 @@ class Schedule {
     totals->coordinator_lives += static_cast<std::int64_t>(lives_.size());
     totals->processes += world_.next_process - 1;
     totals->stale_messages += static_cast<std::int64_t>(lives_.back()->snapshot().stale_messages);
+    for (const auto& [kind, count] : world_.batches_finished) totals->batches[kind] += count;
   }
 
  private:
@@ -79,6 +84,9 @@ class Schedule {
     config_.queue_capacity = world_.Between(1, 6);
     config_.batch_window_us = world_.Chance(0.5) ? world_.Between(100, 5 * kMs) : 0;
     config_.trigger = world_.Chance(0.5) ? TriggerMode::kSeparate : TriggerMode::kTogether;
+    constexpr CountExchangeMode kModes[] = {
+        CountExchangeMode::kAuto, CountExchangeMode::kCoordinator, CountExchangeMode::kDevice};
+    config_.count_exchange = kModes[world_.Between(0, 2)];
     config_.lease_us = 100 * kMs;
     config_.epoch_pace_us = kEpochPaceUs;
     config_.probe_backoff_us = 20 * kMs;
@@ -251,11 +259,18 @@ TEST(SimulationTest, EverySeededScheduleKeepsEveryPromise) {
   std::cout << num_schedules << " schedules: " << totals.requests << " requests, "
             << totals.requests_ok << " ok, " << totals.epochs << " epochs, "
             << totals.coordinator_lives << " coordinators, " << totals.processes << " workers, "
-            << totals.stale_messages << " stale messages\n";
+            << totals.stale_messages << " stale messages; batches counted by coordinator "
+            << totals.batches[CountExchange::kCoordinator] << ", over streams "
+            << totals.batches[CountExchange::kStreams] << ", by workers "
+            << totals.batches[CountExchange::kDevice] << "\n";
   EXPECT_GT(totals.requests_ok, 3 * num_schedules);
   EXPECT_GT(totals.epochs, 2 * num_schedules);
   EXPECT_GT(totals.coordinator_lives, num_schedules);
   EXPECT_GT(totals.stale_messages, num_schedules);
+  for (const CountExchange kind :
+       {CountExchange::kCoordinator, CountExchange::kStreams, CountExchange::kDevice}) {
+    EXPECT_GT(totals.batches[kind], num_schedules / 2) << CountExchangeName(kind);
+  }
 }
 
 TEST(SimulationTest, SameSeedGivesTheSameSchedule) {

@@ -67,9 +67,11 @@ class World {
 
   // ---- the truth, over all lives of the coordinator
 
-  EpochId newest_epoch = 0;                                      // ever commanded
-  std::map<EpochId, std::vector<int>> members;                   // epoch to process by rank
-  std::map<int, EpochId> newest_epoch_of_process;                // by CreateHeap commands
+  EpochId newest_epoch = 0;                        // ever commanded
+  std::map<EpochId, std::vector<int>> members;     // epoch to process by rank
+  std::map<int, EpochId> newest_epoch_of_process;  // by CreateHeap commands
+  std::map<int, bool> offers_device_counts;        // by process
+  std::map<CountExchange, std::int64_t> batches_finished;
   std::map<std::pair<EpochId, BatchId>, std::set<int>> done_ok;  // ranks whose rows are truly there
 
   struct Request {
