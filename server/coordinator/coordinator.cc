@@ -26,6 +26,7 @@
 #include "server/coordinator/front_door/server_limits.h"
 #include "server/coordinator/grpc_log.h"
 #include "server/coordinator/host.h"
+#include "server/coordinator/metrics_endpoint.h"
 #include "server/rpc/channelz_service.h"
 #include "server/rpc/health_service.h"
 #include "server/rpc/reflection_service.h"
@@ -137,6 +138,7 @@ struct Coordinator::Parts {
   std::unique_ptr<ShmRegistry> regions;
   std::unique_ptr<Host> host;
   std::unique_ptr<InferService> infer;
+  std::unique_ptr<server::HttpServer> scrapes;  // null: off
   server::Health health;
   server::RpcServer server;
   std::vector<int> ports;
@@ -181,6 +183,15 @@ struct Coordinator::Parts {
     return absl::OkStatus();
   }
 
+  absl::Status StartScrapes(const Options& options, std::shared_ptr<Access> access) {
+    if (options.metrics_listen == "off") return absl::OkStatus();
+    const bool open = options.plaintext_metrics;
+    EPS_ASSIGN_OR_RETURN(
+        scrapes, ServeMetrics(options.metrics_listen, open ? server::TlsFiles() : options.tls,
+                              open ? nullptr : std::move(access), metrics.get()));
+    return absl::OkStatus();
+  }
+
   void SetReady(bool ready) {
     health.Set("", ready);
     health.Set("readiness", ready);
@@ -197,7 +208,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
                                                                  Pace pace) {
   TakeGrpcLog();
   auto parts = std::make_unique<Parts>();
-  EPS_ASSIGN_OR_RETURN(parts->metrics, Metrics::Create(options.metrics_listen, model.num_experts));
+  parts->metrics = std::make_unique<Metrics>(model.num_experts);
   ShmOptions shm;
   shm.allowed = options.allow_client_shm;
   shm.key_prefixes = options.shm_key_prefixes;
@@ -223,7 +234,12 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   parts->health.AddTo(&parts->server);
   parts->health.Set("liveness", true);
   parts->SetReady(false);
-  EPS_RETURN_IF_ERROR(SetAccess(options.tls, options.secrets_file, &parts->server));
+  std::shared_ptr<Access> access;  // null: everybody may call everything
+  if (options.tls.enabled() || !options.secrets_file.empty()) {
+    EPS_ASSIGN_OR_RETURN(access, Access::Create(options.tls, options.secrets_file));
+    SetAccess(access, &parts->server);
+  }
+  EPS_RETURN_IF_ERROR(parts->StartScrapes(options, std::move(access)));
   server::AddChannelz(&parts->server);
   server::AddReflection(&parts->server);
   EPS_RETURN_IF_ERROR(parts->StartServer(options));
@@ -242,6 +258,10 @@ void Coordinator::Stop() {
 }
 
 const std::vector<int>& Coordinator::ports() const { return parts_->ports; }
+
+int Coordinator::metrics_port() const {
+  return parts_->scrapes == nullptr ? 0 : parts_->scrapes->port();
+}
 
 const Metrics& Coordinator::metrics() const { return *parts_->metrics; }
 
