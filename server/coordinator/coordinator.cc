@@ -161,14 +161,16 @@ struct Coordinator::Parts {
     const auto credentials = options.tls.enabled() ? server::MakeServerCredentials(options.tls)
                                                    : grpc::InsecureServerCredentials();
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
-      builder.AddListeningPort(options.listen[i], credentials, &ports[i]);
+      server.Listen(options.listen[i], credentials, &builder, &ports[i]);
     }
     int health_port = -1;
     if (!options.health_listen.empty()) {
-      builder.AddListeningPort(options.health_listen, grpc::InsecureServerCredentials(),
-                               &health_port);
+      server.Listen(options.health_listen, grpc::InsecureServerCredentials(), &builder,
+                    &health_port);
     }
     server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
+    server.SetCallLimits({std::chrono::milliseconds(options.message_timeout_ms),
+                          std::chrono::milliseconds(options.stream_idle_timeout_ms)});
     const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       // gRPC binds in this order and stops at the first that it cannot, whose port stays below 0

@@ -148,6 +148,11 @@ void AddTimeFlags(CLI::App& app, Options& options) {
       "Longest that an epoch may take to form, milliseconds");
   add("--batch-timeout-ms", options.batch_timeout_ms, 100, "EPSERVE_BATCH_TIMEOUT_MS",
       "Longest that a batch may take, milliseconds; its epoch ends then");
+  add("--message-timeout-ms", options.message_timeout_ms, 10, "EPSERVE_MESSAGE_TIMEOUT_MS",
+      "Longest that the message of a call may take to come whole, milliseconds");
+  add("--stream-idle-timeout-ms", options.stream_idle_timeout_ms, 10,
+      "EPSERVE_STREAM_IDLE_TIMEOUT_MS",
+      "Longest that a caller's stream may bring no message while none is answered, milliseconds");
   add("--drain-timeout-ms", options.drain_timeout_ms, 0, "EPSERVE_DRAIN_TIMEOUT_MS",
       "Longest that SIGTERM waits for queued and running requests, milliseconds");
 }
