@@ -57,10 +57,9 @@ def test_rolling_restart_under_half_of_the_load_is_hidden_by_retries(
     checkpoint, start_cluster, rng
 ):
     served = checkpoint(experts=12, topk=3)
-    # Room for all that is retried after an outage; what found none would say RESOURCE_EXHAUSTED.
-    with start_cluster(
-        served, workers=WORKERS, coordinator_args=["--queue-capacity=8192"]
-    ) as cluster:
+    # The default queue has room for all that is retried after an outage; what found none would say
+    # RESOURCE_EXHAUSTED.
+    with start_cluster(served, workers=WORKERS) as cluster:
         capacity = report(bench(cluster, "--concurrency=4", "--duration=1"), 30)
         assert capacity["succeeded"] == capacity["requests"], capacity
         # Two callers, alike but for their retries, ask for half of that together.
