@@ -36,7 +36,7 @@ fi
 directory="$1"
 shift
 if ((EUID != 0)); then
-  echo "make-certificates: uid $EUID cannot give the keys to the containers' users; run it as root" >&2
+  echo "make-certificates: uid $EUID cannot give keys to the containers' users; run it as root" >&2
   exit 1
 fi
 
