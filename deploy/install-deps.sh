@@ -17,13 +17,13 @@ build_packages=(
   libgrpc++-dev libgrpc-dev protobuf-compiler-grpc           # gRPC
   libprotobuf-dev protobuf-compiler                          # Protobuf
   libabsl-dev libcli11-dev libspdlog-dev nlohmann-json3-dev  # Abseil, flags, logs, JSON
-  prometheus-cpp-dev                                         # metrics
+  prometheus-cpp-dev libboost-dev libssl-dev                 # metrics, and their port
   libdnnl-dev                                                # matrix products
   libmimalloc-dev                                            # malloc of the worker
 )
 runtime_packages=(
   libgrpc++1.51 libprotobuf32 libabsl20220623 libspdlog1.10  # as above, and what they need
-  libprometheus-cpp-pull1.0 libdnnl2 libmimalloc2.0
+  libprometheus-cpp-core1.0 libssl3 libdnnl2 libmimalloc2.0
 )
 test_packages=(
   libgtest-dev libgmock-dev libbenchmark-dev

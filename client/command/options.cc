@@ -134,7 +134,8 @@ void AddUp(CLI::App& app, Parsed& parsed) {
   up->add_flag("--insecure", parsed.insecure,
                "Allow listening beyond this machine without TLS and secrets");
   up->add_flag("--plaintext-metrics", parsed.plaintext_metrics,
-               "Allow the Prometheus endpoint, which has no TLS, beyond this machine");
+               "Serve the Prometheus endpoint in plaintext and to everybody, whatever TLS and "
+               "secrets are set");
   AddSecurity(up, options.security);
   for (std::size_t i = 0; i < std::size(kPassThrough); ++i) {
     CLI::Option* option =
@@ -346,6 +347,7 @@ absl::Status FinishUp(Parsed& parsed) {
     if (!value.empty()) args.push_back(absl::StrCat(flag, "=", value));
   };
   const ChannelSecurity& security = up.security;
+  up.metrics_tls = !security.tls_cert.empty() && !parsed.plaintext_metrics;
   for (std::vector<std::string>* args : {&up.coordinator_args, &up.worker_args}) {
     pass("--tls-cert", security.tls_cert, *args);
     pass("--tls-key", security.tls_key, *args);

@@ -21,6 +21,7 @@ struct UpOptions {
   int num_workers = 4;
   std::string listen = "127.0.0.1:8001";
   std::string metrics_listen = "127.0.0.1:8002";
+  bool metrics_tls = false;    // that it is served with
   std::string program_dir;     // Empty: where this program lies.
   std::string log_dir;         // Empty: the children's logs go to stderr.
   std::string ready_file;      // Empty: none.

@@ -255,7 +255,10 @@ void Session::PrintEndpoints(absl::Duration took) {
   line("workers", absl::StrCat(cluster.workers.size(), " of ", cluster.expected_workers, ", ",
                                FormatBytes(weights), " of weights"));
   line("gRPC", address_);
-  if (!metrics_address_.empty()) line("metrics", "http://" + metrics_address_ + "/metrics");
+  if (!metrics_address_.empty()) {
+    const char* const scheme = options_.metrics_tls ? "https://" : "http://";
+    line("metrics", scheme + metrics_address_ + "/metrics");
+  }
   std::printf("%s in %s\n", out_.Paint(Color::kGreen, "ready").c_str(),
               FormatSeconds(absl::ToDoubleSeconds(took)).c_str());
   std::fflush(stdout);

@@ -8,8 +8,11 @@
 #include <grpcpp/support/client_interceptor.h>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <fstream>
+#include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -19,7 +22,7 @@ namespace epserve::client {
 
 namespace {
 
-// How soon a renewed certificate is taken up.
+// How soon a renewed certificate or secret is taken up.
 constexpr unsigned kRefreshSeconds = 1;
 
 std::shared_ptr<grpc::ChannelCredentials> MakeCredentials(const ChannelSecurity& security) {
@@ -51,16 +54,35 @@ class SecretShower final : public grpc::experimental::Interceptor {
   const std::string authorization_;
 };
 
+// Reads the file again for a call that comes a second or more after the last reading, so that a
+// renewed secret is shown without a new channel. Thread-safe.
 class SecretShowerFactory final : public grpc::experimental::ClientInterceptorFactoryInterface {
  public:
-  explicit SecretShowerFactory(const std::string& secret) : authorization_("Bearer " + secret) {}
+  explicit SecretShowerFactory(std::string path) : path_(std::move(path)) {}
   grpc::experimental::Interceptor* CreateClientInterceptor(
       grpc::experimental::ClientRpcInfo*) override {
-    return new SecretShower(authorization_);
+    return new SecretShower(Authorization());
   }
 
  private:
-  const std::string authorization_;
+  std::string Authorization() {
+    const auto now = std::chrono::steady_clock::now();
+    const std::lock_guard lock(mutex_);
+    if (authorization_.empty() || now - read_at_ >= std::chrono::seconds(kRefreshSeconds)) {
+      read_at_ = now;
+      std::string secret;
+      // A file that is just being replaced: the last secret stays.
+      if (std::ifstream file(path_); std::getline(file, secret)) {
+        authorization_ = "Bearer " + secret;
+      }
+    }
+    return authorization_;
+  }
+
+  const std::string path_;
+  std::mutex mutex_;
+  std::string authorization_;                      // Guarded by mutex_, as is the next.
+  std::chrono::steady_clock::time_point read_at_;  // when the file was last looked at
 };
 
 }  // namespace
@@ -87,11 +109,8 @@ std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
   if (security.secret_file.empty()) {
     return grpc::CreateCustomChannel(target, credentials, arguments);
   }
-  std::string secret;
-  std::ifstream file(security.secret_file);
-  std::getline(file, secret);
   std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> factories;
-  factories.push_back(std::make_unique<SecretShowerFactory>(secret));
+  factories.push_back(std::make_unique<SecretShowerFactory>(security.secret_file));
   return grpc::experimental::CreateCustomChannelWithInterceptors(target, credentials, arguments,
                                                                  std::move(factories));
 }

@@ -15,7 +15,7 @@ struct ChannelSecurity {
   std::string tls_ca;    // PEM authorities that the service's certificate must come from
   std::string
       tls_server_name;      // that the service's certificate must have; empty: the target's host
-  std::string secret_file;  // its first line is shown with every call; read at start
+  std::string secret_file;  // its first line is shown with every call; read again as the others
 };
 
 // INVALID_ARGUMENT: only some of what belongs together is given, or a file cannot be read. `tls_ca`

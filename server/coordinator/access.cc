@@ -1,14 +1,10 @@
 #include "server/coordinator/access.h"
 
-#include <memory>
-#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
-#include "server/common/log_limit.h"
-#include "server/coordinator/access_policy.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -43,20 +39,38 @@ std::string HostOf(const std::string& peer) { return peer.substr(0, peer.rfind('
 
 }  // namespace
 
-absl::Status SetAccess(const server::TlsFiles& tls, const std::string& secrets_file,
-                       server::RpcServer* server) {
-  if (!tls.enabled() && secrets_file.empty()) return absl::OkStatus();
-  EPS_ASSIGN_OR_RETURN(AccessPolicy policy, AccessPolicy::Create(secrets_file, tls.enabled()));
-  server->SetAuthorizer([policy = std::move(policy), limit = std::make_shared<server::LogLimit>()](
-                            const std::string& method, grpc::ServerContext& context) {
-    absl::Status status = policy.Check(method, CallerOf(context));
-    if (!status.ok() && limit->Allows(absl::StrCat(method, " ", HostOf(context.peer())))) {
-      runtime::LogWarning("call_refused",
-                          {{"method", method}, {"peer", context.peer()}, {"status", status}});
-    }
-    return status;
-  });
-  return absl::OkStatus();
+absl::StatusOr<std::shared_ptr<Access>> Access::Create(const server::TlsFiles& tls,
+                                                       const std::string& secrets_file) {
+  std::shared_ptr<Access> access(new Access);
+  const auto load = [raw = access.get(), secrets_file,
+                     tls_required = tls.enabled()]() -> absl::Status {
+    EPS_ASSIGN_OR_RETURN(AccessPolicy policy, AccessPolicy::Create(secrets_file, tls_required));
+    const std::lock_guard lock(raw->mutex_);
+    raw->policy_ = std::make_shared<const AccessPolicy>(std::move(policy));
+    return absl::OkStatus();
+  };
+  EPS_ASSIGN_OR_RETURN(access->watcher_, server::FileWatcher::Start({secrets_file}, load));
+  return access;
+}
+
+absl::Status Access::Check(std::string_view method, const Caller& caller, const std::string& peer) {
+  std::shared_ptr<const AccessPolicy> policy;
+  {
+    const std::lock_guard lock(mutex_);
+    policy = policy_;
+  }
+  absl::Status status = policy->Check(method, caller);
+  if (!status.ok() && limit_.Allows(absl::StrCat(std::string(method), " ", HostOf(peer)))) {
+    runtime::LogWarning("call_refused", {{"method", method}, {"peer", peer}, {"status", status}});
+  }
+  return status;
+}
+
+void SetAccess(std::shared_ptr<Access> access, server::RpcServer* server) {
+  server->SetAuthorizer(
+      [access = std::move(access)](const std::string& method, grpc::ServerContext& context) {
+        return access->Check(method, CallerOf(context), context.peer());
+      });
 }
 
 }  // namespace epserve::coordinator

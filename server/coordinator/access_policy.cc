@@ -16,6 +16,7 @@ Roles RoleNamed(std::string_view name) {
   if (name == "frontend") return kFrontend;
   if (name == "worker") return kWorker;
   if (name == "operator") return kOperator;
+  if (name == "metrics") return kMetrics;
   return 0;
 }
 
@@ -24,6 +25,7 @@ Roles Needed(std::string_view method) {
   if (method.starts_with("/grpc.health.v1.Health/")) return 0;
   if (method.starts_with("/inference.GRPCInferenceService/")) return kFrontend | kOperator;
   if (method.starts_with("/epserve.v1.Control/")) return kWorker;
+  if (method == kScrapeMethod) return kMetrics | kOperator;
   return kOperator;
 }
 
@@ -31,6 +33,7 @@ std::string NamesOf(Roles roles) {
   std::string names;
   for (const auto& [role, name] : {std::pair<Roles, const char*>{kFrontend, "frontend"},
                                    {kWorker, "worker"},
+                                   {kMetrics, "metrics"},
                                    {kOperator, "operator"}}) {
     if ((roles & role) != 0) absl::StrAppend(&names, names.empty() ? "" : " or ", name);
   }
@@ -69,8 +72,8 @@ absl::StatusOr<AccessPolicy> AccessPolicy::Create(const std::string& secrets_fil
       // Never the line itself: it may hold a secret.
       return absl::InvalidArgumentError(
           absl::StrCat("secrets: line ", number, " of ", secrets_file,
-                       " is not \"<frontend|worker|operator> <secret of at least ", kLeastBytes,
-                       " characters>\""));
+                       " is not \"<frontend|worker|operator|metrics> <secret of at least ",
+                       kLeastBytes, " characters>\""));
     }
     policy.secrets_[secret] |= RoleNamed(role);
   }

@@ -2,7 +2,8 @@
 //
 //   frontend   the front door (inference.GRPCInferenceService)
 //   worker     the workers' stream (epserve.v1.Control)
-//   operator   everything but the workers' stream: the front door, Admin, reflection, channelz
+//   metrics    the metrics (the path /metrics of their own port)
+//   operator   everything but the workers' stream: all of the above, Admin, reflection, channelz
 //
 // Health is for everybody: probes have no identity.
 //
@@ -23,7 +24,10 @@
 
 namespace epserve::coordinator {
 
-enum Role : unsigned { kFrontend = 1, kWorker = 2, kOperator = 4 };
+// What a scrape is called here, beside the names of gRPC's methods.
+inline constexpr std::string_view kScrapeMethod = "/metrics";
+
+enum Role : unsigned { kFrontend = 1, kWorker = 2, kOperator = 4, kMetrics = 8 };
 using Roles = unsigned;  // Role values or'ed
 
 // What a call shows of its caller.
@@ -40,7 +44,7 @@ class AccessPolicy {
   static absl::StatusOr<AccessPolicy> Create(const std::string& secrets_file, bool tls_required);
 
   // UNAUTHENTICATED: the caller shows nothing that is known; PERMISSION_DENIED: it may not call
-  // `method` ("/package.Service/Method") in its roles; both say what is needed.
+  // `method` ("/package.Service/Method", or kScrapeMethod) in its roles; both say what is needed.
   absl::Status Check(std::string_view method, const Caller& caller) const;
 
  private:

@@ -26,6 +26,7 @@
 #include "server/coordinator/front_door/server_limits.h"
 #include "server/coordinator/grpc_log.h"
 #include "server/coordinator/host.h"
+#include "server/coordinator/metrics_endpoint.h"
 #include "server/rpc/channelz_service.h"
 #include "server/rpc/health_service.h"
 #include "server/rpc/reflection_service.h"
@@ -143,6 +144,7 @@ struct Coordinator::Parts {
   std::unique_ptr<ShmRegistry> regions;
   std::unique_ptr<Host> host;
   std::unique_ptr<InferService> infer;
+  std::unique_ptr<server::HttpServer> scrapes;  // null: off
   server::Health health;
   server::RpcServer server;
   std::vector<int> ports;
@@ -165,14 +167,16 @@ struct Coordinator::Parts {
     const auto credentials = options.tls.enabled() ? server::MakeServerCredentials(options.tls)
                                                    : grpc::InsecureServerCredentials();
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
-      builder.AddListeningPort(options.listen[i], credentials, &ports[i]);
+      server.Listen(options.listen[i], credentials, &builder, &ports[i]);
     }
     int health_port = -1;
     if (!options.health_listen.empty()) {
-      builder.AddListeningPort(options.health_listen, grpc::InsecureServerCredentials(),
-                               &health_port);
+      server.Listen(options.health_listen, grpc::InsecureServerCredentials(), &builder,
+                    &health_port);
     }
     server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
+    server.SetCallLimits({std::chrono::milliseconds(options.message_timeout_ms),
+                          std::chrono::milliseconds(options.stream_idle_timeout_ms)});
     const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       // gRPC binds in this order and stops at the first that it cannot, whose port stays below 0
@@ -184,6 +188,15 @@ struct Coordinator::Parts {
       return CannotBind(options.health_listen, "--health-listen");
     }
     if (!started) return absl::InternalError("listen: gRPC could not start its server");
+    return absl::OkStatus();
+  }
+
+  absl::Status StartScrapes(const Options& options, std::shared_ptr<Access> access) {
+    if (options.metrics_listen == "off") return absl::OkStatus();
+    const bool open = options.plaintext_metrics;
+    EPS_ASSIGN_OR_RETURN(
+        scrapes, ServeMetrics(options.metrics_listen, open ? server::TlsFiles() : options.tls,
+                              open ? nullptr : std::move(access), metrics.get()));
     return absl::OkStatus();
   }
 
@@ -203,7 +216,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
                                                                  Pace pace) {
   TakeGrpcLog();
   auto parts = std::make_unique<Parts>();
-  EPS_ASSIGN_OR_RETURN(parts->metrics, Metrics::Create(options.metrics_listen, model.num_experts));
+  parts->metrics = std::make_unique<Metrics>(model.num_experts);
   ShmOptions shm;
   shm.allowed = options.allow_client_shm;
   shm.key_prefixes = options.shm_key_prefixes;
@@ -229,7 +242,12 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   parts->health.AddTo(&parts->server);
   parts->health.Set("liveness", true);
   parts->SetReady(false);
-  EPS_RETURN_IF_ERROR(SetAccess(options.tls, options.secrets_file, &parts->server));
+  std::shared_ptr<Access> access;  // null: everybody may call everything
+  if (options.tls.enabled() || !options.secrets_file.empty()) {
+    EPS_ASSIGN_OR_RETURN(access, Access::Create(options.tls, options.secrets_file));
+    SetAccess(access, &parts->server);
+  }
+  EPS_RETURN_IF_ERROR(parts->StartScrapes(options, std::move(access)));
   server::AddChannelz(&parts->server);
   server::AddReflection(&parts->server);
   EPS_RETURN_IF_ERROR(parts->StartServer(options));
@@ -248,6 +266,10 @@ void Coordinator::Stop() {
 }
 
 const std::vector<int>& Coordinator::ports() const { return parts_->ports; }
+
+int Coordinator::metrics_port() const {
+  return parts_->scrapes == nullptr ? 0 : parts_->scrapes->port();
+}
 
 const Metrics& Coordinator::metrics() const { return *parts_->metrics; }
 

@@ -43,6 +43,7 @@ class Coordinator {
 
   // Bound ports, by --listen; 0 for a Unix socket.
   const std::vector<int>& ports() const;
+  int metrics_port() const;  // 0 where nothing is served
   const Metrics& metrics() const;
 
  private:

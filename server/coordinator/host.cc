@@ -227,6 +227,7 @@ void Host::Handle(std::unique_ptr<PendingRequest>& request) {
   const ValidatedRequest& validated = request->request;
   RequestArrived event;
   event.request = id;
+  event.caller = request->caller;
   event.layer = validated.layer;
   event.row_type = RowTypeOf(validated.dtype);
   event.routed = validated.routed;

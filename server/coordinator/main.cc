@@ -140,14 +140,14 @@ absl::Status Serve(const Options& options) {
   const int port = FirstTcpPort(coordinator->ports());
   runtime::LogInfo("listening", {{"grpc", absl::StrJoin(options.listen, ",")},
                                  {"port", port},
-                                 {"metrics_port", coordinator->metrics().port()},
+                                 {"metrics_port", coordinator->metrics_port()},
                                  {"model", options.model_name},
                                  {"architecture", model.architecture},
                                  {"experts", model.num_experts},
                                  {"workers", options.num_workers},
                                  {"version", EPSERVE_VERSION}});
   EPS_RETURN_IF_ERROR(WritePortFile(options.port_file, port));
-  EPS_RETURN_IF_ERROR(WritePortFile(options.metrics_port_file, coordinator->metrics().port()));
+  EPS_RETURN_IF_ERROR(WritePortFile(options.metrics_port_file, coordinator->metrics_port()));
   bool listener_lost = false;
   if (!ServeUntilDrained(*coordinator, signal_fd.get(), drained_fd.get(), lost_fd.get(),
                          &listener_lost)) {

@@ -1,27 +1,17 @@
 #include "server/coordinator/metrics.h"
 
 #include <prometheus/counter.h>
-#include <prometheus/exposer.h>
 #include <prometheus/gauge.h>
 #include <prometheus/histogram.h>
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
-#include <netinet/in.h>
-#include <sys/socket.h>
-
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <chrono>
-#include <exception>
 #include <map>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/str_cat.h"
-#include "runtime/base/unique_fd.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -30,9 +20,6 @@ constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
     "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
-// Scrapes come every few seconds; the rest is for connections that say nothing.
-constexpr const char* kNumScrapeThreads = "4";
-constexpr const char* kScrapeTimeoutMs = "1000";
 // The highest status code (UNAUTHENTICATED) has the number 16.
 constexpr int kNumStatusCodes = 17;
 
@@ -40,16 +27,6 @@ constexpr int kNumStatusCodes = 17;
 prometheus::Histogram::BucketBoundaries TimeBuckets() {
   return {5e-6, 1e-5,   2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
           1e-2, 2.5e-2, 5e-2,   0.1,  0.25, 0.5,    1.0,  2.5,  10.0};
-}
-
-// Connects to a port of this machine and hangs up.
-void KnockAt(int port) {
-  const runtime::UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_port = htons(static_cast<std::uint16_t>(port));
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  ::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address));
 }
 
 }  // namespace
@@ -70,8 +47,6 @@ struct Metrics::State {
   prometheus::Gauge* epoch = nullptr;
   std::map<std::string, prometheus::Gauge*> workers;
   prometheus::Gauge* batches_in_flight = nullptr;
-  // Last: it stops serving before what it serves goes.
-  std::unique_ptr<prometheus::Exposer> exposer;
 
   explicit State(std::int64_t num_experts) {
     auto& request_family = prometheus::BuildCounter()
@@ -137,49 +112,9 @@ struct Metrics::State {
   }
 };
 
-Metrics::Metrics(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Metrics::Metrics(std::int64_t num_experts) : state_(std::make_unique<State>(num_experts)) {}
 
-Metrics::~Metrics() {
-  if (state_->exposer == nullptr) return;
-  // The web server looks whether it is to stop once in two seconds, or when somebody connects.
-  const int bound_port = port();
-  std::atomic<bool> stopped{false};
-  std::thread stopper([this, &stopped] {
-    state_->exposer.reset();
-    stopped = true;
-  });
-  while (!stopped) {
-    KnockAt(bound_port);
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  stopper.join();
-}
-
-absl::StatusOr<std::unique_ptr<Metrics>> Metrics::Create(const std::string& listen,
-                                                         std::int64_t num_experts) {
-  auto state = std::make_unique<State>(num_experts);
-  if (listen != "off") {
-    // The web server reports a failure to bind by exception; it ends here. A connection keeps a
-    // thread until it has been answered or was silent too long.
-    try {
-      state->exposer = std::make_unique<prometheus::Exposer>(std::vector<std::string>{
-          "listening_ports", listen, "num_threads", kNumScrapeThreads, "request_timeout_ms",
-          kScrapeTimeoutMs, "enable_keep_alive", "no"});
-    } catch (const std::exception& error) {
-      return absl::UnavailableError(absl::StrCat("metrics: address ", listen, " cannot be bound (",
-                                                 error.what(),
-                                                 "); free it or give another --metrics-listen"));
-    }
-    state->exposer->RegisterCollectable(state->registry);
-  }
-  return std::unique_ptr<Metrics>(new Metrics(std::move(state)));
-}
-
-int Metrics::port() const {
-  if (state_->exposer == nullptr) return 0;
-  const std::vector<int> ports = state_->exposer->GetListeningPorts();
-  return ports.empty() ? 0 : ports.front();
-}
+Metrics::~Metrics() = default;
 
 void Metrics::AddRequest(absl::StatusCode code, double seconds) {
   const int index = static_cast<int>(code);

@@ -1,4 +1,4 @@
-// The coordinator's numbers, for Prometheus at /metrics. Thread-safe: every call may come from any
+// The coordinator's numbers, in Prometheus' text format. Thread-safe: every call may come from any
 // thread and none blocks on I/O. Names and labels are a contract (README); renaming breaks
 // dashboards.
 #ifndef EPSERVE_SERVER_COORDINATOR_METRICS_H_
@@ -8,11 +8,10 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "server/coordinator/state_machine/types.h"
 
 namespace epserve::coordinator {
@@ -22,14 +21,10 @@ inline constexpr int kNumPhaseMetrics = 7;
 
 class Metrics {
  public:
-  // Serves on `listen` (HOST:PORT; "off": counts without serving). UNAVAILABLE if it cannot bind.
-  static absl::StatusOr<std::unique_ptr<Metrics>> Create(const std::string& listen,
-                                                         std::int64_t num_experts);
+  explicit Metrics(std::int64_t num_experts);
   ~Metrics();
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
-
-  int port() const;  // bound port; 0 where nothing is served
 
   // `code` gives the label: "ok", "unavailable", "resource_exhausted", ...
   void AddRequest(absl::StatusCode code, double seconds);
@@ -43,13 +38,11 @@ class Metrics {
   void SetWorkers(const std::vector<std::pair<std::string, int>>& counts);
   void SetBatchesInFlight(std::int64_t batches);
 
-  // What a scrape would give; for tests and for "off".
-  std::string Render() const;
+  std::string Render() const;  // what a scrape gets
 
  private:
   struct State;
-  explicit Metrics(std::unique_ptr<State> state);
-  std::unique_ptr<State> state_;
+  const std::unique_ptr<State> state_;
 };
 
 // "ok", "deadline_exceeded", ...

@@ -44,7 +44,8 @@ void AddListenFlags(CLI::App& app, Options& options) {
                "Allow listening beyond this machine without TLS and secrets")
       ->envname("EPSERVE_INSECURE");
   app.add_flag("--plaintext-metrics", options.plaintext_metrics,
-               "Allow --metrics-listen, which has no TLS, beyond this machine")
+               "Serve --metrics-listen in plaintext and to everybody, whatever TLS and secrets are "
+               "set, also beyond this machine")
       ->envname("EPSERVE_PLAINTEXT_METRICS");
   app.add_option("--health-listen", options.health_listen,
                  "Address that answers health checks alone, in plaintext, for probes; HOST:PORT "
@@ -94,8 +95,8 @@ void AddSecurityFlags(CLI::App& app, Options& options) {
                  "must show one")
       ->envname("EPSERVE_TLS_CA");
   app.add_option("--secrets-file", options.secrets_file,
-                 "File of lines '<frontend|worker|operator> <secret>'; callers without a "
-                 "certificate show one of the secrets (default: none)")
+                 "File of lines '<frontend|worker|operator|metrics> <secret>'; callers without a "
+                 "certificate show one of the secrets; read again when it changes (default: none)")
       ->envname("EPSERVE_SECRETS_FILE");
 }
 
@@ -156,6 +157,11 @@ void AddTimeFlags(CLI::App& app, Options& options) {
       "Longest that an epoch may take to form, milliseconds");
   add("--batch-timeout-ms", options.batch_timeout_ms, 100, "EPSERVE_BATCH_TIMEOUT_MS",
       "Longest that a batch may take, milliseconds; its epoch ends then");
+  add("--message-timeout-ms", options.message_timeout_ms, 10, "EPSERVE_MESSAGE_TIMEOUT_MS",
+      "Longest that the message of a call may take to come whole, milliseconds");
+  add("--stream-idle-timeout-ms", options.stream_idle_timeout_ms, 10,
+      "EPSERVE_STREAM_IDLE_TIMEOUT_MS",
+      "Longest that a caller's stream may bring no message while none is answered, milliseconds");
   add("--drain-timeout-ms", options.drain_timeout_ms, 0, "EPSERVE_DRAIN_TIMEOUT_MS",
       "Longest that SIGTERM waits for queued and running requests, milliseconds");
 }
@@ -196,12 +202,13 @@ absl::Status ValidateSecurity(const Options& options) {
   if (!options.health_listen.empty()) {
     EPS_RETURN_IF_ERROR(ValidateAddress("--health-listen", options.health_listen));
   }
-  if (options.metrics_listen != "off" && !options.insecure && !options.plaintext_metrics &&
-      !IsLocalAddress(options.metrics_listen)) {
+  if (options.metrics_listen != "off" && !guarded && !options.insecure &&
+      !options.plaintext_metrics && !IsLocalAddress(options.metrics_listen)) {
     return absl::InvalidArgumentError(absl::StrCat(
         "options: --metrics-listen ", options.metrics_listen,
-        " can be reached from other machines, and has no TLS; listen on 127.0.0.1 or [::1], or "
-        "allow it with --plaintext-metrics"));
+        " can be reached from other machines, and neither TLS nor secrets are set; listen on "
+        "127.0.0.1 or [::1], give --tls-cert, --tls-key and --tls-ca or --secrets-file, or allow "
+        "it with --plaintext-metrics"));
   }
   return absl::OkStatus();
 }

@@ -56,6 +56,7 @@ class Health::Watch final : public CallHandler, public std::enable_shared_from_t
 
  private:
   void OnReadDone(bool ok) override {
+    read_ = true;
     HealthCheckRequest request;
     const absl::Status status = ok ? ParseMessage(incoming_, &request)
                                    : absl::CancelledError("health watch: no request came");
@@ -72,6 +73,11 @@ class Health::Watch final : public CallHandler, public std::enable_shared_from_t
     if (ended_.has_value() && !writing_) call_->Finish(ToGrpcStatus(*ended_));
   }
   void OnCancel() override { End(absl::CancelledError("health watch: the caller has gone")); }
+  void OnTick(WaitClock::TimePoint now) override {
+    if (!read_ && waits_.Exceeds(call_->limits().message_timeout, now)) {
+      End(MessageOverdue(call_->limits()));
+    }
+  }
   void OnDone() override {
     {
       const std::lock_guard lock(state_->mutex);
@@ -103,6 +109,8 @@ class Health::Watch final : public CallHandler, public std::enable_shared_from_t
   std::shared_ptr<Watch> self_;  // until OnDone
   grpc::ByteBuffer incoming_;
   std::string service_;
+  WaitClock waits_;  // this and the next of the call's queue alone
+  bool read_ = false;
 
   std::mutex mutex_;  // Taken after the state's.
   std::optional<ServingStatus> wanted_;

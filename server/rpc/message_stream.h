@@ -15,6 +15,9 @@
 
 namespace epserve::server {
 
+// What a stream gets that idles for longer than `limits` allow.
+absl::Status StreamIdle(const CallLimits& limits);
+
 // The reply to each message, as bytes; an error ends the stream with it. Must not block. The next
 // message is read once the reply has gone, so that a caller who does not read holds one reply.
 RpcServer::MakeHandler EachAnsweredInBytes(

@@ -1,8 +1,13 @@
 #include "server/rpc/rpc_server.h"
 
+#include <grpcpp/alarm.h>
+
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
+#include <list>
 #include <map>
 #include <mutex>
 #include <set>
@@ -11,12 +16,17 @@
 #include <utility>
 
 #include "server/common/grpc_status.h"
+#include "server/rpc/connections.h"
 
 namespace epserve::server {
 namespace {
 
 // Calls that a queue is ready to take at once; more wait inside gRPC for the next free place.
 constexpr int kWaitingCallsPerLoop = 64;
+
+// How often calls are looked at: bounds of what their limits ask for.
+constexpr std::chrono::milliseconds kShortestTick{10};
+constexpr std::chrono::milliseconds kLongestTick{1000};
 
 // What a completion queue hands back.
 struct Tag {
@@ -34,7 +44,14 @@ struct MemberTag final : Tag {
 }  // namespace
 
 struct RpcServer::State {
+  struct Listener {
+    std::string address;
+    const int* bound_by_grpc = nullptr;  // valid until the start is over
+    int port = 0;                        // from then on
+  };
   std::unordered_map<std::string, MakeHandler> methods;
+  CallLimits limits;
+  std::vector<Listener> listeners;
   Authorize authorize;  // null: everybody may call everything
   grpc::AsyncGenericService service;
   std::vector<std::unique_ptr<Loop>> loops;
@@ -42,23 +59,34 @@ struct RpcServer::State {
 
   std::mutex mutex;
   std::condition_variable all_done;
-  int num_calls = 0;  // Guarded by mutex, as below; accepted and not yet done.
+  bool stopping = false;  // Guarded by mutex, as below.
+  int num_calls = 0;      // accepted and not yet done
+  int num_taken = 0;      // of these, those that came before `stopping`
   std::size_t max_connections = SIZE_MAX;
   std::map<std::string, int> calls_of_peer;
 
-  // False: the call's connection is one too many. Its end must be told all the same.
-  bool CallBegins(const std::string& peer) {
+  // Not OK: the call is to be refused with it. Its end must be told all the same.
+  absl::Status CallBegins(const std::string& peer, bool* taken) {
     const std::lock_guard lock(mutex);
     ++num_calls;
+    *taken = !stopping;
+    num_taken += *taken ? 1 : 0;
     const bool fits = calls_of_peer.size() < max_connections || calls_of_peer.contains(peer);
     ++calls_of_peer[peer];
-    return fits;
+    if (stopping) {
+      return absl::UnavailableError("server: shutting down; retry against another, or later");
+    }
+    if (fits) return absl::OkStatus();
+    return absl::ResourceExhaustedError(
+        "server: too many connections have calls under way; retry, or use fewer connections");
   }
-  void CallEnds(const std::string& peer) {
+  void CallEnds(const std::string& peer, bool taken) {
     const std::lock_guard lock(mutex);
     const auto of_peer = calls_of_peer.find(peer);
     if (--of_peer->second == 0) calls_of_peer.erase(of_peer);
-    if (--num_calls == 0) all_done.notify_all();
+    --num_calls;
+    num_taken -= taken ? 1 : 0;
+    if (num_taken == 0) all_done.notify_all();
   }
 };
 
@@ -68,17 +96,26 @@ class RpcServer::Loop {
       : state_(state), queue_(std::move(queue)) {}
 
   void Start();
-  void ShutDown() { queue_->Shutdown(); }
+  void ShutDown();
   void Join() { thread_.join(); }
   void AwaitCall();
+  // Those that have a handler; of the loop's thread alone.
+  std::list<Call*>& calls() { return calls_; }
   State* state() const { return state_; }
   grpc::ServerCompletionQueue* queue() const { return queue_.get(); }
 
  private:
   void Poll();
+  void SetAlarm();
+  void Tick(bool ok);
 
   State* const state_;
   const std::unique_ptr<grpc::ServerCompletionQueue> queue_;
+  std::list<Call*> calls_;
+  std::mutex mutex_;
+  bool shut_down_ = false;  // Guarded by mutex_: nothing may be started on the queue.
+  grpc::Alarm alarm_;
+  MemberTag<Loop, &Loop::Tick> tick_{this};
   std::thread thread_;
 };
 
@@ -110,6 +147,9 @@ class RpcServer::Call final : public ServerCall {
   }
   void TryCancel() override { context_.TryCancel(); }
   grpc::ServerContext& context() override { return context_; }
+  std::uint64_t connection() const override { return connection_; }
+  const CallLimits& limits() const override { return loop_->state()->limits; }
+  void Tick(WaitClock::TimePoint now) { handler_->OnTick(now); }
 
  private:
   void Accepted(bool ok) {
@@ -119,18 +159,13 @@ class RpcServer::Call final : public ServerCall {
     }
     Hold();  // for ended_
     peer_ = context_.peer();
-    const bool fits = loop_->state()->CallBegins(peer_);
+    connection_ = std::hash<std::string>()(peer_);
+    absl::Status allowed = loop_->state()->CallBegins(peer_, &taken_);
     loop_->AwaitCall();
     const auto& methods = loop_->state()->methods;
     const auto& authorize = loop_->state()->authorize;
     const auto found = methods.find(context_.method());
-    absl::Status allowed = absl::OkStatus();
-    if (!fits) {
-      allowed = absl::ResourceExhaustedError(
-          "server: too many connections have calls under way; retry, or use fewer connections");
-    } else if (authorize) {
-      allowed = authorize(context_.method(), context_);
-    }
+    if (allowed.ok() && authorize) allowed = authorize(context_.method(), context_);
     if (!allowed.ok()) {
       Finish(ToGrpcStatus(allowed));
     } else if (found == methods.end()) {
@@ -138,6 +173,7 @@ class RpcServer::Call final : public ServerCall {
                           "this server has no method " + context_.method()));
     } else {
       handler_ = found->second(this);
+      place_ = loop_->calls().insert(loop_->calls().end(), this);
     }
     Release();
   }
@@ -160,18 +196,25 @@ class RpcServer::Call final : public ServerCall {
   void Release() {
     // acq_rel: what other threads did with the call comes before its end.
     if (shares_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    if (handler_ != nullptr) handler_->OnDone();
+    if (handler_ != nullptr) {
+      loop_->calls().erase(place_);
+      handler_->OnDone();
+    }
     State* const state = loop_->state();
     const std::string peer = std::move(peer_);
+    const bool taken = taken_;
     delete this;
-    state->CallEnds(peer);
+    state->CallEnds(peer, taken);
   }
 
   Loop* const loop_;
   grpc::GenericServerContext context_;
   grpc::GenericServerAsyncReaderWriter stream_;
-  std::string peer_;                // set once accepted
-  CallHandler* handler_ = nullptr;  // null where there is none for it
+  std::string peer_;  // set once accepted, as the next two
+  std::uint64_t connection_ = 0;
+  bool taken_ = false;
+  CallHandler* handler_ = nullptr;    // null where there is none for it
+  std::list<Call*>::iterator place_;  // among the loop's, where there is
   std::atomic<bool> finishing_{false};
   std::atomic<int> shares_{2};  // for accepted_ and finished_
   MemberTag<Call, &Call::Accepted> accepted_{this};
@@ -185,6 +228,7 @@ void RpcServer::Loop::AwaitCall() { new Call(this); }
 
 void RpcServer::Loop::Start() {
   for (int i = 0; i < kWaitingCallsPerLoop; ++i) AwaitCall();
+  SetAlarm();
   thread_ = std::thread([this] { Poll(); });
 }
 
@@ -192,6 +236,29 @@ void RpcServer::Loop::Poll() {
   void* tag = nullptr;
   bool ok = false;
   while (queue_->Next(&tag, &ok)) static_cast<Tag*>(tag)->Proceed(ok);
+}
+
+void RpcServer::Loop::SetAlarm() {
+  const CallLimits& limits = state_->limits;
+  // A limit may be exceeded by a quarter, or by two seconds.
+  const auto period = std::clamp(std::min(limits.message_timeout, limits.stream_idle_timeout) / 4,
+                                 kShortestTick, kLongestTick);
+  const std::lock_guard lock(mutex_);
+  if (!shut_down_) alarm_.Set(queue_.get(), std::chrono::system_clock::now() + period, &tick_);
+}
+
+void RpcServer::Loop::Tick(bool ok) {
+  if (!ok) return;  // The alarm was cancelled.
+  const auto now = std::chrono::steady_clock::now();
+  for (Call* const call : calls_) call->Tick(now);
+  SetAlarm();
+}
+
+void RpcServer::Loop::ShutDown() {
+  const std::lock_guard lock(mutex_);
+  shut_down_ = true;
+  alarm_.Cancel();
+  queue_->Shutdown();
 }
 
 RpcServer::RpcServer() : state_(std::make_unique<State>()) {}
@@ -206,6 +273,15 @@ void RpcServer::SetAuthorizer(Authorize authorize) { state_->authorize = std::mo
 
 void RpcServer::SetMaxConnections(std::size_t max_connections) {
   state_->max_connections = max_connections;
+}
+
+void RpcServer::SetCallLimits(const CallLimits& limits) { state_->limits = limits; }
+
+void RpcServer::Listen(const std::string& address,
+                       std::shared_ptr<grpc::ServerCredentials> credentials,
+                       grpc::ServerBuilder* builder, int* port) {
+  builder->AddListeningPort(address, std::move(credentials), port);
+  state_->listeners.push_back({address, port});
 }
 
 std::vector<std::string> RpcServer::services() const {
@@ -223,6 +299,7 @@ bool RpcServer::Start(grpc::ServerBuilder* builder, int num_threads) {
     loops.push_back(std::make_unique<Loop>(state_.get(), builder->AddCompletionQueue()));
   }
   state_->server = builder->BuildAndStart();
+  for (State::Listener& listener : state_->listeners) listener.port = *listener.bound_by_grpc;
   if (state_->server == nullptr) {
     for (const auto& loop : loops) loop->ShutDown();
     return false;
@@ -234,7 +311,15 @@ bool RpcServer::Start(grpc::ServerBuilder* builder, int num_threads) {
 
 void RpcServer::Stop(std::chrono::milliseconds grace) {
   if (state_->server == nullptr) return;
-  state_->server->Shutdown(std::chrono::system_clock::now() + grace);
+  {
+    std::unique_lock lock(state_->mutex);
+    state_->stopping = true;
+    state_->all_done.wait_for(lock, grace, [this] { return state_->num_taken == 0; });
+  }
+  for (const State::Listener& listener : state_->listeners) {
+    EndConnections(listener.address, listener.port);
+  }
+  state_->server->Shutdown(std::chrono::system_clock::now());
   {
     // No operation may be started on a queue that is shut down, and a handler on another thread may
     // only just have learnt that its caller is gone.

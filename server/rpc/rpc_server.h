@@ -20,14 +20,37 @@
 
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 
 namespace epserve::server {
+
+// How long a call waits for its caller, with nothing else under way.
+struct CallLimits {
+  std::chrono::milliseconds message_timeout{60'000};         // one message, of a call that has one
+  std::chrono::milliseconds stream_idle_timeout{3'600'000};  // the next message of a stream
+};
+
+// Time that a handler waits for its caller, as far as ticks can tell. Costs nothing between them.
+class WaitClock {
+ public:
+  using TimePoint = std::chrono::steady_clock::time_point;
+
+  void Reset() { since_.reset(); }  // something came, or nothing is waited for
+  bool Exceeds(std::chrono::milliseconds limit, TimePoint now) {
+    if (!since_.has_value()) since_ = now;
+    return now - *since_ >= limit;
+  }
+
+ private:
+  std::optional<TimePoint> since_;  // the first tick that found it waiting
+};
 
 // What one call's handler is told. Calls come one after another, from the thread of the call's
 // queue; they must not block. The handler lives until OnDone, the last of them.
@@ -40,12 +63,15 @@ class CallHandler {
   virtual void OnWriteDone(bool /*ok*/) {}
   // The caller has gone, or its deadline has passed, before Finish. Finish must still be called.
   virtual void OnCancel() {}
+  // Comes now and then while the call lasts, often enough for its limits.
+  virtual void OnTick(WaitClock::TimePoint /*now*/) {}
   // Finish was called and nothing is in flight: the call is gone after this.
   virtual void OnDone() = 0;
 };
 
 // One call. At most one read and one write in flight, and one Finish or WriteAndFinish, which comes
-// after the last write. Any thread may start any of them; none blocks.
+// after the last write; a read in flight then ends with ok false, or has just come in. Any thread
+// may start any of them; none blocks.
 class ServerCall {
  public:
   virtual ~ServerCall() = default;
@@ -56,6 +82,9 @@ class ServerCall {
   virtual void TryCancel() = 0;
   // Metadata, deadline, peer, identity; trailing metadata may be added before Finish.
   virtual grpc::ServerContext& context() = 0;
+  // The same for all calls of one connection; callers over one Unix socket count as one.
+  virtual std::uint64_t connection() const = 0;
+  virtual const CallLimits& limits() const = 0;
 };
 
 class RpcServer {
@@ -76,6 +105,11 @@ class RpcServer {
   // Connections that may have calls under way at once; further ones' calls are RESOURCE_EXHAUSTED.
   // All callers over one Unix socket count as one.
   void SetMaxConnections(std::size_t max_connections);
+  void SetCallLimits(const CallLimits& limits);
+  // Has gRPC listen there. `port` as AddListeningPort() has it: set by Start(), and valid until
+  // then. REQUIRES: `builder` is Start()'s.
+  void Listen(const std::string& address, std::shared_ptr<grpc::ServerCredentials> credentials,
+              grpc::ServerBuilder* builder, int* port);
   // The services with a method here ("package.Service"), each once.
   std::vector<std::string> services() const;
 
@@ -83,8 +117,11 @@ class RpcServer {
   // cannot be bound, and the caller knows which from the ports it asked for.
   bool Start(grpc::ServerBuilder* builder, int num_threads);
 
-  // Takes no more calls, cancels those that are left after `grace`, and waits until each handler
-  // has been told OnDone. Idempotent.
+  // Answers further calls UNAVAILABLE, waits until those that it has are done, at most `grace`, and
+  // ends all connections of Listen()'s addresses: whatever is left or on its way there gets
+  // UNAVAILABLE too, from the caller's own gRPC, and never the CANCELLED that a gRPC server which
+  // shuts down gives calls that it has not taken. Waits until each handler has been told OnDone.
+  // Idempotent.
   void Stop(std::chrono::milliseconds grace);
 
  private:

@@ -1,5 +1,7 @@
 #include "server/rpc/unary_call.h"
 
+#include "absl/strings/str_cat.h"
+
 namespace epserve::server {
 namespace {
 
@@ -12,19 +14,33 @@ class Handler final : public CallHandler {
 
  private:
   void OnReadDone(bool ok) override {
+    if (std::exchange(ended_, true)) return;
     UnaryCall call(call_);
     if (!ok) return call.Fail(absl::CancelledError("the caller went before its message had come"));
     answer_(std::move(call), request_);
     request_.Clear();
+  }
+  void OnTick(WaitClock::TimePoint now) override {
+    if (ended_ || !waits_.Exceeds(call_->limits().message_timeout, now)) return;
+    ended_ = true;
+    call_->Finish(ToGrpcStatus(MessageOverdue(call_->limits())));
   }
   void OnDone() override { delete this; }
 
   ServerCall* const call_;
   const std::function<void(UnaryCall, const grpc::ByteBuffer&)>& answer_;
   grpc::ByteBuffer request_;
+  WaitClock waits_;
+  bool ended_ = false;  // the message came, or was waited for too long
 };
 
 }  // namespace
+
+absl::Status MessageOverdue(const CallLimits& limits) {
+  return absl::DeadlineExceededError(absl::StrCat(
+      "server: the call's message had not come whole after ", limits.message_timeout.count(),
+      " ms; send it sooner, or raise --message-timeout-ms"));
+}
 
 UnaryCall::~UnaryCall() {
   if (call_ != nullptr) Fail(absl::InternalError("the call was dropped without an answer"));

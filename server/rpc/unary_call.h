@@ -17,6 +17,9 @@
 
 namespace epserve::server {
 
+// What a call gets whose one message takes longer than `limits` allow.
+absl::Status MessageOverdue(const CallLimits& limits);
+
 // One call that is to be answered once, from any thread, now or later. Destroyed unanswered it
 // answers INTERNAL, so that no caller waits for ever.
 class UnaryCall {

@@ -52,13 +52,22 @@ std::shared_ptr<grpc::Channel> MakeChannel(const ControlEndpoint& endpoint) {
 
 ControlStream::ControlStream(const ControlEndpoint& endpoint, Hello hello, Handler* handler)
     : handler_(handler), stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
-  if (!endpoint.secret.empty()) {
-    context_.AddMetadata("authorization", absl::StrCat("Bearer ", endpoint.secret));
-  }
+  ShowSecret(endpoint);
   outgoing_.push_back(ToProto(std::move(hello)));
   stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
   stream_->StartCall(ToTag(kStarted));
   thread_ = std::thread([this] { Poll(); });
+}
+
+// Read for every stream anew, so that a renewed secret needs no restart.
+void ControlStream::ShowSecret(const ControlEndpoint& endpoint) {
+  if (endpoint.secret_file.empty()) return;
+  const absl::StatusOr<std::string> secret = server::ReadSecret(endpoint.secret_file);
+  if (secret.ok()) {
+    context_.AddMetadata("authorization", absl::StrCat("Bearer ", *secret));
+  } else {  // The coordinator will refuse the call, and the next may find the file whole again.
+    runtime::LogWarning("secret_not_read", {{"status", secret.status()}});
+  }
 }
 
 ControlStream::~ControlStream() {

@@ -34,7 +34,7 @@ struct ControlEndpoint {
   std::string target;  // "host:port" or "unix:path"
   server::TlsFiles tls;
   std::string tls_server_name;  // that its certificate must have; empty: the target's host
-  std::string secret;           // shown with the call; empty: none
+  std::string secret_file;      // its first line is shown with the call; empty: none
 };
 
 class ControlStream {
@@ -75,6 +75,7 @@ class ControlStream {
  private:
   using Stream = grpc::ClientAsyncReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>;
 
+  void ShowSecret(const ControlEndpoint& endpoint);
   void Poll();
   void OnStarted(bool ok);
   void OnRead(bool ok);

@@ -60,12 +60,12 @@ absl::StatusOr<AvailableMemory> ReadMemoryOf(const runtime::Engine& engine) {
                          .shm_bytes = std::nullopt};
 }
 
-WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine, std::string secret) {
+WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   WorkerConfig config;
   config.coordinator.target = options.coordinator;
   config.coordinator.tls = options.tls;
   config.coordinator.tls_server_name = options.tls_server_name;
-  config.coordinator.secret = std::move(secret);
+  config.coordinator.secret_file = options.secret_file;
   config.worker_id = options.worker_id;
   config.cluster_id = options.cluster_id;
   config.version = EPSERVE_VERSION;
@@ -94,17 +94,15 @@ int Main(int argc, char** argv) {
       runtime::InitLog("epserve-worker", options.log_level, options.log_format);
   if (!log.ok()) return Complain(log);
   const sigset_t signals = BlockSignals();
-  std::string secret;
-  if (!options.secret_file.empty()) {
-    absl::StatusOr<std::string> read = server::ReadSecret(options.secret_file);
-    if (!read.ok()) return Complain(read.status());
-    secret = *std::move(read);
+  if (!options.secret_file.empty()) {  // Read for each stream; a bad one is told of at once.
+    const absl::StatusOr<std::string> secret = server::ReadSecret(options.secret_file);
+    if (!secret.ok()) return Complain(secret.status());
   }
 
   absl::StatusOr<std::unique_ptr<runtime::Engine>> engine = MakeEngine(options);
   if (!engine.ok()) return Complain(engine.status());
 
-  WorkerConfig config = MakeConfig(options, **engine, std::move(secret));
+  WorkerConfig config = MakeConfig(options, **engine);
   std::unique_ptr<HealthPort> health;
   if (!options.health_listen.empty()) {
     absl::StatusOr<std::unique_ptr<HealthPort>> listening =

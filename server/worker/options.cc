@@ -126,8 +126,10 @@ void AddSecurityFlags(CLI::App& app, Options& options) {
          "--tls-server-name", options.tls_server_name,
          "Name that the coordinator's certificate must have (default: --coordinator's host)")
       ->envname("EPSERVE_TLS_SERVER_NAME");
-  app.add_option("--secret-file", options.secret_file,
-                 "File whose first line is the secret to show to the coordinator (default: none)")
+  app.add_option(
+         "--secret-file", options.secret_file,
+         "File whose first line is the secret to show to the coordinator; read again at each "
+         "connection (default: none)")
       ->envname("EPSERVE_SECRET_FILE");
 }
 

@@ -27,6 +27,7 @@ def compose_environment(checkpoint_dir, **settings):
         "PROMETHEUS_IMAGE": PROMETHEUS,
         "EPSERVE_CHECKPOINT": str(checkpoint_dir),
         "EPSERVE_SHM_SIZE": "1g",
+        "EPSERVE_TLS_DIR": "/etc/epserve/tls",
         **settings,
     }
 
@@ -39,10 +40,14 @@ def compose_config(env, *files):
 
 
 class Stack:
-    def __init__(self, daemon, checkpoint):
+    def __init__(
+        self, daemon, checkpoint, files=("compose.yaml",), name="", settings=None,
+        open_channel=protos.insecure_channel,
+    ):  # fmt: skip
         self.daemon = daemon
         self.checkpoint = checkpoint
-        self.project = f"epservetest{os.getpid()}"
+        self.files = files
+        self.project = f"epservetest{os.getpid()}{name}"
         self.port, self.metrics_port, self.prometheus_port = free_port(), free_port(), free_port()
         self.env = {
             **daemon.env,
@@ -54,16 +59,18 @@ class Stack:
                 EPSERVE_PORT=str(self.port),
                 EPSERVE_METRICS_PORT=str(self.metrics_port),
                 PROMETHEUS_PORT=str(self.prometheus_port),
+                **(settings or {}),
             ),
         }
-        self.channel = protos.insecure_channel(self.target)
+        self.channel = open_channel(self.target)
 
     # ---- compose and docker
 
     def compose(self, *words, **options):
+        files = [word for file in self.files for word in ("-f", COMPOSE_DIR / file)]
         return run(
-            "/usr/bin/docker-compose", "--ansi", "never", "-p", self.project,
-            "-f", COMPOSE_DIR / "compose.yaml", *words, env=self.env, **options,
+            "/usr/bin/docker-compose", "--ansi", "never", "-p", self.project, *files, *words,
+            env=self.env, **options,
         )  # fmt: skip
 
     def up(self):

@@ -85,10 +85,8 @@ def test_stopped_coordinator_drains_and_exits_with_0(stack, load):
     assert "drained" in events
     # What it had taken it answered: others were refused, or found nobody to connect to.
     reasons = {call[3] for call in load.calls if call[2] == "UNAVAILABLE"}
-    refusals = ("draining", "shutting down", "failed to connect")
+    refusals = ("draining", "shutting down", "failed to connect", "closed", "reset")
     assert all(any(word in reason for word in refusals) for reason in reasons), reasons
-    # gRPC's own answer to a call that reaches a server in the middle of its shutdown.
-    load.expected.add("CANCELLED")
 
 
 def test_stopped_worker_finishes_its_batches_and_exits_with_0(stack, load):

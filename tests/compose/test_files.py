@@ -11,7 +11,12 @@ import pytest
 from cluster import ROOT, run_program
 from stack import WORKERS, compose_config, compose_environment
 
-FILES = {"cpu": ["compose.yaml"], "gpu": ["compose.yaml", "compose.gpu.yaml"]}
+FILES = {
+    "cpu": ["compose.yaml"],
+    "gpu": ["compose.yaml", "compose.gpu.yaml"],
+    "tls": ["compose.yaml", "compose.tls.yaml"],
+    "gpu-tls": ["compose.yaml", "compose.gpu.yaml", "compose.tls.yaml"],
+}
 SUBCOMMANDS = {"epserve": ["status"]}
 DOCKERFILES = ("deploy/docker/Dockerfile", "tests/compose/prometheus.Dockerfile")
 
@@ -36,6 +41,27 @@ def test_every_variable_of_a_service_is_a_flag_of_its_program(services, service)
     given = {name for name in services[service]["environment"] if name.startswith("EPSERVE_")}
     assert given
     assert given - variables_of(services[service]["command"][0]) == set()
+
+
+def given_flags(service):
+    return {word.partition("=")[0] for word in service["command"] if word.startswith("--")}
+
+
+def test_with_the_overlay_every_port_that_others_reach_has_tls(tmp_path):
+    services = compose_config(compose_environment(tmp_path), *FILES["tls"])["services"]
+    for name in ("coordinator", *WORKERS):
+        assert given_flags(services[name]) == {"--tls-cert", "--tls-key", "--tls-ca"}, name
+        assert [v for v in services[name]["volumes"] if str(v).endswith(":/tls:ro")], name
+    environment = services["coordinator"]["environment"]
+    assert environment["EPSERVE_INSECURE"] == "false"
+    assert environment["EPSERVE_HEALTH_LISTEN"].startswith("127.0.0.1:")
+    assert "EPSERVE_PLAINTEXT_METRICS" not in environment
+
+
+def test_overlay_without_certificates_is_refused(tmp_path):
+    env = compose_environment(tmp_path, EPSERVE_TLS_DIR="")
+    with pytest.raises(AssertionError, match="EPSERVE_TLS_DIR"):
+        compose_config(env, *FILES["tls"])
 
 
 def test_workers_differ_in_their_names_and_devices_alone(services):

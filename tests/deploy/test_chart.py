@@ -195,7 +195,7 @@ def test_identities_are_apart_under_tls():
         "test": "epserve-operator-tls",
     }
     (coordinator,) = rendered.coordinator()["spec"]["containers"]
-    assert "--plaintext-metrics" in coordinator["args"]
+    assert "--plaintext-metrics" not in coordinator["args"]
     plain = chart.render(chart.values("cpu"))
     assert "tls" not in str([pod["spec"] for pod in plain.pods().values()])
     assert "--insecure" in plain.coordinator()["spec"]["containers"][0]["args"]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 
+import helm_python
 import pytest
 import yaml
 
@@ -140,6 +141,41 @@ def test_panels_lie_beside_each_other():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in PANELS)
+
+
+def endpoint_and_coordinator(value_set, changes):
+    rendered = chart.render(chart.merged(chart.values(value_set), changes))
+    (endpoint,) = rendered.one("ServiceMonitor")["spec"]["endpoints"]
+    return endpoint, rendered.coordinator()["spec"]["containers"][0]["args"]
+
+
+def test_scrapes_show_what_the_coordinator_asks_for():
+    endpoint, arguments = endpoint_and_coordinator("tls", {})
+    assert endpoint["scheme"] == "https"
+    tls = endpoint["tlsConfig"]
+    assert tls["serverName"] == f"{chart.RELEASE}-epserve-control"
+    assert (tls["ca"]["secret"], tls["cert"]["secret"], tls["keySecret"]) == tuple(
+        {"name": "prometheus-tls", "key": key} for key in ("ca.crt", "tls.crt", "tls.key")
+    )
+    assert "--plaintext-metrics" not in arguments
+
+    endpoint, arguments = endpoint_and_coordinator("secrets", {})
+    assert endpoint["authorization"]["type"] == "Bearer"
+    assert endpoint["authorization"]["credentials"] == {"name": "epserve-secrets", "key": "metrics"}
+    assert "scheme" not in endpoint and "--plaintext-metrics" not in arguments
+
+    open_to_all = {"coordinator": {"plaintextMetrics": True}}
+    for value_set in ("tls", "secrets"):
+        endpoint, arguments = endpoint_and_coordinator(value_set, open_to_all)
+        assert set(endpoint) == {"port", "path", "interval"}
+        assert "--plaintext-metrics" in arguments
+
+
+def test_scrapes_over_tls_without_a_certificate_are_refused():
+    none = {"monitoring": {"serviceMonitor": {"tlsSecretName": ""}}}
+    with pytest.raises(helm_python.HelmError, match="tlsSecretName"):
+        endpoint_and_coordinator("tls", none)
+    endpoint_and_coordinator("tls", chart.merged(none, {"coordinator": {"plaintextMetrics": True}}))
 
 
 def test_the_chart_ships_rules_dashboard_and_scrape_as_they_are():

@@ -6,6 +6,7 @@ import grpc
 import numpy as np
 import pytest
 
+import protos
 from checkpoints import relative_error
 from infer import make_request, output_of, random_batch
 
@@ -130,6 +131,30 @@ def test_request_in_flight_is_answered_at_its_deadline_and_its_batch_harms_none(
         assert late.exception(timeout=5).code() == grpc.StatusCode.DEADLINE_EXCEEDED
     check(cluster, [send(cluster, batches[2])], batches[2:])
     cluster.wait_status(lambda s: not s.batches_in_flight, 5, "no batch in flight")
+
+
+def test_caller_who_fills_the_queue_yields_to_another_connection(cluster, rng):
+    batches = batches_of(cluster, rng, SLOTS + CAPACITY + 1)
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    finished = []
+    with grpc.insecure_channel(cluster.target, options) as channel:
+        with Held(cluster):
+            calls = fill_slots(cluster, batches)
+            for index, batch in enumerate(batches[SLOTS:-1]):
+                calls.append(send(cluster, batch))
+                wait_queued(cluster, index + 1)
+            own = make_request(cluster.checkpoint.name, *batches[-1])
+            other = protos.front_door(channel).ModelInfer.future(own, timeout=30)
+            error = calls[-1].exception(timeout=5)
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "of this connection" in error.details()
+            assert int(dict(calls[-1].trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+            calls[-1:] = [other]
+            for index, call in enumerate(calls):
+                call.add_done_callback(lambda _, index=index: finished.append(index))
+        check(cluster, calls, [*batches[: SLOTS + CAPACITY - 1], batches[-1]])
+    # Behind one of the queued at most, and two batches run at once, so neighbours may swap.
+    assert finished.index(len(calls) - 1) <= SLOTS + 2, finished
 
 
 def test_queued_requests_are_served_in_order_of_arrival(cluster, rng):

@@ -248,6 +248,60 @@ def test_secrets_stand_in_for_certificates(checkpoint, start_cluster, secrets, r
         assert "secret-0123456789" not in cluster.logs(100000)
 
 
+def test_renewed_secrets_are_taken_up_by_all_without_a_restart(
+    checkpoint, start_cluster, tmp_path
+):
+    files = {name: tmp_path / name for name in ("all", "worker", "operator")}
+
+    def install(suffix):
+        for name, text in (
+            ("worker", f"worker-secret-{suffix}\n"),
+            ("operator", f"operator-secret-{suffix}\n"),
+            (
+                "all",
+                f"worker worker-secret-{suffix}\nfrontend frontend-secret-{suffix}\n"
+                f"operator operator-secret-{suffix}\n",
+            ),
+        ):
+            (tmp_path / "next").write_text(text)
+            (tmp_path / "next").replace(files[name])
+
+    shown = {"suffix": "0123456789"}
+
+    class Shower(grpc.UnaryUnaryClientInterceptor):
+        def intercept_unary_unary(self, continuation, details, request):
+            secret = f"Bearer frontend-secret-{shown['suffix']}"
+            metadata = [*(details.metadata or ()), ("authorization", secret)]
+            return continuation(details._replace(metadata=metadata), request)
+
+    install(shown["suffix"])
+    options = dict(
+        coordinator_args=[f"--secrets-file={files['all']}"],
+        worker_args=[f"--secret-file={files['worker']}"],
+        open_channel=lambda t: grpc.intercept_channel(protos.insecure_channel(t), Shower()),
+    )
+    with start_cluster(checkpoint(), workers=2, **options) as cluster:
+        watcher = Program(
+            tmp_path / "watcher.log", "epserve", "status", "--watch=0.1", "--json",
+            "--server", cluster.target, "--secret-file", files["operator"],
+        )  # fmt: skip
+        cluster.programs.append(watcher)
+        wait_until(watcher.output, 10, "a status")
+        install("9876543210")
+        wait_until(lambda: not cluster.is_ready(), 10, "the old secret is refused")
+        shown["suffix"] = "9876543210"
+        assert cluster.is_ready(), "the workers that were connected stay so"
+        # From here on the old secret is refused to everybody, so a further status shows the new one.
+        seen = watcher.output().count("\n")
+        wait_until(lambda: watcher.output().count("\n") > seen + 10, 10, "further statuses")
+        watcher.kill()
+        pids = [worker.pid for worker in cluster.workers.values()]
+        cluster.coordinator.kill()
+        cluster.start_coordinator()
+        cluster.wait_ready()
+        assert [w.pid for w in cluster.workers.values() if w.alive()] == pids
+
+
 def test_server_that_would_be_open_to_other_machines_is_refused(checkpoint, everybody, tmp_path):
     base = ["--checkpoint", checkpoint().path, "--metrics-listen=off"]
     result = run_program("epserve-coordinator", *base, "--listen=0.0.0.0:0")

@@ -1,5 +1,7 @@
 """Shared memory: a serving cluster's segments have no names, and a crash's are reclaimed."""
 
+import collections
+import pathlib
 import re
 import signal
 
@@ -18,6 +20,49 @@ def heaps(cluster_id):
 def test_serving_cluster_has_no_named_segment(checkpoint, start_cluster):
     with start_cluster(checkpoint(), workers=3) as cluster:
         assert not segments(cluster.id)
+
+
+def shared_bytes(cluster):
+    """Bytes of all segments that the cluster's processes map, with a name or without."""
+    sizes = {}
+    for child in cluster.programs:
+        own = collections.Counter()
+        for line in pathlib.Path(f"/proc/{child.pid}/maps").read_text().splitlines():
+            if f"/dev/shm/epserve-{cluster.id}" in line:
+                span, _, _, _, inode, *_ = line.split()
+                begin, end = (int(word, 16) for word in span.split("-"))
+                own[inode] += end - begin
+        for inode, size in own.items():
+            sizes[inode] = max(size, sizes.get(inode, 0))
+    return sum(sizes.values())
+
+
+def test_shared_memory_stays_within_what_the_manual_reckons(checkpoint, start_cluster):
+    """Also where a worker stands still, and with it all that it maps of the epoch before."""
+    served, workers, slots, tokens = checkpoint(hidden=256), 2, 2, 1024
+    arguments = ["--slots", slots, "--max-batch-tokens", tokens]
+    with start_cluster(
+        served, workers=workers, coordinator_args=arguments, worker_args=arguments
+    ) as cluster:
+        heap = int(re.search(r"heap_bytes=(\d+)", cluster.workers[0].log())[1])
+        rows = slots * tokens * served.spec.hidden * 8
+        rule = 2 * workers * heap + rows
+        serving = shared_bytes(cluster)
+        assert 0.9 * workers * heap <= serving <= rule / 2 * 1.02
+        cluster.start_worker(workers)
+        cluster.wait_status(lambda s: len(s.workers) == workers + 1, 20, "a worker stands by")
+        epoch = cluster.status().epoch
+        cluster.workers[0].send(signal.SIGSTOP)
+        try:
+            cluster.wait_status(
+                lambda s: s.state == "serving" and s.epoch > epoch, 20, "the standby has its place"
+            )
+            assert 0.95 * rule <= shared_bytes(cluster) <= 1.02 * rule
+        finally:
+            cluster.workers[0].send(signal.SIGCONT)
+        wait_until(
+            lambda: shared_bytes(cluster) <= serving, 20, "it lets go of the epoch before"
+        )
 
 
 def test_segments_left_by_a_crash_are_reclaimed_at_the_next_start(

@@ -1,11 +1,14 @@
 """SIGTERM: a coordinator drains, a worker leaves; neither harms what is under way."""
 
+import collections
 import signal
+import threading
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import protos
 from checkpoints import relative_error
 from cluster import wait_until
 from infer import Load, infer, make_request, output_of, random_batch
@@ -63,6 +66,48 @@ def test_sigterm_of_coordinator_does_not_wait_beyond_the_drain_timeout(
         assert call.exception(timeout=3).code() == grpc.StatusCode.UNAVAILABLE
         assert cluster.coordinator.wait(3) == 0
         cluster.workers[0].send(signal.SIGCONT)
+
+
+def test_calls_that_come_while_the_coordinator_ends_are_unavailable(checkpoint, start_cluster):
+    """And never CANCELLED, which callers do not take for a reason to retry."""
+    request = protos.inference.ServerLiveRequest()
+    codes = collections.Counter()
+    lock = threading.Lock()
+
+    def call_until(stopped, target):
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+        ]
+        with grpc.insecure_channel(target, options) as channel:
+            stub = protos.front_door(channel)
+            while not stopped.is_set():
+                try:
+                    stub.ServerLive(request, timeout=20)
+                    code = "OK"
+                except grpc.RpcError as error:
+                    code = error.code().name
+                with lock:
+                    codes[code] += 1
+
+    with start_cluster(checkpoint(), workers=1, start=False) as cluster:
+        for _ in range(5):
+            cluster.start_coordinator()
+            before = codes["OK"]
+            stopped = threading.Event()
+            callers = [
+                threading.Thread(target=call_until, args=(stopped, cluster.target))
+                for _ in range(8)
+            ]
+            for caller in callers:
+                caller.start()
+            wait_until(lambda: codes["OK"] > before + 50, 20, "calls are answered")
+            assert cluster.coordinator.terminate() == 0
+            stopped.set()
+            for caller in callers:
+                caller.join()
+    assert codes["UNAVAILABLE"] > 0
+    assert set(codes) == {"OK", "UNAVAILABLE"}, codes
 
 
 def test_sigterm_of_worker_under_load_exits_with_0_and_wrongs_no_request(

@@ -31,7 +31,9 @@ class InferCall::Pending final : public PendingRequest {
   Pending(std::uint64_t request_id, Clock::time_point arrived_at, Clock::time_point ends_at,
           ValidatedRequest validated, std::shared_ptr<InferCall> call)
       : PendingRequest(request_id, arrived_at, ends_at, std::move(validated)),
-        call_(std::move(call)) {}
+        call_(std::move(call)) {
+    caller = call_->connection_;
+  }
 
   ~Pending() override {
     if (completed_) return;
@@ -55,8 +57,13 @@ class InferCall::Pending final : public PendingRequest {
   bool completed_ = false;
 };
 
-InferCall::InferCall(InferContext& shared, InferForm form, OnAnswer on_answer)
-    : shared_(shared), form_(form), arrival_(Clock::now()), on_answer_(std::move(on_answer)) {}
+InferCall::InferCall(InferContext& shared, InferForm form, std::uint64_t connection,
+                     OnAnswer on_answer)
+    : shared_(shared),
+      form_(form),
+      connection_(connection),
+      arrival_(Clock::now()),
+      on_answer_(std::move(on_answer)) {}
 
 Clock::time_point InferCall::DeadlineOf(const grpc::ServerContext& context) {
   const auto deadline = context.deadline();
@@ -71,8 +78,10 @@ void InferCall::Start(const grpc::ByteBuffer& bytes, Clock::time_point deadline,
                       bool message_came) {
   deadline_ = deadline;
   const absl::Status status = Submit(bytes, message_came);
-  if (!status.ok()) Answer({status, {}}, nullptr, std::string());
+  if (!status.ok()) Fail(status);
 }
+
+void InferCall::Fail(const absl::Status& status) { Answer({status, {}}, nullptr, std::string()); }
 
 absl::Status InferCall::Submit(const grpc::ByteBuffer& bytes, bool message_came) {
   if (deadline_ <= Clock::now()) return TooLate();

@@ -58,10 +58,14 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
   using OnAnswer = std::function<void(InferAnswer)>;
 
   // `on_answer` is called once, from any thread, within Start() or later. Does not block.
-  InferCall(InferContext& shared, InferForm form, OnAnswer on_answer);
+  // `connection`: see server::ServerCall.
+  InferCall(InferContext& shared, InferForm form, std::uint64_t connection, OnAnswer on_answer);
 
   // `bytes` is the request's message; `message_came` false: the call ended on its message's way.
   void Start(const grpc::ByteBuffer& bytes, Clock::time_point deadline, bool message_came);
+
+  // Answers, in the place of Start().
+  void Fail(const absl::Status& status);
 
   // The caller has gone: answers, unless that has been done, with CANCELLED or DEADLINE_EXCEEDED.
   void Cancel();
@@ -84,6 +88,7 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
   // caller has taken it.
   MemoryBudget::Share memory_{shared_.memory};
   const InferForm form_;
+  const std::uint64_t connection_;
   const Clock::time_point arrival_;
   OnAnswer on_answer_;  // for whoever has won `answered_`
 

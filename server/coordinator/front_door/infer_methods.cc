@@ -9,6 +9,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/common/grpc_status.h"
+#include "server/rpc/message_stream.h"
+#include "server/rpc/unary_call.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -22,13 +24,15 @@ class UnaryInfer final : public CallHandler {
  public:
   UnaryInfer(ServerCall* call, InferContext& shared)
       : call_(call),
-        infer_(std::make_shared<InferCall>(
-            shared, InferForm::kUnary, [this](InferAnswer answer) { Send(std::move(answer)); })) {
+        infer_(
+            std::make_shared<InferCall>(shared, InferForm::kUnary, call->connection(),
+                                        [this](InferAnswer answer) { Send(std::move(answer)); })) {
     call->StartRead(&request_);
   }
 
  private:
   void OnReadDone(bool ok) override {
+    if (overdue_) return;
     infer_->Start(request_, InferCall::DeadlineOf(call_->context()), ok && !cancelled_);
     // The parsed message holds all that is needed; the wire's bytes would double the memory.
     request_.Clear();
@@ -37,6 +41,13 @@ class UnaryInfer final : public CallHandler {
   void OnCancel() override {
     cancelled_ = true;
     if (started_) infer_->Cancel();
+  }
+  void OnTick(server::WaitClock::TimePoint now) override {
+    if (started_ || cancelled_) return;
+    if (!waits_.Exceeds(call_->limits().message_timeout, now)) return;
+    started_ = true;  // What comes of the message now is nobody's.
+    overdue_ = true;
+    infer_->Fail(server::MessageOverdue(call_->limits()));
   }
   void OnDone() override { delete this; }
 
@@ -55,8 +66,10 @@ class UnaryInfer final : public CallHandler {
   ServerCall* const call_;
   const std::shared_ptr<InferCall> infer_;
   grpc::ByteBuffer request_;
-  bool cancelled_ = false;  // these two of the call's queue alone
+  server::WaitClock waits_;  // this and the next three of the call's queue alone
+  bool cancelled_ = false;
   bool started_ = false;
+  bool overdue_ = false;
 };
 
 class StreamInfer final : public CallHandler, public std::enable_shared_from_this<StreamInfer> {
@@ -86,13 +99,15 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     auto entry = std::make_shared<Entry>();
     entry->request_bytes = static_cast<std::int64_t>(incoming_.Length());
     entry->infer = std::make_shared<InferCall>(
-        shared_, InferForm::kStream,
+        shared_, InferForm::kStream, call_->connection(),
         [self = shared_from_this(), entry = entry.get()](InferAnswer answer) {
           self->Answered(entry, std::move(answer));
         });
     bool cancelled = false;
     {
       const std::lock_guard lock(mutex_);
+      if (finished_) return;  // It came as the stream was ended for idling.
+      waits_.Reset();
       cancelled = cancelled_;
       held_bytes_ += entry->request_bytes;
       entries_.push_back(entry);
@@ -102,6 +117,14 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     std::unique_lock lock(mutex_);
     reading_ = false;
     Continue(lock);
+  }
+
+  void OnTick(server::WaitClock::TimePoint now) override {
+    std::unique_lock lock(mutex_);
+    const bool idle = entries_.empty() && reading_ && !finished_ && !cancelled_;
+    if (!idle) return waits_.Reset();
+    if (!waits_.Exceeds(call_->limits().stream_idle_timeout, now)) return;
+    Finish(server::ToGrpcStatus(server::StreamIdle(call_->limits())));
   }
 
   void OnWriteDone(bool) override {
@@ -173,6 +196,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
   std::mutex mutex_;
   std::deque<std::shared_ptr<Entry>> entries_;  // Guarded by mutex_, as all below; oldest first.
   std::int64_t held_bytes_ = 0;
+  server::WaitClock waits_;
   bool reading_ = true;
   bool writing_ = false;
   bool no_more_requests_ = false;

@@ -76,6 +76,7 @@ class PendingRequest {
   const Clock::time_point arrival;
   const Clock::time_point deadline;  // time_point::max(): none
   const ValidatedRequest request;
+  std::uint64_t caller = 0;  // the connection that it came by; callers take turns
 };
 
 // Thread-safe: gRPC calls these from its own threads. No call may block or wait for another

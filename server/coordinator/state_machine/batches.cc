@@ -68,7 +68,7 @@ std::optional<CompleteRequest> StateMachine::Impl::RefuseAtOnce(const RequestArr
                   "infer: the deadline passed before the request was queued; allow more time");
   }
   if (!accepting()) return refuse(absl::StatusCode::kUnavailable, WhyNotServing());
-  if (event.num_tokens > 0 && queue_.num_queued() >= config_.queue_capacity) {
+  if (event.num_tokens > 0 && QueueIsFull() && !queue_.WhoYieldsTo(event.caller).has_value()) {
     CompleteRequest full =
         refuse(absl::StatusCode::kResourceExhausted,
                absl::StrCat("infer: the queue holds ", queue_.num_queued(), " requests of at most ",
@@ -88,8 +88,29 @@ void StateMachine::Impl::On(const RequestArrived& event) {
     ++requests_ok_;
     Emit(CompleteRequest{event.request, absl::StatusCode::kOk, "", -1, epoch_});
   } else {
+    if (QueueIsFull()) TurnAwayFor(event.caller);
     queue_.Push(event, now_us_);
   }
+}
+
+bool StateMachine::Impl::QueueIsFull() const {
+  return queue_.num_queued() >= config_.queue_capacity;
+}
+
+// REQUIRES: somebody yields to `caller`.
+void StateMachine::Impl::TurnAwayFor(CallerId caller) {
+  const RequestId yields = *queue_.WhoYieldsTo(caller);
+  const std::int64_t held = queue_.QueuedOf(queue_.Get(yields).request.caller);
+  CompleteRequest full{
+      yields, absl::StatusCode::kResourceExhausted,
+      absl::StrCat("infer: the queue holds ", config_.queue_capacity, " requests, ", held,
+                   " of them of this connection, and another connection's needs a place; retry "
+                   "later or raise --queue-capacity"),
+      -1, epoch_};
+  full.pushback_ms = PushbackMs();
+  queue_.Remove(yields);
+  ++requests_failed_;
+  Emit(std::move(full));
 }
 
 void StateMachine::Impl::On(const RequestCancelled& event) {

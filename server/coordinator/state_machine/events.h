@@ -125,6 +125,7 @@ struct StreamClosed {
 // A validated request. num_tokens = 0 needs no worker: it is completed OK at once while serving.
 struct RequestArrived {
   RequestId request = 0;
+  CallerId caller = 0;     // whose turns it takes
   std::int64_t layer = 0;  // the model's layer number, known to exist
   RowType row_type = RowType::kFp32;
   bool routed = true;  // ids and weights are given

@@ -1,4 +1,8 @@
-// The accepted requests: those that wait for a batch, in the order they came, and those in one.
+// The accepted requests: those that wait for a batch, and those in one.
+//
+// Callers take turns: each batch starts with the oldest request of the caller whose turn it is, so
+// that one with a thousand waiting delays another by a batch and not by a thousand. And where the
+// queue is full, the caller that holds most of it yields a place to one that holds less.
 //
 // Thread safety: none. Invariants: a request is queued or in a batch, and gone once ended; all
 // operations but Pick take constant or logarithmic time.
@@ -7,6 +11,7 @@
 
 #include <cstdint>
 #include <list>
+#include <optional>
 #include <set>
 #include <unordered_map>
 #include <utility>
@@ -43,9 +48,15 @@ class RequestQueue {
   // Forgets the request wherever it is.
   void Remove(RequestId id);
 
-  // Takes the next batch's requests out of the queue: the oldest, and with it whatever is queued of
-  // the same layer, row type and routedness while it fits. Empty: nothing is queued, or the oldest
-  // still has time to wait for company (never with `flush`).
+  // The request to turn away so that one of `caller` may take its place in a full queue: the newest
+  // of whoever has most queued. nullopt: nobody would have more than `caller` afterwards.
+  std::optional<RequestId> WhoYieldsTo(CallerId caller) const;
+  std::int64_t QueuedOf(CallerId caller) const;
+
+  // Takes the next batch's requests out of the queue: the oldest of the caller whose turn it is,
+  // and with it, oldest first, whatever is queued of the same layer, row type and routedness while
+  // it fits. Empty: nothing is queued, or the oldest of all still has time to wait for company
+  // (never with `flush`).
   std::vector<RequestId> Pick(BatchId batch, TimeUs now_us, bool flush);
 
   std::vector<RequestId> Queued() const { return {queue_.begin(), queue_.end()}; }
@@ -56,13 +67,25 @@ class RequestQueue {
  private:
   struct Entry {
     LiveRequest live;
-    std::list<RequestId>::iterator place;  // valid while live.batch is 0
+    // Valid while live.batch is 0: in queue_, and among its caller's.
+    std::list<RequestId>::iterator place;
+    std::list<RequestId>::iterator place_of_caller;
   };
+  struct Caller {
+    std::list<RequestId> waiting;  // oldest first, never empty
+    std::list<CallerId>::iterator turn;
+  };
+
+  void Unqueue(const Entry& entry);
+  void Resize(CallerId caller, std::size_t from, std::size_t to);
 
   const std::int64_t window_us_;
   const std::int64_t max_batch_tokens_;
   std::unordered_map<RequestId, Entry> entries_;
-  std::list<RequestId> queue_;
+  std::list<RequestId> queue_;  // oldest first
+  std::unordered_map<CallerId, Caller> callers_;
+  std::list<CallerId> turns_;                            // of callers_; the next first
+  std::set<std::pair<std::size_t, CallerId>> by_count_;  // callers_ by how many they have waiting
   std::set<std::pair<TimeUs, RequestId>> deadlines_;
 };
 

@@ -88,6 +88,8 @@ class StateMachine::Impl {
   void On(const PhaseDone& event);
   void On(const BatchDone& event);
   std::optional<CompleteRequest> RefuseAtOnce(const RequestArrived& event) const;
+  bool QueueIsFull() const;
+  void TurnAwayFor(CallerId caller);
   std::string WhyNotServing() const;
   bool accepting() const {
     return stage_ == Stage::kServing && !epoch_closing_ && !cluster_draining_;

@@ -42,7 +42,9 @@ using StreamId = std::uint64_t;   // one control stream; never reused by the hos
 using RequestId = std::uint64_t;  // one inference request; never reused by the host
 using EpochId = std::uint64_t;    // 0: none
 using BatchId = std::uint64_t;    // counts up from 1 in each epoch; the probe is batch 1
-using TimeUs = std::int64_t;      // monotonic
+// Whoever is to get a fair share of the queue: one connection of the front door.
+using CallerId = std::uint64_t;
+using TimeUs = std::int64_t;  // monotonic
 
 inline constexpr TimeUs kNever = std::numeric_limits<TimeUs>::max();
 

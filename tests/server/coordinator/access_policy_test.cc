@@ -48,14 +48,17 @@ TEST(AccessPolicyTest, EachRoleMayCallWhatIsItsOwn) {
   ASSERT_TRUE(policy.ok());
   struct Case {
     const char* role;
-    bool infer, connect, drain;
+    bool infer, connect, drain, scrape;
   };
-  for (const Case& c : {Case{"frontend", true, false, false}, Case{"worker", false, true, false},
-                        Case{"operator", true, false, true}, Case{"other", false, false, false}}) {
+  for (const Case& c :
+       {Case{"frontend", true, false, false, false}, Case{"worker", false, true, false, false},
+        Case{"operator", true, false, true, true}, Case{"metrics", false, false, false, true},
+        Case{"other", false, false, false, false}}) {
     const Caller caller = WithUris({absl::StrCat("spiffe://cluster.local/ns/x/epserve/", c.role)});
     EXPECT_EQ(policy->Check(kInfer, caller).ok(), c.infer) << c.role;
     EXPECT_EQ(policy->Check(kConnect, caller).ok(), c.connect) << c.role;
     EXPECT_EQ(policy->Check(kDrain, caller).ok(), c.drain) << c.role;
+    EXPECT_EQ(policy->Check(kScrapeMethod, caller).ok(), c.scrape) << c.role;
     EXPECT_EQ(policy->Check("/grpc.channelz.v1.Channelz/GetServers", caller).ok(), c.drain);
     EXPECT_TRUE(policy->Check(kHealth, caller).ok()) << c.role;
   }

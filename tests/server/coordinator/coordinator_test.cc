@@ -320,7 +320,7 @@ TEST_F(CoordinatorTest, TakenPortsAreRefusedByName) {
   EXPECT_THAT(std::string(created.status().message()), HasSubstr(second.listen.front()));
 
   second.listen = {"127.0.0.1:0"};
-  second.metrics_listen = absl::StrCat("127.0.0.1:", coordinator_->metrics().port());
+  second.metrics_listen = absl::StrCat("127.0.0.1:", coordinator_->metrics_port());
   created = coordinator::Coordinator::Create(
       second, model_, [] {}, pace_);
   EXPECT_EQ(created.status().code(), absl::StatusCode::kUnavailable);

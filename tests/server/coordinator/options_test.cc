@@ -103,6 +103,7 @@ TEST(OptionsTest, ListeningBeyondTheMachineNeedsInsecure) {
   EXPECT_THAT(Refusal({"--checkpoint=m", metrics}), HasSubstr("--plaintext-metrics"));
   EXPECT_TRUE(Parse({"--checkpoint=m", metrics, "--plaintext-metrics"}).ok());
   EXPECT_TRUE(Parse({"--checkpoint=m", metrics, "--insecure"}).ok());
+  EXPECT_TRUE(Parse({"--checkpoint=m", metrics, "--secrets-file=s"}).ok());
 }
 
 TEST(OptionsTest, TlsFilesBelongTogetherAndMustBeThere) {

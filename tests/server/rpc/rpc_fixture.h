@@ -17,7 +17,7 @@ class RpcTest : public testing::Test {
   void Start(int num_threads = 1) {
     grpc::ServerBuilder builder;
     int port = 0;
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    server_.Listen("127.0.0.1:0", grpc::InsecureServerCredentials(), &builder, &port);
     ASSERT_TRUE(server_.Start(&builder, num_threads));
     target_ = "127.0.0.1:" + std::to_string(port);
     channel_ = grpc::CreateChannel(target_, grpc::InsecureChannelCredentials());

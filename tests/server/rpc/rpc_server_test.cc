@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -211,6 +212,47 @@ TEST_F(RpcServerTest, StopCancelsWhatIsLeftAndWaitsForItsHandler) {
   caller.join();
 }
 
+TEST_F(RpcServerTest, CallsThatComeWhileItStopsAreUnavailableAndNeverCancelled) {
+  Recorder::Log log;
+  server_.Handle(kWatch, [&](ServerCall* call) { return new Recorder(call, &log); });
+  server_.Handle(kCheck, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
+                             [](const auto&, auto*) { return absl::OkStatus(); }));
+  Start();
+  // Keeps the server waiting for its grace, so that there is a while in which it stops.
+  std::thread holder([&] {
+    grpc::ClientContext context;
+    HealthCheckResponse response;
+    const auto held = Health::NewStub(channel_)->Watch(&context, HealthCheckRequest());
+    EXPECT_FALSE(held->Read(&response));
+    EXPECT_EQ(held->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+  });
+  log.WaitFor("read");
+  std::mutex mutex;
+  std::map<grpc::StatusCode, int> seen;  // Guarded by mutex.
+  std::atomic<bool> stopped{false};
+  std::atomic<int> calls{0};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&] {
+      while (!stopped) {
+        HealthCheckResponse response;
+        const grpc::StatusCode code = Check("", &response).error_code();
+        ++calls;
+        const std::lock_guard lock(mutex);
+        ++seen[code];
+      }
+    });
+  }
+  while (calls < 100) std::this_thread::yield();
+  server_.Stop(std::chrono::milliseconds(100));
+  stopped = true;
+  for (std::thread& caller : callers) caller.join();
+  holder.join();
+  EXPECT_GT(seen[grpc::StatusCode::OK], 0);
+  EXPECT_GT(seen[grpc::StatusCode::UNAVAILABLE], 0);
+  EXPECT_EQ(seen.size(), 2u) << "other codes than OK and UNAVAILABLE";
+}
+
 TEST_F(RpcServerTest, StreamThatAnswersEachMessageEndsWithItsCaller) {
   server_.Handle(
       kWatch,
@@ -238,6 +280,41 @@ TEST_F(RpcServerTest, StreamThatAnswersEachMessageEndsWithItsCaller) {
   }
   stream->WritesDone();
   EXPECT_TRUE(stream->Finish().ok());
+}
+
+// Ended by the server after so long; nothing is sent on it.
+grpc::Status StatusOfSilentStream(const std::shared_ptr<grpc::Channel>& channel) {
+  grpc::ClientContext context;
+  using Factory =
+      grpc::internal::ClientReaderWriterFactory<HealthCheckRequest, HealthCheckResponse>;
+  const std::unique_ptr<grpc::ClientReaderWriter<HealthCheckRequest, HealthCheckResponse>> stream(
+      Factory::Create(
+          channel.get(),
+          grpc::internal::RpcMethod(kWatch, grpc::internal::RpcMethod::BIDI_STREAMING, channel),
+          &context));
+  return stream->Finish();
+}
+
+TEST_F(RpcServerTest, CallWhoseMessageDoesNotComeIsEndedAfterItsTime) {
+  server_.SetCallLimits({.message_timeout = std::chrono::milliseconds(100)});
+  server_.Handle(kWatch, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
+                             [](const auto&, auto*) { return absl::OkStatus(); }));
+  Start();
+  const auto start = std::chrono::steady_clock::now();
+  const grpc::Status status = StatusOfSilentStream(channel_);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(status.error_message(), HasSubstr("--message-timeout-ms"));
+  EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(100));
+}
+
+TEST_F(RpcServerTest, StreamThatBringsNothingIsEndedAfterItsTime) {
+  server_.SetCallLimits({.stream_idle_timeout = std::chrono::milliseconds(100)});
+  server_.Handle(kWatch, EachAnswered<HealthCheckRequest, HealthCheckResponse>(
+                             [](const HealthCheckRequest&) { return HealthCheckResponse(); }));
+  Start();
+  const grpc::Status status = StatusOfSilentStream(channel_);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(status.error_message(), HasSubstr("--stream-idle-timeout-ms"));
 }
 
 TEST_F(RpcServerTest, ServicesAreListedOnceEach) {

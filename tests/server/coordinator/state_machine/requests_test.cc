@@ -94,6 +94,74 @@ TEST(RequestsTest, FullQueueIsResourceExhaustedWithAPushback) {
   EXPECT_TRUE(cluster.Request(6).empty());  // A place came free.
 }
 
+// The request that the next batch starts with, once a slot comes free.
+RequestId NextStarted(TestCluster& cluster, BatchId finished) {
+  const auto started = First<StartBatch>(cluster.Finish(finished));
+  return started ? started->requests.front().request : 0;
+}
+
+TEST(RequestsTest, CallersTakeTurnsAndEachOnesRequestsKeepTheirOrder) {
+  Config config = TestConfig();
+  config.queue_capacity = 10;
+  TestCluster cluster(config);
+  cluster.Serve();
+  FillSlots(cluster);
+  for (RequestId id = 11; id <= 14; ++id) cluster.Request(id, 8, {.caller = 1});
+  for (RequestId id = 21; id <= 22; ++id) cluster.Request(id, 8, {.caller = 2});
+  cluster.Request(31, 8, {.caller = 3});
+  std::vector<RequestId> order;
+  for (BatchId batch = 2; order.size() < 7; ++batch) order.push_back(NextStarted(cluster, batch));
+  EXPECT_THAT(order, ::testing::ElementsAre(11, 21, 31, 12, 22, 13, 14));
+}
+
+TEST(RequestsTest, CallerWhoseRequestsHaveGoneGivesUpItsTurn) {
+  TestCluster cluster;
+  cluster.Serve();
+  FillSlots(cluster);
+  cluster.Request(11, 8, {.caller = 1});
+  cluster.Request(21, 8, {.caller = 2});
+  cluster.Request(12, 8, {.caller = 1});
+  cluster.Do(RequestCancelled{21});
+  EXPECT_EQ(NextStarted(cluster, 2), 11u);
+  EXPECT_EQ(NextStarted(cluster, 3), 12u);
+}
+
+TEST(RequestsTest, FullQueueYieldsTheNewestOfWhoHoldsMostToWhoHoldsLess) {
+  TestCluster cluster;
+  cluster.Serve();
+  FillSlots(cluster);
+  for (RequestId id = 11; id <= 14; ++id) cluster.Request(id, 8, {.caller = 1});
+  // The caller that fills it is refused itself.
+  EXPECT_EQ(Completion(cluster.Request(15, 8, {.caller = 1})).request, 15u);
+  const CompleteRequest first = Completion(cluster.Request(21, 8, {.caller = 2}));
+  EXPECT_EQ(first.request, 14u);
+  EXPECT_EQ(first.code, absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(first.message, HasSubstr("4 of them of this connection"));
+  EXPECT_GE(first.pushback_ms, 10);
+  EXPECT_EQ(Completion(cluster.Request(22, 8, {.caller = 2})).request, 13u);
+  EXPECT_EQ(cluster.snapshot().queued_requests, 4);
+  // Two each: neither may push the other out.
+  EXPECT_EQ(Completion(cluster.Request(23, 8, {.caller = 2})).request, 23u);
+  EXPECT_EQ(Completion(cluster.Request(16, 8, {.caller = 1})).request, 16u);
+  EXPECT_EQ(NextStarted(cluster, 2), 11u);
+  EXPECT_EQ(NextStarted(cluster, 3), 21u);
+}
+
+TEST(RequestsTest, MergingStartsWithTheCallerWhoseTurnItIsAndWaitsForTheOldest) {
+  Config config = TestConfig();
+  config.batch_window_us = 100;
+  config.queue_capacity = 10;
+  TestCluster cluster(config);
+  cluster.Serve();
+  cluster.Request(11, 40, {.caller = 1});
+  EXPECT_FALSE(Has<StartBatch>(cluster.Sleep(50)));
+  cluster.Request(12, 40, {.caller = 1});  // Does not fit beside 11: that goes at once.
+  cluster.Request(21, 20, {.caller = 2, .layer = 4});
+  const auto started = All<StartBatch>(cluster.Sleep(100));
+  ASSERT_EQ(started.size(), 1u) << "11 had gone, and there are two slots";
+  EXPECT_EQ(started[0].requests.front().request, 12u);
+}
+
 TEST(RequestsTest, PushbackGrowsWithTheTimeBatchesTake) {
   TestCluster cluster;
   cluster.Serve();

@@ -130,6 +130,7 @@ class Schedule {
 
   void OneRequest(SimCoordinator* c) {
     RequestArrived request;
+    request.caller = static_cast<CallerId>(world_.Between(0, world_.Chance(0.5) ? 0 : 3));
     request.layer = world_.Between(0, world_.Chance(0.02) ? 2 : 1);
     request.row_type = world_.Chance(0.8) ? RowType::kBf16 : RowType::kFp32;
     request.routed = world_.Chance(0.6);

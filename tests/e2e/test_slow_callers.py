@@ -1,0 +1,154 @@
+"""Callers who begin and do not go on hold nothing for ever."""
+
+import signal
+import socket
+import struct
+import time
+
+import grpc
+import pytest
+
+import protos
+from cluster import SLOWNESS, wait_until
+from infer import infer, make_request, random_batch
+
+TIMEOUT_MS = 500
+HEADERS, SETTINGS, DATA = 1, 4, 0
+END_HEADERS, END_STREAM = 4, 1
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint, start_cluster):
+    arguments = [
+        *("--message-timeout-ms", TIMEOUT_MS, "--stream-idle-timeout-ms", TIMEOUT_MS),
+        *("--lease-ms", 6000),
+    ]
+    with start_cluster(checkpoint(), workers=2, coordinator_args=arguments) as running:
+        yield running
+
+
+def frame(kind, flags, stream, payload=b""):
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(
+        ">I", stream
+    ) + payload  # fmt: skip
+
+
+def literal(name, value):
+    """A header field in HPACK, as it is: neither indexed nor compressed."""
+    fields = (name.encode(), value.encode())
+    return b"\0" + b"".join(bytes((len(field),)) + field for field in fields)
+
+
+class HalfCall:
+    """A call over a socket of our own: its headers and half of its message."""
+
+    def __init__(self, port, method, message_bytes=1000):
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.settimeout(20 * SLOWNESS)
+        headers = b"".join(
+            literal(name, value)
+            for name, value in {
+                ":method": "POST", ":scheme": "http", ":path": method, ":authority": "x",
+                "content-type": "application/grpc", "te": "trailers",
+            }.items()
+        )  # fmt: skip
+        self.socket.sendall(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            + frame(SETTINGS, 0, 0)
+            + frame(HEADERS, END_HEADERS, 1, headers)
+            + frame(DATA, 0, 1, b"\0" + struct.pack(">I", message_bytes) + b"\n" * 100)
+        )
+
+    def frames(self):
+        """(kind, flags, payload) of what comes on the call's stream."""
+        with self.socket.makefile("rb") as incoming:
+            while head := incoming.read(9):
+                size = int.from_bytes(head[:3], "big")
+                payload = incoming.read(size)
+                if int.from_bytes(head[5:9], "big") == 1:
+                    yield head[3], head[4], payload
+
+    def wait_end(self):
+        """The trailers, once the server has ended the call."""
+        for kind, flags, payload in self.frames():
+            if kind == HEADERS and flags & END_STREAM:
+                return payload
+        raise AssertionError("the connection ended without trailers")
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/inference.GRPCInferenceService/ModelInfer",
+        "/inference.GRPCInferenceService/ModelMetadata",
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        "/grpc.health.v1.Health/Watch",
+    ],
+)
+def test_half_sent_message_is_given_up_after_its_time(cluster, rng, method):
+    start = time.monotonic()
+    call = HalfCall(cluster.port, method)
+    try:
+        trailers = call.wait_end()
+    finally:
+        call.close()
+    assert time.monotonic() - start >= TIMEOUT_MS / 1000
+    assert b"timeout-ms" in trailers, "the flag that it may be raised with"
+    infer(cluster, *random_batch(cluster.checkpoint.spec, rng, 3))
+
+
+def test_half_sent_request_counts_as_ended(cluster):
+    key = 'epserve_requests_total{outcome="deadline_exceeded"}'
+    before = cluster.metrics()[key]
+    call = HalfCall(cluster.port, "/inference.GRPCInferenceService/ModelInfer")
+    try:
+        call.wait_end()
+    finally:
+        call.close()
+    assert cluster.metrics()[key] == before + 1
+
+
+def test_stream_is_kept_while_its_requests_are_under_way_and_ended_once_idle(cluster, rng):
+    request = make_request(cluster.checkpoint.name, *random_batch(cluster.checkpoint.spec, rng, 3))
+    sent = []
+
+    def requests():
+        sent.append(request)
+        yield request
+        wait_until(lambda: ended, 30, "the test's end")
+
+    ended = []
+    cluster.workers[1].send(signal.SIGSTOP)
+    try:
+        stream = cluster.front_door.ModelStreamInfer(requests())
+        cluster.wait_status(lambda s: s.batches_in_flight == 1, 5, "it is under way")
+        time.sleep(3 * TIMEOUT_MS / 1000)
+        assert stream.is_active()
+    finally:
+        cluster.workers[1].send(signal.SIGCONT)
+    try:
+        assert not next(stream).error_message
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "--stream-idle-timeout-ms" in caught.value.details()
+    finally:
+        ended.append(True)
+
+
+def test_stream_without_requests_is_ended(cluster):
+    ended = []
+
+    def requests():
+        wait_until(lambda: ended, 30, "the test's end")
+        yield protos.inference.ModelInferRequest()
+
+    try:
+        with pytest.raises(grpc.RpcError) as caught:
+            next(cluster.front_door.ModelStreamInfer(requests()))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    finally:
+        ended.append(True)
