@@ -98,7 +98,9 @@ std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
   // The service restarts within a second or two; gRPC's own first backoff is one second.
   const auto max_ms = static_cast<int>(absl::ToInt64Milliseconds(max_reconnect_backoff));
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, std::min(100, max_ms));
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, std::min(100, max_ms));
+  // The name notwithstanding, this is the least time that an attempt to connect is given. A busy
+  // server's TLS handshake takes more than 100 ms.
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, max_ms);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, max_ms);
   // Retries are this library's business, where they are counted and can be cancelled.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);

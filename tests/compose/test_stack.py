@@ -77,6 +77,17 @@ def test_rows_go_through_memory_that_every_container_maps(stack):
     assert "row_arena" not in logs
 
 
+def test_gpu_worker_in_a_container_without_a_gpu_ends_and_says_why(stack):
+    result = stack.run_client(
+        "epserve-worker", "--backend=cuda", "--checkpoint=/checkpoint", "--worker-id=gpu",
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    # The second: programs built where no nvcc was.
+    reasons = ("need a GPU and its driver", "is not in this build")
+    assert any(reason in result.stderr for reason in reasons), result.stderr
+
+
 @contextlib.contextmanager
 def region_of_another_container(stack, content):
     """A file in the containers' /dev/shm as one of them would make it; registered as "region"."""
