@@ -1,5 +1,6 @@
 """The bounded queue: what is turned away, and what leaves it early."""
 
+import json
 import signal
 
 import grpc
@@ -38,9 +39,15 @@ class Held:
         self._cluster.workers[1].send(signal.SIGCONT)
 
 
-def send(cluster, batch, timeout_s=30):
+def send(cluster, batch, timeout_s=30, front_door=None):
     request = make_request(cluster.checkpoint.name, *batch)
-    return cluster.front_door.ModelInfer.future(request, timeout=timeout_s)
+    request.parameters["epserve_trace"].bool_param = True
+    return (front_door or cluster.front_door).ModelInfer.future(request, timeout=timeout_s)
+
+
+def started_us(call):
+    """When the request's batch went to the workers: the order of service, whoever hears of it."""
+    return json.loads(call.result().parameters["epserve_trace"].string_param)["started_us"]
 
 
 def fill_slots(cluster, batches):
@@ -136,37 +143,31 @@ def test_request_in_flight_is_answered_at_its_deadline_and_its_batch_harms_none(
 def test_caller_who_fills_the_queue_yields_to_another_connection(cluster, rng):
     batches = batches_of(cluster, rng, SLOTS + CAPACITY + 1)
     options = [("grpc.use_local_subchannel_pool", 1)]
-    finished = []
     with grpc.insecure_channel(cluster.target, options) as channel:
         with Held(cluster):
             calls = fill_slots(cluster, batches)
             for index, batch in enumerate(batches[SLOTS:-1]):
                 calls.append(send(cluster, batch))
                 wait_queued(cluster, index + 1)
-            own = make_request(cluster.checkpoint.name, *batches[-1])
-            other = protos.front_door(channel).ModelInfer.future(own, timeout=30)
+            other = send(cluster, batches[-1], front_door=protos.front_door(channel))
             error = calls[-1].exception(timeout=5)
             assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "of this connection" in error.details()
             assert int(dict(calls[-1].trailing_metadata())["grpc-retry-pushback-ms"]) > 0
             calls[-1:] = [other]
-            for index, call in enumerate(calls):
-                call.add_done_callback(lambda _, index=index: finished.append(index))
         check(cluster, calls, [*batches[: SLOTS + CAPACITY - 1], batches[-1]])
-    # Behind one of the queued at most, and two batches run at once, so neighbours may swap.
-    assert finished.index(len(calls) - 1) <= SLOTS + 2, finished
+        # Callers take turns: behind one of those that were queued before it, at most.
+        earlier = [call for call in calls[SLOTS:-1] if started_us(call) < started_us(other)]
+        assert len(earlier) <= 1
 
 
 def test_queued_requests_are_served_in_order_of_arrival(cluster, rng):
     batches = batches_of(cluster, rng, SLOTS + CAPACITY)
-    finished = []
     with Held(cluster):
         calls = fill_slots(cluster, batches)
         for index, batch in enumerate(batches[SLOTS:]):
-            call = send(cluster, batch)
+            calls.append(send(cluster, batch))
             wait_queued(cluster, index + 1)
-            call.add_done_callback(lambda _, index=index: finished.append(index))
-            calls.append(call)
     check(cluster, calls, batches)
-    # Two batches run at once, so neighbours may swap; no more than that.
-    assert all(abs(place - index) <= 1 for place, index in enumerate(finished)), finished
+    starts = [started_us(call) for call in calls[SLOTS:]]
+    assert starts == sorted(starts)
