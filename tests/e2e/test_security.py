@@ -291,7 +291,7 @@ def test_renewed_secrets_are_taken_up_by_all_without_a_restart(
         wait_until(lambda: not cluster.is_ready(), 10, "the old secret is refused")
         shown["suffix"] = "9876543210"
         assert cluster.is_ready(), "the workers that were connected stay so"
-        # From here on the old secret is refused to everybody, so a further status shows the new one.
+        # The old secret is refused to everybody from here on: further statuses show the new one.
         seen = watcher.output().count("\n")
         wait_until(lambda: watcher.output().count("\n") > seen + 10, 10, "further statuses")
         watcher.kill()
