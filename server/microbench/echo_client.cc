@@ -43,8 +43,9 @@ class StreamLine final : public Line {
   }
   void Start() override {
     in_flight_ = 2;
-    stream_->Read(&reply_, this);
+    // In this order the last reply's window update rides on the message.
     stream_->Write(message_, this);
+    stream_->Read(&reply_, this);
   }
   bool Proceed() override { return --in_flight_ == 0; }
   const grpc::ByteBuffer& reply() const override { return reply_; }
