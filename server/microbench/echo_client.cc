@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -96,8 +97,8 @@ class UnaryLine final : public Line {
 // Several lines over one channel, and their queue.
 class Echoes {
  public:
-  Echoes(const std::string& target, CallKind kind, std::int64_t bytes)
-      : stub_(EchoChannel(target)), kind_(kind), message_(MessageOf(bytes)) {}
+  Echoes(std::shared_ptr<grpc::Channel> channel, CallKind kind, std::int64_t bytes)
+      : stub_(std::move(channel)), kind_(kind), message_(MessageOf(bytes)) {}
   ~Echoes() {
     for (const auto& line : lines_) line->End();
     queue_.Shutdown();
@@ -163,7 +164,7 @@ absl::Status NextEvent(grpc::CompletionQueue& queue, const char* what, void** ta
 absl::StatusOr<runtime::Percentiles> MeasureRoundTrips(const std::string& target, CallKind kind,
                                                        std::int64_t bytes, int warmup,
                                                        int iterations) {
-  Echoes echoes(target, kind, bytes);
+  Echoes echoes(EchoChannel(target), kind, bytes);
   EPS_RETURN_IF_ERROR(echoes.Open(1));
   std::vector<double> samples_us;
   for (int i = -warmup; i < iterations; ++i) {
@@ -175,13 +176,12 @@ absl::StatusOr<runtime::Percentiles> MeasureRoundTrips(const std::string& target
   return runtime::PercentilesOf(std::move(samples_us));
 }
 
-absl::StatusOr<double> MeasureThroughput(const std::string& target, CallKind kind,
-                                         std::int64_t bytes, int concurrency, int requests) {
-  Echoes echoes(target, kind, bytes);
-  EPS_RETURN_IF_ERROR(echoes.Open(concurrency));
-  const auto begin = Clock::now();
+namespace {
+
+// `requests` echoes over the lines, each started where another has come back.
+absl::Status Run(Echoes& echoes, int num_lines, int requests) {
   int started = 0;
-  for (; started < concurrency && started < requests; ++started) echoes.line(started).Start();
+  for (; started < num_lines && started < requests; ++started) echoes.line(started).Start();
   for (int returned = 0; returned < requests; ++returned) {
     EPS_ASSIGN_OR_RETURN(Line* const line, echoes.Await());
     if (started < requests) {
@@ -189,7 +189,35 @@ absl::StatusOr<double> MeasureThroughput(const std::string& target, CallKind kin
       line->Start();
     }
   }
-  return requests / UsSince(begin) * 1e6;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<double> MeasureThroughput(const std::string& target, CallKind kind, Callers callers,
+                                         std::int64_t bytes, int concurrency, int requests) {
+  const int num_threads = callers == Callers::kThreads ? concurrency : 1;
+  const int lines_each = concurrency / num_threads;
+  const std::shared_ptr<grpc::Channel> channel = EchoChannel(target);
+  std::vector<std::unique_ptr<Echoes>> echoes;
+  for (int i = 0; i < num_threads; ++i) {
+    echoes.push_back(std::make_unique<Echoes>(channel, kind, bytes));
+    EPS_RETURN_IF_ERROR(echoes.back()->Open(lines_each));
+  }
+  std::vector<absl::Status> results(echoes.size());
+  const auto begin = Clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < num_threads; ++i) {
+    const int share = requests / num_threads + (i < requests % num_threads ? 1 : 0);
+    threads.emplace_back([&echoes, &results, i, share, lines_each] {
+      const auto index = static_cast<std::size_t>(i);
+      results[index] = Run(*echoes[index], lines_each, share);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const double us = UsSince(begin);
+  for (const absl::Status& result : results) EPS_RETURN_IF_ERROR(result);
+  return requests / us * 1e6;
 }
 
 }  // namespace epserve::microbench

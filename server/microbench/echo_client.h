@@ -1,5 +1,4 @@
-// The measuring side of an echo: round trips one after another, and many at once. One thread, one
-// completion queue.
+// The measuring side of an echo: round trips one after another, and many at once.
 #ifndef EPSERVE_SERVER_MICROBENCH_ECHO_CLIENT_H_
 #define EPSERVE_SERVER_MICROBENCH_ECHO_CLIENT_H_
 
@@ -31,8 +30,10 @@ absl::StatusOr<runtime::Percentiles> MeasureRoundTrips(const std::string& target
                                                        int iterations);
 
 // `requests` echoes of `bytes`, `concurrency` of them under way at any time, each on a stream of
-// its own or as a call: how many a second.
-absl::StatusOr<double> MeasureThroughput(const std::string& target, CallKind kind,
+// its own or as a call: how many a second. From one thread, or from one that waits for each, as the
+// callers of `epserve bench` do.
+enum class Callers { kOneThread, kThreads };
+absl::StatusOr<double> MeasureThroughput(const std::string& target, CallKind kind, Callers callers,
                                          std::int64_t bytes, int concurrency, int requests);
 
 }  // namespace epserve::microbench

@@ -72,7 +72,11 @@ absl::StatusOr<CallFigures> MeasureCalls(const std::string& target, CallKind kin
   EPS_ASSIGN_OR_RETURN(figures.inline_echo, MeasureRoundTrips(target, kind, p.inline_bytes,
                                                               /*warmup=*/1, p.inline_iterations));
   EPS_ASSIGN_OR_RETURN(figures.requests_per_second,
-                       MeasureThroughput(target, kind, p.request_bytes, p.concurrency, p.requests));
+                       MeasureThroughput(target, kind, Callers::kOneThread, p.request_bytes,
+                                         p.concurrency, p.requests));
+  EPS_ASSIGN_OR_RETURN(figures.threads_requests_per_second,
+                       MeasureThroughput(target, kind, Callers::kThreads, p.request_bytes,
+                                         p.concurrency, p.requests));
   return figures;
 }
 

@@ -15,9 +15,10 @@ std::string Pair(const char* key, const Percentiles& figures) {
 }
 
 std::string JsonOf(const CallFigures& figures) {
-  return absl::StrFormat("{%s,%s,\"requests_per_second\":%.0f}",
-                         Pair("round_trip", figures.round_trip),
-                         Pair("inline_echo", figures.inline_echo), figures.requests_per_second);
+  return absl::StrFormat(
+      "{%s,%s,\"requests_per_second\":%.0f,\"threads_requests_per_second\":%.0f}",
+      Pair("round_trip", figures.round_trip), Pair("inline_echo", figures.inline_echo),
+      figures.requests_per_second, figures.threads_requests_per_second);
 }
 
 std::string JsonOf(const TransportFigures& figures) {
@@ -30,6 +31,10 @@ void AppendRow(const std::string& what, const Percentiles& on_unix, const Percen
                std::string* table) {
   absl::StrAppendFormat(table, "%-34s %12.1f %12.1f %12.1f %12.1f\n", what, on_unix.p50_us,
                         on_unix.p99_us, on_tcp.p50_us, on_tcp.p99_us);
+}
+
+void AppendRates(const char* what, double on_unix, double on_tcp, std::string* table) {
+  absl::StrAppendFormat(table, "%-34s %12.0f %12.0f\n", what, on_unix, on_tcp);
 }
 
 }  // namespace
@@ -69,10 +74,14 @@ std::string FormatRpcTable(const RpcBenchReport& report) {
       &table, "\n%-34s %12s %12s\n",
       absl::StrFormat("requests/s, %d B, %d under way", p.request_bytes, p.concurrency), "unix",
       "tcp");
-  absl::StrAppendFormat(&table, "%-34s %12.0f %12.0f\n", "stream",
-                        on_unix.stream.requests_per_second, on_tcp.stream.requests_per_second);
-  absl::StrAppendFormat(&table, "%-34s %12.0f %12.0f\n", "unary", on_unix.unary.requests_per_second,
-                        on_tcp.unary.requests_per_second);
+  AppendRates("stream, one thread", on_unix.stream.requests_per_second,
+              on_tcp.stream.requests_per_second, &table);
+  AppendRates("stream, a thread each", on_unix.stream.threads_requests_per_second,
+              on_tcp.stream.threads_requests_per_second, &table);
+  AppendRates("unary, one thread", on_unix.unary.requests_per_second,
+              on_tcp.unary.requests_per_second, &table);
+  AppendRates("unary, a thread each", on_unix.unary.threads_requests_per_second,
+              on_tcp.unary.threads_requests_per_second, &table);
   return table;
 }
 

@@ -11,9 +11,10 @@ namespace epserve::microbench {
 
 // One kind of call over one kind of address.
 struct CallFigures {
-  runtime::Percentiles round_trip;   // of a small message there and back
-  runtime::Percentiles inline_echo;  // of a large one
-  double requests_per_second = 0.0;  // small requests, several under way
+  runtime::Percentiles round_trip;           // of a small message there and back
+  runtime::Percentiles inline_echo;          // of a large one
+  double requests_per_second = 0.0;          // small requests, several under way, from one thread
+  double threads_requests_per_second = 0.0;  // from a thread for each
 };
 
 struct TransportFigures {
