@@ -34,6 +34,8 @@ constexpr PassThrough kPassThrough[] = {
      false},
     {"--cluster-id", "Name that coordinator and workers share (default: epserve)", true, true},
     {"--max-batch-tokens", "Most tokens of one batch (default: 4096)", true, true, true},
+    {"--merge", "When requests of one layer share a batch: never, queued (default: never)", true,
+     false},
     {"--batch-window-us",
      "How long a request waits for others to merge with, microseconds (default: 0)", true, false,
      true},

@@ -22,6 +22,11 @@ namespace epserve::client {
 
 namespace {
 
+// Replies of ordinary size come without waiting for this side to widen its window, and large ones
+// in frames that are worth a system call each.
+constexpr int kStreamWindowBytes = 16 << 20;
+constexpr int kMaxFrameBytes = 1 << 20;
+
 // How soon a renewed certificate or secret is taken up.
 constexpr unsigned kRefreshSeconds = 1;
 
@@ -93,6 +98,8 @@ std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(INT_MAX);
   arguments.SetMaxSendMessageSize(INT_MAX);
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kStreamWindowBytes);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, kMaxFrameBytes);
   // A machine-wide http_proxy must not swallow a call to a loopback address.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   // The service restarts within a second or two; gRPC's own first backoff is one second.

@@ -1,6 +1,8 @@
 #include "client/cpp/client.h"
 
 #include <grpcpp/alarm.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/impl/codegen/client_unary_call.h>
 
 #include <random>
 #include <utility>
@@ -12,6 +14,7 @@
 #include "client/cpp/channel.h"
 #include "client/cpp/infer_message.h"
 #include "client/cpp/infer_stream.h"
+#include "client/cpp/infer_wire.h"
 #include "client/cpp/status.h"
 #include "inference/grpc_service.grpc.pb.h"
 
@@ -65,15 +68,20 @@ InferenceClient::InferenceClient(const ClientOptions& options) : core_(std::make
 InferenceClient::~InferenceClient() = default;
 
 absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) {
-  EPC_ASSIGN_OR_RETURN(const inference::ModelInferRequest message, ToMessage(request));
+  EPC_ASSIGN_OR_RETURN(inference::ModelInferRequest message, ToMessage(request));
+  const grpc::ByteBuffer bytes = Serialize(std::move(message));
+  const grpc::internal::RpcMethod method(kInferMethod, grpc::internal::RpcMethod::NORMAL_RPC);
   const absl::Time deadline = absl::Now() + request.timeout;
   for (int attempt = 1;; ++attempt) {
     grpc::ClientContext context;
     Prepare(request, deadline, context);
-    inference::ModelInferResponse response;
+    grpc::ByteBuffer reply;
     const absl::Status status =
-        FromGrpcStatus(core_->stub->ModelInfer(&context, message, &response));
+        FromGrpcStatus(grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer>(
+            core_->channel.get(), method, &context, bytes, &reply));
     if (status.ok()) {
+      inference::ModelInferResponse response;
+      EPC_RETURN_IF_ERROR(Parse(std::move(reply), &response));
       EPC_ASSIGN_OR_RETURN(InferResult result, FromMessage(request.hidden_states.shape,
                                                            request.hidden_states.type, response));
       result.attempts = attempt;
@@ -94,7 +102,8 @@ class InferenceClient::AsyncCall : public PendingInfer,
   AsyncCall(std::shared_ptr<Core> core, const InferRequest& request,
             inference::ModelInferRequest message, InferCallback done)
       : core_(std::move(core)),
-        message_(std::move(message)),
+        stub_(core_->channel),
+        message_(Serialize(std::move(message))),
         done_(std::move(done)),
         deadline_(absl::Now() + request.timeout) {
     // The tensors are in the message already; only what Prepare and FromMessage need is kept.
@@ -110,11 +119,11 @@ class InferenceClient::AsyncCall : public PendingInfer,
         ++attempt_;
         context_ = std::make_unique<grpc::ClientContext>();
         Prepare(request_, deadline_, *context_);
-        response_.Clear();
-        core_->stub->async()->ModelInfer(context_.get(), &message_, &response_,
-                                         [self = shared_from_this()](grpc::Status status) {
-                                           self->AttemptDone(FromGrpcStatus(status));
-                                         });
+        reply_.Clear();
+        stub_.UnaryCall(context_.get(), kInferMethod, grpc::StubOptions(), &message_, &reply_,
+                        [self = shared_from_this()](grpc::Status status) {
+                          self->AttemptDone(FromGrpcStatus(status));
+                        });
         return;
       }
     }
@@ -132,8 +141,11 @@ class InferenceClient::AsyncCall : public PendingInfer,
  private:
   void AttemptDone(const absl::Status& status) {
     if (status.ok()) {
+      inference::ModelInferResponse response;
+      const absl::Status parsed = Parse(std::move(reply_), &response);
+      if (!parsed.ok()) return Done(parsed);
       auto result =
-          FromMessage(request_.hidden_states.shape, request_.hidden_states.type, response_);
+          FromMessage(request_.hidden_states.shape, request_.hidden_states.type, response);
       if (result.ok()) result->attempts = attempt_;
       Done(std::move(result));
       return;
@@ -170,11 +182,12 @@ class InferenceClient::AsyncCall : public PendingInfer,
   }
 
   const std::shared_ptr<Core> core_;
-  const inference::ModelInferRequest message_;
+  grpc::GenericStub stub_;
+  const grpc::ByteBuffer message_;
   InferCallback done_;
   const absl::Time deadline_;
   InferRequest request_;  // Without its tensors' bytes.
-  inference::ModelInferResponse response_;
+  grpc::ByteBuffer reply_;
 
   absl::Mutex mutex_;
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;

@@ -10,8 +10,9 @@
 #include "absl/synchronization/mutex.h"
 #include "client/cpp/channel.h"
 #include "client/cpp/infer_message.h"
+#include "client/cpp/infer_wire.h"
 #include "client/cpp/status.h"
-#include "inference/grpc_service.grpc.pb.h"
+#include "inference/grpc_service.pb.h"
 
 namespace epserve::client {
 namespace {
@@ -19,10 +20,14 @@ namespace {
 class GrpcInferStream final : public InferStream {
  public:
   GrpcInferStream(std::shared_ptr<grpc::Channel> channel, const StreamOptions& options)
-      : channel_(std::move(channel)), stub_(inference::GRPCInferenceService::NewStub(channel_)) {
+      : channel_(std::move(channel)) {
     SetTimeout(context_, options.timeout);
     for (const auto& [key, value] : options.metadata) context_.AddMetadata(key, value);
-    stream_ = stub_->ModelStreamInfer(&context_);
+    const grpc::internal::RpcMethod method(kStreamInferMethod,
+                                           grpc::internal::RpcMethod::BIDI_STREAMING);
+    stream_.reset(
+        grpc::internal::ClientReaderWriterFactory<grpc::ByteBuffer, grpc::ByteBuffer>::Create(
+            channel_.get(), method, &context_));
   }
 
   ~GrpcInferStream() override {
@@ -31,13 +36,13 @@ class GrpcInferStream final : public InferStream {
   }
 
   absl::Status Send(const InferRequest& request) override {
-    EPC_ASSIGN_OR_RETURN(const inference::ModelInferRequest message, ToMessage(request));
+    EPC_ASSIGN_OR_RETURN(inference::ModelInferRequest message, ToMessage(request));
     {
       // Before it is sent: its result may come before Write returns.
       absl::MutexLock lock(&mutex_);
       owed_.push_back({request.hidden_states.shape, request.hidden_states.type});
     }
-    if (stream_->Write(message)) return absl::OkStatus();
+    if (stream_->Write(Serialize(std::move(message)))) return absl::OkStatus();
     {
       absl::MutexLock lock(&mutex_);
       if (!owed_.empty()) owed_.pop_back();
@@ -54,12 +59,15 @@ class GrpcInferStream final : public InferStream {
       }
       owed = owed_.front();
     }
+    grpc::ByteBuffer reply;
+    if (!stream_->Read(&reply)) return End();
     inference::ModelStreamInferResponse response;
-    if (!stream_->Read(&response)) return End();
+    const absl::Status parsed = Parse(std::move(reply), &response);
     {
       absl::MutexLock lock(&mutex_);
       owed_.pop_front();
     }
+    if (!parsed.ok()) return parsed;
     if (!response.error_message().empty()) return StreamError(response);
     return FromMessage(owed.shape, owed.type, *response.mutable_infer_response());
   }
@@ -83,11 +91,8 @@ class GrpcInferStream final : public InferStream {
   }
 
   const std::shared_ptr<grpc::Channel> channel_;
-  const std::unique_ptr<inference::GRPCInferenceService::Stub> stub_;
   grpc::ClientContext context_;
-  std::unique_ptr<
-      grpc::ClientReaderWriter<inference::ModelInferRequest, inference::ModelStreamInferResponse>>
-      stream_;
+  std::unique_ptr<grpc::ClientReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>> stream_;
   absl::Mutex mutex_;
   std::deque<Owed> owed_ ABSL_GUARDED_BY(mutex_);  // oldest first
   bool ended_ = false;                             // the receiver's

@@ -34,6 +34,7 @@ struct BatchStore::Segment {
   std::span<const char> hidden;
   std::span<const std::int32_t> topk_ids;
   std::span<const float> topk_weights;
+  const RawView* pieces = nullptr;  // in place of `hidden`, if not in one
 };
 
 namespace {
@@ -129,7 +130,13 @@ void BatchStore::CutRows(std::span<const Segment> segments, const ShardPlan& pla
     if (begin >= end) continue;
     const std::int64_t from = begin - segment.rows.begin;
     const std::int64_t to = end - segment.rows.begin;
-    Append(segment.hidden, from * row_bytes, to * row_bytes, &hidden);
+    if (segment.pieces != nullptr) {
+      const std::span<char> place(hidden, static_cast<std::size_t>((to - from) * row_bytes));
+      segment.pieces->Copy(static_cast<std::size_t>(from * row_bytes), place);
+      hidden += place.size();
+    } else {
+      Append(segment.hidden, from * row_bytes, to * row_bytes, &hidden);
+    }
     Append(segment.topk_ids, from * topk, to * topk, &ids);
     Append(segment.topk_weights, from * topk, to * topk, &weights);
   }
@@ -161,8 +168,9 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
   std::vector<Segment> segments;
   std::vector<std::span<const std::int32_t>> ids;
   for (std::size_t i = 0; i < requests.size(); ++i) {
+    const RawView& pieces = requests[i]->hidden_pieces;
     segments.push_back({start.requests[i].rows, requests[i]->hidden, requests[i]->topk_ids,
-                        requests[i]->topk_weights});
+                        requests[i]->topk_weights, pieces.size() > 0 ? &pieces : nullptr});
     ids.push_back(segments.back().topk_ids);
   }
   ShardMessage common;

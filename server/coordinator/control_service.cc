@@ -1,12 +1,15 @@
 #include "server/coordinator/control_service.h"
 
 #include <grpcpp/alarm.h>
+
+#include <atomic>
 #include <chrono>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <utility>
+#include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "epserve/v1/control.pb.h"
@@ -58,7 +61,12 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
       Close(std::move(status), /*flush=*/true);
       return;
     }
-    call_->StartRead(&received_);
+    // A worker that owes nothing sends heartbeats at most.
+    if (owed_answers_.load(std::memory_order_relaxed) > 0) {
+      call_->StartRead(&received_);
+    } else {
+      call_->StartReadAfterWrite(&received_);
+    }
   }
 
   void OnWriteDone(bool ok) override {
@@ -76,6 +84,8 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
   }
 
   void Send(StreamMessage message) override {
+    if (std::holds_alternative<ShardMessage>(message)) owed_answers_.fetch_add(1);
+    if (std::holds_alternative<SendEpochEnded>(message)) owed_answers_.store(0);
     grpc::ByteBuffer converted;
     absl::Status status = server::SerializeMessage(ToProto(std::move(message)), &converted);
     if (!status.ok()) return Close(std::move(status), /*flush=*/false);
@@ -151,6 +161,9 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
   absl::Status Take() {
     absl::StatusOr<WorkerReport> report = FromProto(id_, incoming_);
     if (!report.ok()) return report.status();
+    if (std::holds_alternative<BatchDone>(report->event) && owed_answers_.load() > 0) {
+      owed_answers_.fetch_sub(1);
+    }
     host_->Report(*std::move(report));
     return absl::OkStatus();
   }
@@ -191,6 +204,9 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
   // Of the read in flight; the queue orders its callbacks.
   grpc::ByteBuffer received_;
   v1::WorkerMessage incoming_;
+
+  // Shards without a BatchDone, about: it only decides how soon is read.
+  std::atomic<int> owed_answers_{0};
 
   grpc::Alarm hello_alarm_;  // set before the first callback, until the first message
 

@@ -68,6 +68,7 @@ Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
   config.max_batch_tokens = options.max_batch_tokens;
   config.num_slots = options.num_slots;
   config.queue_capacity = options.queue_capacity;
+  config.merge_queued = options.merge_queued;
   config.batch_window_us = options.batch_window_us;
   config.trigger = options.separate_triggers ? TriggerMode::kSeparate : TriggerMode::kTogether;
   config.count_exchange = CountExchangeModeOf(options.count_exchange);

@@ -154,6 +154,7 @@ class Host : public RequestSink {
   // Applies the event and carries out its commands, then the events that those gave rise to.
   void ApplyEvent(Event event);
   void Send(StreamId stream, StreamMessage message);
+  bool TakesPart(const ShardMessage& shard, const ShardPlan& plan) const;
   void SendShards(const std::vector<ShardPlan>& plans, std::vector<ShardMessage> shards);
 
   template <typename StreamCommand>

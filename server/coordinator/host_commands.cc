@@ -135,7 +135,27 @@ void Host::Execute(StartBatch& command) {
     }
     requests.push_back(&it->second.pending->request);
   }
-  SendShards(command.shards, batches_->Start(command, requests, NowUs()));
+  std::vector<ShardMessage> shards = batches_->Start(command, requests, NowUs());
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    const ShardPlan& plan = command.shards[i];
+    if (TakesPart(shards[i], plan)) {
+      Send(plan.stream, std::move(shards[i]));
+    } else {
+      raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
+    }
+  }
+}
+
+// A batch of few tokens has no rows for most workers. Those on CPUs have then nothing to do in it:
+// rows go from one worker to another, and no third is waited for. GPUs' exchanges are in step.
+bool Host::TakesPart(const ShardMessage& shard, const ShardPlan& plan) const {
+  if (shard.counts == nullptr || shard.num_tokens > 0 || shard.trigger != TriggerMode::kTogether)
+    return true;
+  for (int source = 0; source < config_.num_workers; ++source) {
+    if (shard.counts->at(source, plan.rank) > 0) return true;
+  }
+  const auto it = streams_.find(plan.stream);
+  return it == streams_.end() || it->second.hello.backend != "host";
 }
 
 void Host::Execute(SendCountMatrix& command) {
@@ -197,6 +217,7 @@ InferTimes Host::TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_u
   if (!trace) return times;
   for (std::size_t i = 0; i < batch.shards.size(); ++i) {
     const WorkerTimes& of = batch.times_of_rank[i];
+    if (of.start_ns == 0) continue;  // It took no part.
     times.ranks.push_back({batch.shards[i].rank, of.start_ns, of.assign_ns, of.counts_ns,
                            of.dispatch_ns, of.ffn_ns, of.combine_ns});
   }

@@ -107,9 +107,17 @@ void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger,
       ->envname("EPSERVE_MAX_BATCH_TOKENS")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
       ->capture_default_str();
+  app.add_option_function<std::string>(
+         "--merge",
+         [&options](const std::string& when) { options.merge_queued = when == "queued"; },
+         "When requests of one layer share a batch: never, or queued (those that wait in the queue "
+         "when a slot is free; none waits for others)")
+      ->envname("EPSERVE_MERGE")
+      ->check(CLI::IsMember({"never", "queued"}))
+      ->default_str("never");
   app.add_option("--batch-window-us", options.batch_window_us,
                  "How long a request waits for others of its layer to merge with, microseconds; "
-                 "0: no merging")
+                 "above 0 --merge is queued")
       ->envname("EPSERVE_BATCH_WINDOW_US")
       ->check(CLI::Range(std::int64_t{0}, std::int64_t{10'000'000}))
       ->capture_default_str();

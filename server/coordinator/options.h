@@ -22,6 +22,7 @@ struct Options {
   std::string metrics_listen = "127.0.0.1:8002";  // "off": none
   std::string cluster_id = "epserve";
   std::int64_t max_batch_tokens = 4096;
+  bool merge_queued = false;
   std::int64_t batch_window_us = 0;
   std::int64_t queue_capacity = 1024;
   int num_slots = 2;

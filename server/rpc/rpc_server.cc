@@ -17,6 +17,7 @@
 
 #include "server/common/grpc_status.h"
 #include "server/rpc/connections.h"
+#include "server/common/immediate_event.h"
 
 namespace epserve::server {
 namespace {
@@ -27,6 +28,12 @@ constexpr int kWaitingCallsPerLoop = 64;
 // How often calls are looked at: bounds of what their limits ask for.
 constexpr std::chrono::milliseconds kShortestTick{10};
 constexpr std::chrono::milliseconds kLongestTick{1000};
+// How long a read that waits for a write is put off where no write comes: long beside a batch of a
+// few tokens, short beside whatever a caller would notice.
+constexpr auto kReadDelay = std::chrono::milliseconds(1);
+// A caller whose next message was there before it was asked for sends without waiting for answers:
+// so many of its reads are not put off.
+constexpr int kPromptReads = 16;
 
 // What a completion queue hands back.
 struct Tag {
@@ -101,17 +108,22 @@ class RpcServer::Loop {
   void AwaitCall();
   // Those that have a handler; of the loop's thread alone.
   std::list<Call*>& calls() { return calls_; }
+  // Calls whose read waits, in the order of their due times. Of the loop's thread alone.
+  std::list<Call*>::iterator Delay(Call* call) { return delayed_.insert(delayed_.end(), call); }
+  void Forget(std::list<Call*>::iterator place) { delayed_.erase(place); }
   State* state() const { return state_; }
   grpc::ServerCompletionQueue* queue() const { return queue_.get(); }
 
  private:
   void Poll();
+  void StartDueReads();
   void SetAlarm();
   void Tick(bool ok);
 
   State* const state_;
   const std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   std::list<Call*> calls_;
+  std::list<Call*> delayed_;
   std::mutex mutex_;
   bool shut_down_ = false;  // Guarded by mutex_: nothing may be started on the queue.
   grpc::Alarm alarm_;
@@ -133,6 +145,16 @@ class RpcServer::Call final : public ServerCall {
     Hold();
     stream_.Read(message, &read_);
   }
+  void StartReadAfterWrite(grpc::ByteBuffer* message) override {
+    if (prompt_reads_ > 0) {
+      --prompt_reads_;
+      return StartRead(message);
+    }
+    Hold();
+    delayed_message_ = message;
+    due_ = std::chrono::steady_clock::now() + kReadDelay;
+    delayed_place_ = loop_->Delay(this);
+  }
   void StartWrite(const grpc::ByteBuffer& message) override {
     Hold();
     stream_.Write(message, &written_);
@@ -150,6 +172,17 @@ class RpcServer::Call final : public ServerCall {
   std::uint64_t connection() const override { return connection_; }
   const CallLimits& limits() const override { return loop_->state()->limits; }
   void Tick(WaitClock::TimePoint now) { handler_->OnTick(now); }
+
+  std::chrono::steady_clock::time_point due() const { return due_; }
+  // The read that was put off. REQUIRES: there is one.
+  void StartDelayedRead() {
+    loop_->Forget(delayed_place_);
+    grpc::ByteBuffer* const message = std::exchange(delayed_message_, nullptr);
+    const auto event = StartAndLook(loop_->queue(), [&] { stream_.Read(message, &read_); });
+    if (!event.has_value()) return;
+    if (event->tag == &read_ && event->ok) prompt_reads_ = kPromptReads;
+    static_cast<Tag*>(event->tag)->Proceed(event->ok);
+  }
 
  private:
   void Accepted(bool ok) {
@@ -183,6 +216,7 @@ class RpcServer::Call final : public ServerCall {
   }
   void Written(bool ok) {
     handler_->OnWriteDone(ok);
+    if (delayed_message_ != nullptr) StartDelayedRead();
     Release();
   }
   void Ended(bool) {
@@ -215,6 +249,11 @@ class RpcServer::Call final : public ServerCall {
   bool taken_ = false;
   CallHandler* handler_ = nullptr;    // null where there is none for it
   std::list<Call*>::iterator place_;  // among the loop's, where there is
+  // Of the loop's thread alone.
+  grpc::ByteBuffer* delayed_message_ = nullptr;  // null: no read is put off
+  std::chrono::steady_clock::time_point due_;    // these two where one is
+  std::list<Call*>::iterator delayed_place_;
+  int prompt_reads_ = 0;
   std::atomic<bool> finishing_{false};
   std::atomic<int> shares_{2};  // for accepted_ and finished_
   MemberTag<Call, &Call::Accepted> accepted_{this};
@@ -235,7 +274,25 @@ void RpcServer::Loop::Start() {
 void RpcServer::Loop::Poll() {
   void* tag = nullptr;
   bool ok = false;
-  while (queue_->Next(&tag, &ok)) static_cast<Tag*>(tag)->Proceed(ok);
+  for (;;) {
+    if (delayed_.empty()) {
+      if (!queue_->Next(&tag, &ok)) return;
+    } else {
+      const auto wait = delayed_.front()->due() - std::chrono::steady_clock::now();
+      const auto next = queue_->AsyncNext(&tag, &ok, std::chrono::system_clock::now() + wait);
+      if (next == grpc::CompletionQueue::SHUTDOWN) return;
+      StartDueReads();
+      if (next == grpc::CompletionQueue::TIMEOUT) continue;
+    }
+    static_cast<Tag*>(tag)->Proceed(ok);
+  }
+}
+
+void RpcServer::Loop::StartDueReads() {
+  const auto now = std::chrono::steady_clock::now();
+  while (!delayed_.empty() && delayed_.front()->due() <= now) {
+    delayed_.front()->StartDelayedRead();
+  }
 }
 
 void RpcServer::Loop::SetAlarm() {

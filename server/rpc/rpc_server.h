@@ -76,6 +76,12 @@ class ServerCall {
  public:
   virtual ~ServerCall() = default;
   virtual void StartRead(grpc::ByteBuffer* message) = 0;  // stays valid until OnReadDone
+  // The same, but for a caller that is expected to send nothing before it has heard from here:
+  // takes effect once the next write has gone out, or about a millisecond later. gRPC answers each
+  // message on a stream that is read at once with a window update of its own, a system call here
+  // and a wake-up there; so it rides on that write. Messages that did not wait for it cost one
+  // again. REQUIRES: called from within OnReadDone.
+  virtual void StartReadAfterWrite(grpc::ByteBuffer* message) = 0;
   virtual void StartWrite(const grpc::ByteBuffer& message) = 0;
   virtual void WriteAndFinish(const grpc::ByteBuffer& message) = 0;  // with status OK
   virtual void Finish(const grpc::Status& status) = 0;

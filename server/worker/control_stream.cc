@@ -19,7 +19,22 @@ constexpr int kWindowBytes = 16 << 20;
 constexpr int kFrameBytes = 1 << 20;
 constexpr int kReadChunkBytes = 64 << 10;
 
-enum Tag : std::intptr_t { kStarted = 1, kRead, kWritten, kHalfClosed, kAlarm, kFinished };
+// How long a read is put off where no answer goes out: short beside a lease, long beside a batch of
+// a few tokens.
+constexpr auto kReadDelay = std::chrono::milliseconds(1);
+// Where the next message was there before it was asked for, batches overlap: so many reads are not
+// put off.
+constexpr int kPromptReads = 16;
+
+enum Tag : std::intptr_t {
+  kStarted = 1,
+  kRead,
+  kWritten,
+  kHalfClosed,
+  kAlarm,
+  kHandedOver,
+  kFinished
+};
 
 void* ToTag(Tag tag) { return reinterpret_cast<void*>(static_cast<std::intptr_t>(tag)); }
 
@@ -87,9 +102,29 @@ void ControlStream::SendProto(v1::WorkerMessage proto) {
     return;
   }
   writing_ = true;
-  // Serialises here, so `proto` may go. Under the lock, because no operation may be started once
-  // the polling thread has shut the queue down.
-  stream_->Write(proto, ToTag(kWritten));
+  const std::optional<bool> written = WriteLocked(proto);
+  if (written.has_value()) ContinueWritingLocked(*written);
+}
+
+// Under the lock, because no operation may be started once the polling thread has shut the queue
+// down.
+std::optional<bool> ControlStream::WriteLocked(const v1::WorkerMessage& proto) {
+  if (proto.has_batch_done() && owed_answers_ > 0) --owed_answers_;
+  // Serialises here, so `proto` may go.
+  const auto event = server::StartAndLook(&queue_, [&] { stream_->Write(proto, ToTag(kWritten)); });
+  if (!event.has_value()) return std::nullopt;
+  if (event->tag == ToTag(kWritten)) return event->ok;
+  HandOverLocked(*event);
+  return std::nullopt;
+}
+
+// Of the polling thread alone is what comes of any event but a write's end.
+void ControlStream::HandOverLocked(const server::ImmediateEvent& event) {
+  handed_over_.push_back(event);
+  // The queue is still open: it is shut down only by what comes of the call's last event.
+  if (handed_over_.size() == 1 || event.tag == ToTag(kHandedOver)) {
+    hand_over_alarm_.Set(&queue_, std::chrono::system_clock::now(), ToTag(kHandedOver));
+  }
 }
 
 void ControlStream::HurryHeartbeat() {
@@ -122,32 +157,7 @@ void ControlStream::CloseAfterFlush(absl::Duration timeout) {
 void ControlStream::Poll() {
   void* tag = nullptr;
   bool ok = false;
-  while (queue_.Next(&tag, &ok)) {
-    switch (static_cast<Tag>(reinterpret_cast<std::intptr_t>(tag))) {
-      case kStarted:
-        OnStarted(ok);
-        break;
-      case kRead:
-        OnRead(ok);
-        break;
-      case kWritten:
-        OnWritten(ok);
-        break;
-      case kHalfClosed:
-        break;
-      case kAlarm:
-        OnAlarm(ok);
-        break;
-      case kFinished: {
-        std::lock_guard<std::mutex> lock(mutex_);
-        closing_ = true;
-        finished_ = true;
-        alarm_.Cancel();
-        queue_.Shutdown();  // Next returns false once every operation has come back.
-        break;
-      }
-    }
-  }
+  while (NextEvent(&tag, &ok)) OnEvent(tag, ok);
   absl::Status status = gave_up_.ok() ? server::FromGrpcStatus(final_status_) : gave_up_;
   if (status.ok()) {
     status = absl::UnavailableError("control stream: the coordinator ended it");
@@ -156,6 +166,52 @@ void ControlStream::Poll() {
   std::lock_guard<std::mutex> lock(mutex_);
   ended_ = true;
   ended_changed_.notify_all();
+}
+
+bool ControlStream::NextEvent(void** tag, bool* ok) {
+  for (;;) {
+    std::optional<std::chrono::steady_clock::time_point> due;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (read_delayed_) due = read_due_;
+    }
+    if (!due.has_value()) return queue_.Next(tag, ok);
+    const auto wait = *due - std::chrono::steady_clock::now();
+    const auto next = queue_.AsyncNext(tag, ok, std::chrono::system_clock::now() + wait);
+    if (next != grpc::CompletionQueue::TIMEOUT) return next == grpc::CompletionQueue::GOT_EVENT;
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (read_delayed_ && read_due_ <= std::chrono::steady_clock::now()) StartDelayedReadLocked();
+  }
+}
+
+void ControlStream::OnEvent(void* tag, bool ok) {
+  switch (static_cast<Tag>(reinterpret_cast<std::intptr_t>(tag))) {
+    case kStarted:
+      return OnStarted(ok);
+    case kRead:
+      return OnRead(ok);
+    case kWritten:
+      return OnWritten(ok);
+    case kHalfClosed:
+      return;
+    case kAlarm:
+      return OnAlarm(ok);
+    case kHandedOver: {
+      std::unique_lock<std::mutex> lock(mutex_);
+      const std::deque<server::ImmediateEvent> events = std::exchange(handed_over_, {});
+      lock.unlock();
+      for (const server::ImmediateEvent& event : events) OnEvent(event.tag, event.ok);
+      return;
+    }
+    case kFinished: {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+      finished_ = true;
+      alarm_.Cancel();
+      queue_.Shutdown();  // Next returns false once every operation has come back.
+      return;
+    }
+  }
 }
 
 void ControlStream::RequestFinish() {
@@ -178,7 +234,11 @@ void ControlStream::OnRead(bool ok) {
     RequestFinish();
     return;
   }
+  const bool is_shard = incoming_.has_shard();
+  const bool ends_epoch = incoming_.has_epoch_ended();
   absl::StatusOr<CoordinatorMessage> message = FromProto(incoming_);
+  // Before the handler is told: the answer may go out before it returns.
+  const bool read_on = !DelayRead(is_shard, ends_epoch);
   if (message.ok()) {
     handler_->OnMessage(*std::move(message));
   } else if (absl::IsUnimplemented(message.status())) {
@@ -186,22 +246,53 @@ void ControlStream::OnRead(bool ok) {
   } else {
     GiveUp(message.status());
   }
-  stream_->Read(&incoming_, ToTag(kRead));
+  if (read_on) stream_->Read(&incoming_, ToTag(kRead));
+}
+
+// False: the next read may not wait for an answer to be written.
+bool ControlStream::DelayRead(bool is_shard, bool ends_epoch) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ends_epoch) owed_answers_ = 0;
+  if (!is_shard || ++owed_answers_ > 1) return false;
+  if (prompt_reads_ > 0) {
+    --prompt_reads_;
+    return false;
+  }
+  read_delayed_ = true;
+  read_due_ = std::chrono::steady_clock::now() + kReadDelay;
+  return true;
+}
+
+void ControlStream::StartDelayedReadLocked() {
+  read_delayed_ = false;
+  const auto event =
+      server::StartAndLook(&queue_, [&] { stream_->Read(&incoming_, ToTag(kRead)); });
+  if (!event.has_value()) return;
+  if (event->tag == ToTag(kRead)) prompt_reads_ = kPromptReads;
+  HandOverLocked(*event);
 }
 
 void ControlStream::OnWritten(bool ok) {
   std::lock_guard<std::mutex> lock(mutex_);
+  ContinueWritingLocked(ok);
+}
+
+void ControlStream::ContinueWritingLocked(bool ok) {
   // A write may come back well after the end of its call did; none may follow it then.
   if (finished_) return;
+  // The window update has gone out with it.
+  if (read_delayed_) StartDelayedReadLocked();
+  while (ok && !outgoing_.empty()) {
+    const v1::WorkerMessage next = std::move(outgoing_.front());
+    outgoing_.pop_front();
+    const std::optional<bool> written = WriteLocked(next);
+    if (!written.has_value()) return;
+    ok = *written;
+  }
   if (!ok) {
     // The call is over; the pending read fails too and asks for the status.
     closing_ = true;
     outgoing_.clear();
-    return;
-  }
-  if (!outgoing_.empty()) {
-    stream_->Write(outgoing_.front(), ToTag(kWritten));
-    outgoing_.pop_front();
     return;
   }
   if (closing_ && !half_closed_) {

@@ -3,7 +3,10 @@
 // the next one.
 //
 // One thread polls gRPC, reads, converts and hands messages to the handler; whoever sends writes
-// from its own thread where nothing else is being written, which saves a wake-up per batch.
+// from its own thread where nothing else is being written, and takes the write's end there too,
+// which saves two wake-ups per batch. After a shard nothing is read until its answer has gone out,
+// or about a millisecond has passed: gRPC's window update then rides on the answer, and is no
+// message of its own that wakes the coordinator.
 //
 // Thread-safe. Handler calls come from the stream's thread, one at a time, and must not block; they
 // may call Send and Cancel, but must not destroy the stream.
@@ -13,10 +16,12 @@
 #include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -24,6 +29,7 @@
 #include "absl/time/time.h"
 #include "epserve/v1/control.grpc.pb.h"
 #include "epserve/v1/control.pb.h"
+#include "server/common/immediate_event.h"
 #include "server/common/tls.h"
 #include "server/worker/control_messages.h"
 
@@ -77,9 +83,18 @@ class ControlStream {
 
   void ShowSecret(const ControlEndpoint& endpoint);
   void Poll();
+  // Next, but no longer than a read may be put off. False: the queue has ended.
+  bool NextEvent(void** tag, bool* ok);
+  void OnEvent(void* tag, bool ok);
   void OnStarted(bool ok);
   void OnRead(bool ok);
+  bool DelayRead(bool is_shard, bool ends_epoch);
+  void StartDelayedReadLocked();
   void OnWritten(bool ok);
+  // Whether the write has ended at once, and so.
+  std::optional<bool> WriteLocked(const v1::WorkerMessage& proto);
+  void ContinueWritingLocked(bool ok);
+  void HandOverLocked(const server::ImmediateEvent& event);
   void OnAlarm(bool ok);
   void RequestFinish();
   void SendProto(v1::WorkerMessage proto);
@@ -108,6 +123,12 @@ class ControlStream {
   bool finished_ = false;                   // The call is over; no operation may be started.
   bool ended_ = false;                      // OnClosed has returned.
   bool hurry_ = false;
+  bool read_delayed_ = false;                       // Nothing is read until an answer has gone out.
+  std::chrono::steady_clock::time_point read_due_;  // by then at the latest
+  int owed_answers_ = 0;                            // shards read without a BatchDone, about
+  int prompt_reads_ = 0;                            // reads that are not put off
+  std::deque<server::ImmediateEvent> handed_over_;  // that other threads have come by
+  grpc::Alarm hand_over_alarm_;
 
   std::thread thread_;
 };

@@ -302,11 +302,17 @@ class RequestFuzzTest : public testing::Test {
                 request.dtype == runtime::DataType::kFp16 ||
                 request.dtype == runtime::DataType::kBf16);
     const auto rows = static_cast<std::size_t>(request.num_tokens);
-    ASSERT_EQ(request.hidden.size(), rows * 4 * runtime::DataTypeBytes(request.dtype));
-    ASSERT_EQ(request.output_bytes, request.hidden.size());
+    std::string hidden(request.hidden.begin(), request.hidden.end());
+    if (request.hidden_pieces.size() > 0) {
+      ASSERT_TRUE(hidden.empty()) << "in pieces or in one";
+      hidden.resize(request.hidden_pieces.size());
+      request.hidden_pieces.Copy(0, hidden);
+    }
+    ASSERT_EQ(hidden.size(), rows * 4 * runtime::DataTypeBytes(request.dtype));
+    ASSERT_EQ(request.output_bytes, hidden.size());
     std::size_t sum = 0;
-    for (const char byte : request.hidden) sum += static_cast<unsigned char>(byte);
-    ASSERT_LE(sum, request.hidden.size() * 255) << "every byte can be read";
+    for (const char byte : hidden) sum += static_cast<unsigned char>(byte);
+    ASSERT_LE(sum, hidden.size() * 255) << "every byte can be read";
     ASSERT_EQ(request.topk_ids.size(), request.routed ? rows * 2 : 0);
     ASSERT_EQ(request.topk_weights.size(), request.routed ? rows * 2 : 0);
     for (const std::int32_t id : request.topk_ids) {
@@ -321,6 +327,24 @@ class RequestFuzzTest : public testing::Test {
     }
   }
 
+  static void CheckSameAsInOnePiece(const absl::StatusOr<InferRequestMessage>& pieces,
+                                    const absl::StatusOr<InferRequestMessage>& whole) {
+    ASSERT_EQ(pieces.status(), whole.status());
+    if (!whole.ok()) return;
+    ASSERT_EQ(pieces->id, whole->id);
+    ASSERT_EQ(pieces->view.inputs.size(), whole->view.inputs.size());
+    ASSERT_EQ(pieces->view.raw_contents.size(), whole->view.raw_contents.size());
+    for (std::size_t i = 0; i < whole->view.raw_contents.size(); ++i) {
+      const RawView& raw = whole->view.raw_contents[i];
+      std::string expected(raw.size(), '\0');
+      raw.Copy(0, expected);
+      ASSERT_EQ(pieces->view.raw_contents[i].size(), raw.size());
+      std::string got(raw.size(), '\1');
+      pieces->view.raw_contents[i].Copy(0, got);
+      ASSERT_EQ(got, expected);
+    }
+  }
+
   // Whether the request came in.
   bool Feed(const std::string& bytes) {
     // In several slices, as large messages arrive.
@@ -328,7 +352,11 @@ class RequestFuzzTest : public testing::Test {
     const grpc::Slice slices[] = {grpc::Slice(bytes.substr(0, cut)),
                                   grpc::Slice(bytes.substr(cut))};
     const grpc::ByteBuffer buffer(slices, 2);
-    const auto message = ParseInferRequest(buffer, RequestLimits());
+    // Entries that stay in pieces change nothing, however few bytes they have.
+    RequestLimits limits;
+    limits.large_entry_bytes = Below(12);
+    const auto message = ParseInferRequest(buffer, limits);
+    CheckSameAsInOnePiece(message, ParseInferRequest(buffer, RequestLimits()));
     if (!message.ok()) {
       EXPECT_EQ(message.status().code(), absl::StatusCode::kInvalidArgument);
       EXPECT_FALSE(message.status().message().empty());

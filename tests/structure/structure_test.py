@@ -22,7 +22,7 @@ PROGRAMS = {
     "epserve-coordinator": [],
     "epserve-worker": [],
     "epserve": ["up", "infer", "verify", "bench", "status", "health", "drain", "make-checkpoint"],
-    "epserve-microbench": ["alltoallv", "ffn"],
+    "epserve-microbench": ["alltoallv", "ffn", "rpc"],
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')

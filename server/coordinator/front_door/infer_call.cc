@@ -38,12 +38,12 @@ class InferCall::Pending final : public PendingRequest {
   ~Pending() override {
     if (completed_) return;
     call_->Answer({absl::InternalError("infer: the request was dropped without an answer"), {}},
-                  nullptr, std::string());
+                  nullptr, {});
   }
 
   std::span<char> MutableOutput() override {
-    if (output_.size() != request.output_bytes) output_.resize(request.output_bytes);
-    return {output_.data(), output_.size()};
+    if (output_.size() != request.output_bytes) output_ = OutputBytes(request.output_bytes);
+    return output_.bytes();
   }
 
   void Complete(Completion completion) override {
@@ -53,7 +53,7 @@ class InferCall::Pending final : public PendingRequest {
 
  private:
   const std::shared_ptr<InferCall> call_;
-  std::string output_;  // becomes the reply's raw entry without another copy
+  OutputBytes output_;  // becomes the reply's raw entry without another copy
   bool completed_ = false;
 };
 
@@ -81,7 +81,7 @@ void InferCall::Start(const grpc::ByteBuffer& bytes, Clock::time_point deadline,
   if (!status.ok()) Fail(status);
 }
 
-void InferCall::Fail(const absl::Status& status) { Answer({status, {}}, nullptr, std::string()); }
+void InferCall::Fail(const absl::Status& status) { Answer({status, {}}, nullptr, {}); }
 
 absl::Status InferCall::Submit(const grpc::ByteBuffer& bytes, bool message_came) {
   if (deadline_ <= Clock::now()) return TooLate();
@@ -104,7 +104,7 @@ absl::Status InferCall::Submit(const grpc::ByteBuffer& bytes, bool message_came)
 }
 
 void InferCall::Answer(const Completion& completion, const ValidatedRequest* request,
-                       std::string output) {
+                       OutputBytes output) {
   // acq_rel: what Start() wrote is seen by whichever thread wins.
   if (answered_.exchange(true, std::memory_order_acq_rel)) return;
   if (!completion.status.ok()) {
@@ -117,14 +117,14 @@ void InferCall::Answer(const Completion& completion, const ValidatedRequest* req
 
 absl::StatusOr<grpc::ByteBuffer> InferCall::MakeReply(const InferTimes& times,
                                                       const ValidatedRequest& request,
-                                                      std::string output) {
+                                                      OutputBytes output) {
   if (output.size() != request.output_bytes) {
     return absl::InternalError(absl::StrCat("infer: the batch gave ", output.size(),
                                             " output bytes, not ", request.output_bytes));
   }
   if (request.output.region != nullptr) {
-    EPS_RETURN_IF_ERROR(request.output.region->Write(request.output.offset_bytes, output));
-    output.clear();
+    EPS_RETURN_IF_ERROR(request.output.region->Write(request.output.offset_bytes, output.bytes()));
+    output = {};
   }
   InferReply reply;
   reply.id = message_.id;

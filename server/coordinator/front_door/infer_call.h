@@ -19,6 +19,7 @@
 #include "server/coordinator/front_door/infer_proto_convert.h"
 #include "server/coordinator/front_door/infer_statistics.h"
 #include "server/coordinator/front_door/memory_budget.h"
+#include "server/coordinator/front_door/output_bytes.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/front_door/request_view.h"
 #include "server/coordinator/front_door/served_model.h"
@@ -77,9 +78,9 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
   class Pending;
 
   absl::Status Submit(const grpc::ByteBuffer& bytes, bool message_came);
-  void Answer(const Completion& completion, const ValidatedRequest* request, std::string output);
+  void Answer(const Completion& completion, const ValidatedRequest* request, OutputBytes output);
   absl::StatusOr<grpc::ByteBuffer> MakeReply(const InferTimes& times,
-                                             const ValidatedRequest& request, std::string output);
+                                             const ValidatedRequest& request, OutputBytes output);
   void FinishWith(const absl::Status& status, grpc::ByteBuffer reply, const InferTimes& times,
                   std::int64_t retry_pushback_ms);
 

@@ -116,7 +116,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     incoming_.Clear();
     std::unique_lock lock(mutex_);
     reading_ = false;
-    Continue(lock);
+    Continue(lock, /*within_read=*/true);
   }
 
   void OnTick(server::WaitClock::TimePoint now) override {
@@ -160,7 +160,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
 
   // Starts what is due: the next write, the next read, or the end. An operation may be started
   // under the lock: it reports from the call's queue, never from within the call.
-  void Continue(std::unique_lock<std::mutex>&) {
+  void Continue(std::unique_lock<std::mutex>&, bool within_read = false) {
     if (finished_) return;
     const bool answered = !entries_.empty() && entries_.front()->reply.has_value();
     if (cancelled_) {
@@ -179,7 +179,11 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     const bool room = entries_.size() < kMaxStreamRequests && held_bytes_ < kMaxStreamBytes;
     if (!reading_ && room) {
       reading_ = true;
-      call_->StartRead(&incoming_);
+      if (within_read && entries_.size() == 1) {
+        call_->StartReadAfterWrite(&incoming_);
+      } else {
+        call_->StartRead(&incoming_);
+      }
     }
   }
   void Finish(const grpc::Status& status) {

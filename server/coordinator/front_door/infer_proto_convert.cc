@@ -6,11 +6,14 @@
 #include <grpcpp/impl/codegen/proto_utils.h>
 #include <grpcpp/support/proto_buffer_reader.h>
 
+#include <iterator>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "inference/grpc_service.pb.h"
 #include "runtime/base/status.h"
+#include "server/coordinator/front_door/message_split.h"
 #include "server/coordinator/front_door/request_validation.h"
 #include "server/coordinator/front_door/shm_registry.h"
 #include "server/rpc/messages.h"
@@ -22,6 +25,10 @@ using google::protobuf::internal::WireFormatLite;
 using google::protobuf::io::CodedInputStream;
 using inference::ModelInferRequest;
 using inference::ModelInferResponse;
+
+// Outputs up to this size are copied into one piece with the rest of the reply, which is then sent
+// as one.
+constexpr std::size_t kCopiedOutputBytes = 16 << 10;
 
 absl::Status Malformed() {
   return absl::InvalidArgumentError("infer: the message is not a ModelInferRequest");
@@ -95,10 +102,7 @@ bool CountFields(CodedInputStream* stream, FieldCounts& counts) {
   });
 }
 
-absl::Status CheckCounts(grpc::ByteBuffer* bytes, const RequestLimits& limits) {
-  grpc::ProtoBufferReader reader(bytes);
-  if (!reader.status().ok()) return Malformed();
-  CodedInputStream stream(&reader);
+absl::Status CheckCounts(CodedInputStream& stream, const RequestLimits& limits) {
   FieldCounts counts;
   if (!CountFields(&stream, counts)) return Malformed();
   struct Bound {
@@ -189,8 +193,39 @@ RequestView ViewOf(const ModelInferRequest& message) {
   for (const auto& output : message.outputs()) {
     view.outputs.push_back({output.name(), ViewsOf(output.parameters())});
   }
-  for (const auto& raw : message.raw_input_contents()) view.raw_contents.emplace_back(raw);
+  view.raw_contents.reserve(static_cast<std::size_t>(message.raw_input_contents_size()));
+  for (const std::string& raw : message.raw_input_contents()) {
+    view.raw_contents.emplace_back(std::string_view(raw));
+  }
   return view;
+}
+
+// As ParseInferRequest, with the large raw entries left in the message's own slices.
+absl::StatusOr<InferRequestMessage> ParseInPieces(const grpc::ByteBuffer& bytes,
+                                                  const RequestLimits& limits) {
+  struct Parts {
+    std::vector<grpc::Slice> slices;
+    ModelInferRequest message;
+  };
+  const auto parts = std::make_shared<Parts>();
+  if (!bytes.Dump(&parts->slices).ok()) return Malformed();
+  SplitMessage split = SplitLargeEntries(parts->slices, limits.large_entry_bytes);
+  {
+    CodedInputStream stream(reinterpret_cast<const std::uint8_t*>(split.rest.data()),
+                            static_cast<int>(split.rest.size()));
+    EPS_RETURN_IF_ERROR(CheckCounts(stream, limits));
+  }
+  if (!parts->message.ParseFromString(split.rest)) return Malformed();
+  InferRequestMessage result;
+  result.id = parts->message.id();
+  result.view = ViewOf(parts->message);
+  for (auto& [index, raw] : split.large) {
+    // Both count the entries alike; were it not so, nothing must be written elsewhere.
+    if (index >= result.view.raw_contents.size()) return Malformed();
+    result.view.raw_contents[index] = std::move(raw);
+  }
+  result.owner = parts;
+  return result;
 }
 
 const char* WireDataType(runtime::DataType type) {
@@ -244,13 +279,63 @@ void SetParameters(const InferReply& reply, ModelInferResponse& response) {
   }
 }
 
+void AppendNumber(std::uint64_t number, std::string& text) {
+  for (; number >= 0x80; number >>= 7) text.push_back(static_cast<char>(number | 0x80));
+  text.push_back(static_cast<char>(number));
+}
+
+// The tag and the length of a field of so many bytes.
+std::string FieldHead(int field, std::uint64_t bytes) {
+  std::string head;
+  AppendNumber(static_cast<std::uint64_t>(field) << 3 | WireFormatLite::WIRETYPE_LENGTH_DELIMITED,
+               head);
+  AppendNumber(bytes, head);
+  return head;
+}
+
+// The message's bytes with `output` as its raw entry, put together here, so that the entry stays
+// where it is. The raw entries are the message's last field, and a stream's response its only one.
+absl::StatusOr<grpc::ByteBuffer> WithOutput(const ModelInferResponse& response, InferForm form,
+                                            OutputBytes output) {
+  const std::string raw_head =
+      FieldHead(ModelInferResponse::kRawOutputContentsFieldNumber, output.size());
+  const std::uint64_t response_bytes =
+      std::uint64_t{response.ByteSizeLong()} + raw_head.size() + output.size();
+  if (response_bytes > std::numeric_limits<std::int32_t>::max()) {
+    return absl::InternalError(absl::StrCat("infer: the reply of ", output.size(),
+                                            " output bytes passes the 2 GiB of a message"));
+  }
+  std::string text;
+  if (form == InferForm::kStream) {
+    text =
+        FieldHead(inference::ModelStreamInferResponse::kInferResponseFieldNumber, response_bytes);
+  }
+  if (!response.AppendToString(&text)) {
+    return absl::InternalError("infer: the reply could not be written");
+  }
+  text += raw_head;
+  if (output.size() <= kCopiedOutputBytes) {
+    text.append(output.bytes().data(), output.size());
+    const grpc::Slice slice(text);
+    return grpc::ByteBuffer(&slice, 1);
+  }
+  const grpc::Slice slices[] = {grpc::Slice(text), output.Release()};
+  return grpc::ByteBuffer(slices, std::size(slices));
+}
+
 }  // namespace
 
 absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
                                                       const RequestLimits& limits) {
   if (!bytes.Valid()) return Malformed();
+  if (bytes.Length() >= limits.large_entry_bytes) return ParseInPieces(bytes, limits);
   grpc::ByteBuffer shared(bytes);  // Counts references; copies no bytes.
-  EPS_RETURN_IF_ERROR(CheckCounts(&shared, limits));
+  {
+    grpc::ProtoBufferReader reader(&shared);
+    if (!reader.status().ok()) return Malformed();
+    CodedInputStream stream(&reader);
+    EPS_RETURN_IF_ERROR(CheckCounts(stream, limits));
+  }
   auto message = std::make_shared<ModelInferRequest>();
   if (!server::ParseMessage(bytes, message.get()).ok()) return Malformed();
   InferRequestMessage result;
@@ -262,8 +347,7 @@ absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& by
 
 absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, InferForm form,
                                                      InferReply reply) {
-  inference::ModelStreamInferResponse wrapped;
-  ModelInferResponse& response = *wrapped.mutable_infer_response();
+  ModelInferResponse response;
   Head(model, reply.id, response);
   SetParameters(reply, response);
   auto* output = response.add_outputs();
@@ -279,16 +363,7 @@ absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, I
     parameters["shared_memory_offset"].set_int64_param(
         static_cast<std::int64_t>(window.offset_bytes));
   }
-  *response.add_raw_output_contents() = std::move(reply.output);
-  grpc::ByteBuffer bytes;
-  const absl::Status status = form == InferForm::kUnary ? server::SerializeMessage(response, &bytes)
-                                                        : server::SerializeMessage(wrapped, &bytes);
-  if (!status.ok()) {
-    return absl::InternalError(
-        absl::StrCat("infer: the reply of ", reply.request->output_bytes,
-                     " output bytes could not be written: ", status.message()));
-  }
-  return bytes;
+  return WithOutput(response, form, std::move(reply.output));
 }
 
 grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view id,

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/coordinator/front_door/output_bytes.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/front_door/request_view.h"
 #include "server/coordinator/front_door/served_model.h"
@@ -38,7 +39,7 @@ struct InferReply {
   const ValidatedRequest* request = nullptr;
   InferTimes times;
   std::int64_t server_us = 0;
-  std::string output;  // [T, H]; empty where it went to shared memory
+  OutputBytes output;  // [T, H]; empty where it went to shared memory
 };
 
 // How an answer travels: as ModelInferResponse, or within a ModelStreamInferResponse.

@@ -29,6 +29,7 @@ constexpr std::array<const char*, kNumSlots> kSlotNames = {kHiddenStates, kTopkI
 // Where a tensor's bytes are: inline, or in a region.
 struct Source {
   std::span<const char> bytes;
+  const RawView* raw = nullptr;             // inline in pieces, in place of `bytes`
   std::shared_ptr<const ShmRegion> region;  // null: inline
   std::uint64_t offset_bytes = 0;
 };
@@ -227,8 +228,12 @@ absl::Status LocateContents(const RequestView& view, const RequestLimits& limits
                      "raw_input_contents; use one of the two");
     }
     if (num_inline > view.raw_contents.size()) continue;  // Told below, with both counts.
-    const std::string_view raw = view.raw_contents[num_inline - 1];
-    tensor.source.bytes = std::span<const char>(raw.data(), raw.size());
+    const RawView& raw = view.raw_contents[num_inline - 1];
+    if (raw.pieces().size() == 1) {
+      tensor.source.bytes = raw.pieces().front();
+    } else {
+      tensor.source.raw = &raw;
+    }
     EPS_RETURN_IF_ERROR(CheckSize(slot, tensor, raw.size(), "raw_input_contents"));
   }
   const std::size_t num_raw = view.raw_contents.size();
@@ -275,6 +280,10 @@ absl::Status CopyTensor(const Tensor& tensor, void* destination) {
     return tensor.source.region->Read(tensor.source.offset_bytes,
                                       std::span<char>(static_cast<char*>(destination), size));
   }
+  if (tensor.source.raw != nullptr) {
+    tensor.source.raw->Copy(0, std::span<char>(static_cast<char*>(destination), size));
+    return absl::OkStatus();
+  }
   std::memcpy(destination, tensor.source.bytes.data(), size);
   return absl::OkStatus();
 }
@@ -316,6 +325,7 @@ absl::Status TakeWeights(const Tensor& tensor, const ServedModel& model,
 absl::Status TakeHidden(const Tensor& tensor, ValidatedRequest& request) {
   if (tensor.source.region == nullptr) {
     request.hidden = tensor.source.bytes;
+    if (tensor.source.raw != nullptr) request.hidden_pieces = *tensor.source.raw;
     return absl::OkStatus();
   }
   request.hidden_copy = std::make_unique_for_overwrite<char[]>(tensor.size_bytes);

@@ -4,6 +4,8 @@
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_VIEW_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_VIEW_H_
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -48,13 +50,46 @@ struct OutputView {
   std::vector<ParameterView> parameters;
 };
 
+// The bytes of a raw entry: in one piece, or where they are many in the pieces they came in.
+class RawView {
+ public:
+  RawView() = default;
+  RawView(std::string_view bytes) {  // NOLINT(google-explicit-constructor): a piece is an entry
+    Append({bytes.data(), bytes.size()});
+  }
+  void Append(std::span<const char> piece) {
+    size_ += piece.size();
+    pieces_.push_back(piece);
+  }
+  std::size_t size() const { return size_; }
+  const std::vector<std::span<const char>>& pieces() const { return pieces_; }
+  // Copies [offset, offset + out.size()). REQUIRES: that lies within.
+  void Copy(std::size_t offset, std::span<char> out) const {
+    for (const std::span<const char> piece : pieces_) {
+      if (offset >= piece.size()) {
+        offset -= piece.size();
+        continue;
+      }
+      const std::size_t here = std::min(piece.size() - offset, out.size());
+      std::copy_n(piece.data() + offset, here, out.data());
+      out = out.subspan(here);
+      offset = 0;
+      if (out.empty()) return;
+    }
+  }
+
+ private:
+  std::size_t size_ = 0;
+  std::vector<std::span<const char>> pieces_;
+};
+
 struct RequestView {
   std::string_view model_name;
   std::string_view model_version;
   std::vector<ParameterView> parameters;
   std::vector<InputView> inputs;
   std::vector<OutputView> outputs;
-  std::vector<std::string_view> raw_contents;
+  std::vector<RawView> raw_contents;
 };
 
 // Bounds on what a request may hold, far above what the served tensors need, so that a message of
@@ -63,6 +98,8 @@ struct RequestLimits {
   std::size_t max_inputs = 16;
   std::size_t max_outputs = 16;
   std::size_t max_parameters = 64;  // of the request, and of each tensor
+  // Raw entries of so many bytes stay in the pieces that they came in.
+  std::size_t large_entry_bytes = 64 << 10;
 };
 
 }  // namespace epserve::coordinator

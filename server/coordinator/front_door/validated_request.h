@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "runtime/base/dtype.h"
+#include "server/coordinator/front_door/request_view.h"
 
 namespace epserve::coordinator {
 
@@ -33,6 +34,7 @@ struct ValidatedRequest {
   int topk = 0;                                        // K
   bool routed = false;                                 // the caller gave ids and weights
   std::span<const char> hidden;                        // [T, H] dtype, little-endian
+  RawView hidden_pieces;                               // the same, in place of it, if in pieces
   std::unique_ptr<char[]> hidden_copy;                 // owns hidden if it came by a region
   std::vector<std::int32_t> topk_ids;                  // [T, K], -1: no expert
   std::vector<float> topk_weights;                     // [T, K]

@@ -65,7 +65,7 @@ std::vector<RequestId> RequestQueue::Pick(BatchId batch, TimeUs now_us, bool flu
   const RequestId head_id = callers_.at(*turn).waiting.front();
   const LiveRequest& head = Get(head_id);
   picked.push_back(head_id);
-  if (window_us_ > 0) {
+  if (merge_) {
     std::int64_t num_tokens = head.request.num_tokens;
     bool full = num_tokens == max_batch_tokens_;
     for (auto it = queue_.begin(); it != queue_.end() && !full; ++it) {

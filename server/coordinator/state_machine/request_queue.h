@@ -30,9 +30,9 @@ struct LiveRequest {
 
 class RequestQueue {
  public:
-  // window_us: how long the first request of a batch waits for others; 0: no merging.
-  RequestQueue(std::int64_t window_us, std::int64_t max_batch_tokens)
-      : window_us_(window_us), max_batch_tokens_(max_batch_tokens) {}
+  // `merge`: a batch may hold several requests. window_us: how long the first waits for others.
+  RequestQueue(bool merge, std::int64_t window_us, std::int64_t max_batch_tokens)
+      : merge_(merge), window_us_(window_us), max_batch_tokens_(max_batch_tokens) {}
 
   bool Contains(RequestId id) const { return entries_.contains(id); }
   const LiveRequest& Get(RequestId id) const {
@@ -54,9 +54,9 @@ class RequestQueue {
   std::int64_t QueuedOf(CallerId caller) const;
 
   // Takes the next batch's requests out of the queue: the oldest of the caller whose turn it is,
-  // and with it, oldest first, whatever is queued of the same layer, row type and routedness while
-  // it fits. Empty: nothing is queued, or the oldest of all still has time to wait for company
-  // (never with `flush`).
+  // and where they are merged with it, oldest first, whatever is queued of the same layer, row type
+  // and routedness while it fits. Empty: nothing is queued, or the oldest of all still has time to
+  // wait for company (never with `flush`).
   std::vector<RequestId> Pick(BatchId batch, TimeUs now_us, bool flush);
 
   std::vector<RequestId> Queued() const { return {queue_.begin(), queue_.end()}; }
@@ -79,6 +79,7 @@ class RequestQueue {
   void Unqueue(const Entry& entry);
   void Resize(CallerId caller, std::size_t from, std::size_t to);
 
+  const bool merge_;
   const std::int64_t window_us_;
   const std::int64_t max_batch_tokens_;
   std::unordered_map<RequestId, Entry> entries_;

@@ -32,7 +32,8 @@ StateMachine::Impl::Impl(const Config& config)
       membership_(config.num_workers),
       stall_grace_given_us_(config.start_us),
       next_epoch_(std::max<EpochId>(config.initial_epoch, 1)),
-      queue_(config.batch_window_us, config.max_batch_tokens) {}
+      queue_(config.merge_queued || config.batch_window_us > 0, config.batch_window_us,
+             config.max_batch_tokens) {}
 
 void StateMachine::Impl::Log(Notice::Level level, std::string event,
                              std::vector<NoticeField> fields) {

@@ -139,6 +139,39 @@ TEST_F(CoordinatorTest, MergedRequestsEachGetTheirOwnRows) {
       << "probe and one batch";
 }
 
+TEST_F(CoordinatorTest, WorkersWithoutRowsHearNothingOfABatch) {
+  ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
+  InferCase request = MakeCase(1, 1);
+  request.topk_ids = {0, 4};  // of ranks 0, which holds the token, and 1
+  const InferReply reply = Infer(request);
+  ASSERT_TRUE(reply.status.ok()) << reply.status.error_message();
+  EXPECT_EQ(reply.output, Expected(request));
+  request.topk_ids = {-1, -1};
+  ASSERT_TRUE(Infer(request).status.ok());
+  const InferReply all = Infer(MakeCase(6, 2));
+  ASSERT_TRUE(all.status.ok()) << all.status.error_message();
+  // Beside the probe and the last batch.
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 4), 4);
+  EXPECT_EQ(workers_[1]->NumReceived(v1::CoordinatorMessage::kShard, 3), 3);
+  EXPECT_EQ(workers_[2]->NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
+}
+
+TEST_F(CoordinatorTest, WorkersOnGpusTakePartInEveryBatch) {
+  ASSERT_NO_FATAL_FAILURE(StartCoordinator());
+  for (int i = 0; i < kRanks; ++i) {
+    FakeWorkerOptions options = WorkerOptions(i);
+    options.hello.set_backend("cuda");
+    StartWorker(std::move(options));
+  }
+  ASSERT_TRUE(readiness_->WaitFor(true));
+  InferCase request = MakeCase(1, 1);
+  request.topk_ids = {0, 0};
+  ASSERT_TRUE(Infer(request).status.ok());
+  for (auto& worker : workers_) {
+    EXPECT_EQ(worker->NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
+  }
+}
+
 TEST_F(CoordinatorTest, ReplyTellsTheTimesAndTheEpoch) {
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
   const InferReply reply = Infer(MakeCase(6, 1));

@@ -36,7 +36,8 @@ TEST_F(RequestValidationTest, ValidRequestComesThroughWithItsValues) {
   EXPECT_EQ(result->output_bytes, 48u);
   EXPECT_EQ(result->output.region, nullptr);
   EXPECT_EQ(result->timeout_us, 0);
-  EXPECT_EQ(result->hidden.data(), view.raw_contents[0].data()) << "hidden states are not copied";
+  EXPECT_EQ(result->hidden.data(), view.raw_contents[0].pieces()[0].data())
+      << "hidden states are not copied";
   EXPECT_EQ(result->hidden.size(), 48u);
 }
 

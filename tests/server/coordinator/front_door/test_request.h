@@ -68,7 +68,7 @@ struct TestRequest {
                              input.typed_kind, input.typed_bytes});
     }
     view.outputs = outputs;
-    for (const std::string& bytes : raw) view.raw_contents.emplace_back(bytes);
+    for (const std::string& bytes : raw) view.raw_contents.emplace_back(std::string_view(bytes));
     return view;
   }
 };

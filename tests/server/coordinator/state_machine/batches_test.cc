@@ -82,6 +82,20 @@ TEST(BatchesTest, WithoutAWindowNothingIsMerged) {
   EXPECT_THAT(Ids(First<StartBatch>(cluster.Finish(2))->requests), ElementsAre(3));
 }
 
+TEST(BatchesTest, QueuedRequestsAreMergedOnceASlotIsFreeAndNoneWaitsForOthers) {
+  Config config = TestConfig();
+  config.merge_queued = true;
+  TestCluster cluster(config);
+  cluster.Serve();
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Request(1, 8))->requests), ElementsAre(1));
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Request(2, 8))->requests), ElementsAre(2));
+  cluster.Request(3, 8);
+  cluster.Request(4, 8, {.layer = 4});
+  cluster.Request(5, 8);
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Finish(2))->requests), ElementsAre(3, 5));
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Finish(3))->requests), ElementsAre(4));
+}
+
 TEST(BatchesTest, RequestsWithinTheWindowAreMerged) {
   TestCluster cluster(Merging(200));
   cluster.Serve();

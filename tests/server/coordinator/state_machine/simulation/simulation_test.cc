@@ -83,6 +83,7 @@ class Schedule {
     config_.num_slots = static_cast<int>(world_.Between(1, 3));
     config_.queue_capacity = world_.Between(1, 6);
     config_.batch_window_us = world_.Chance(0.5) ? world_.Between(100, 5 * kMs) : 0;
+    config_.merge_queued = world_.Chance(0.5);
     config_.trigger = world_.Chance(0.5) ? TriggerMode::kSeparate : TriggerMode::kTogether;
     constexpr CountExchangeMode kModes[] = {
         CountExchangeMode::kAuto, CountExchangeMode::kCoordinator, CountExchangeMode::kDevice};

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstdio>
@@ -61,6 +62,53 @@ TEST(MicrobenchProgramTest, SmallShapePrintsOneJsonObjectWithAllFigures) {
   }
 }
 
+TEST(MicrobenchProgramTest, RpcPrintsOneJsonObjectWithEveryFloor) {
+  const Outcome outcome = RunProgram(
+      "rpc --json --workers=3 --message-bytes=64 --inline-bytes=300000 --request-bytes=100 "
+      "--concurrency=8 --requests=200 --iterations=20 --warmup=2 --inline-iterations=2");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.output;
+  const auto json = nlohmann::json::parse(outcome.output, nullptr, /*allow_exceptions=*/false);
+  ASSERT_TRUE(json.is_object()) << outcome.output;
+  EXPECT_EQ(json["benchmark"], "rpc");
+  EXPECT_EQ(json["workers"], 3);
+  EXPECT_EQ(json["message_bytes"], 64);
+  EXPECT_EQ(json["inline_bytes"], 300000);
+  EXPECT_EQ(json["request_bytes"], 100);
+  EXPECT_EQ(json["concurrency"], 8);
+  EXPECT_EQ(json["requests"], 200);
+  EXPECT_EQ(json["iterations"], 20);
+  EXPECT_EQ(json["inline_iterations"], 2);
+  for (const char* transport : {"unix", "tcp"}) {
+    const auto& figures = json[transport];
+    for (const char* kind : {"stream", "unary"}) {
+      for (const char* key : {"round_trip_us_p50", "inline_echo_us_p50", "requests_per_second",
+                              "threads_requests_per_second"}) {
+        EXPECT_GT(figures[kind][key].get<double>(), 0.0) << transport << kind << key;
+      }
+      EXPECT_LE(figures[kind]["round_trip_us_p50"], figures[kind]["round_trip_us_p99"]);
+      EXPECT_LE(figures[kind]["inline_echo_us_p50"], figures[kind]["inline_echo_us_p99"]);
+    }
+    for (const char* key : {"one_worker_us_p50", "all_workers_us_p50"}) {
+      EXPECT_GT(figures[key].get<double>(), 0.0) << transport << key;
+    }
+    EXPECT_LE(figures["all_workers_us_p50"], figures["all_workers_us_p99"]);
+  }
+}
+
+TEST(MicrobenchProgramTest, RpcPrintsATableAndLeavesNoSocketFolder) {
+  std::string folder = ::testing::TempDir() + "/microbench-XXXXXX";
+  ASSERT_NE(::mkdtemp(folder.data()), nullptr);
+  ::setenv("TMPDIR", folder.c_str(), 1);
+  const Outcome outcome = RunProgram(
+      "rpc --workers=1 --inline-bytes=1000 --requests=10 --concurrency=2 --iterations=2 "
+      "--warmup=0 --inline-iterations=1");
+  ::unsetenv("TMPDIR");
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+  EXPECT_THAT(outcome.output, HasSubstr("64 bytes and back, stream"));
+  EXPECT_THAT(outcome.output, HasSubstr("to 1 workers, last one back"));
+  EXPECT_EQ(::rmdir(folder.c_str()), 0) << "something is left in " << folder;
+}
+
 TEST(MicrobenchProgramTest, TableIsPrintedWithoutTheJsonFlag) {
   const Outcome outcome = RunProgram(kSmall);
   EXPECT_EQ(outcome.exit_code, 0);
@@ -83,11 +131,29 @@ TEST(MicrobenchProgramTest, UnknownBackendIsRefusedNamingWhatIsBuilt) {
 }
 
 TEST(MicrobenchProgramTest, BadArgumentsAreRefusedWithExitCode2) {
-  for (const char* arguments :
-       {"", "nothing", "alltoallv --ranks=0", "alltoallv --ranks=65", "alltoallv --dtype=int8",
-        "alltoallv --tokens=x", "alltoallv --topk=17", "alltoallv --unknown=1",
-        "alltoallv --topk=8 --experts=7", "ffn --rows=0", "ffn --experts=513", "ffn --weights=fp32",
-        "ffn --distribution=odd", "ffn --kernel=fast", "ffn --unknown=1"}) {
+  for (const char* arguments : {"",
+                                "nothing",
+                                "alltoallv --ranks=0",
+                                "alltoallv --ranks=65",
+                                "alltoallv --dtype=int8",
+                                "alltoallv --tokens=x",
+                                "alltoallv --topk=17",
+                                "alltoallv --unknown=1",
+                                "alltoallv --topk=8 --experts=7",
+                                "ffn --rows=0",
+                                "ffn --experts=513",
+                                "ffn --weights=fp32",
+                                "rpc --workers=0",
+                                "rpc --workers=65",
+                                "rpc --message-bytes=0",
+                                "rpc --inline-bytes=x",
+                                "rpc --request-bytes=-1",
+                                "rpc --concurrency=1001",
+                                "rpc --iterations=0",
+                                "rpc --unknown=1",
+                                "ffn --distribution=odd",
+                                "ffn --kernel=fast",
+                                "ffn --unknown=1"}) {
     const Outcome outcome = RunProgram(arguments);
     EXPECT_EQ(outcome.exit_code, 2) << arguments;
     EXPECT_THAT(outcome.output, StartsWith("epserve-microbench: ")) << arguments;

@@ -1,4 +1,4 @@
-#include "runtime/microbench/options.h"
+#include "server/microbench/options.h"
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
@@ -7,11 +7,18 @@
 
 #include "runtime/alltoallv/exchange.h"
 
-namespace epserve::runtime {
+namespace epserve::microbench {
 namespace {
 
+using runtime::BenchBackend;
+using runtime::BenchParams;
+using runtime::DataType;
+using runtime::FfnBenchParams;
+using runtime::FfnKernelChoice;
+using runtime::RowDistribution;
+
 constexpr char kDescription[] =
-    "Measures epserve's runtime alone: no gRPC, no service, one process a rank.";
+    "Measures what epserve is made of, without the service: one process a rank or peer.";
 
 #ifdef EPSERVE_WITH_CUDA
 constexpr bool kHasCuda = true;
@@ -71,7 +78,7 @@ void AddAllToAllV(CLI::App* app, MicrobenchOptions* options) {
       ->default_str("host");
   app->add_option("--ranks", p.num_ranks, "Processes that exchange rows")
       ->envname("EPSERVE_RANKS")
-      ->check(CLI::Range(1, kMaxRanks))
+      ->check(CLI::Range(1, runtime::kMaxRanks))
       ->capture_default_str();
   app->add_option("--tokens", p.tokens_per_rank, "Tokens of each rank")
       ->envname("EPSERVE_TOKENS")
@@ -187,6 +194,75 @@ void AddFfn(CLI::App* app, MicrobenchOptions* options) {
       ->envname("EPSERVE_JSON");
 }
 
+void AddRpcSizes(CLI::App* app, RpcBenchParams* p) {
+  app->add_option("--workers", p->num_workers, "Clients that a server has a stream to")
+      ->envname("EPSERVE_WORKERS")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  app->add_option("--message-bytes", p->message_bytes, "Bytes of a small message, each way")
+      ->envname("EPSERVE_MESSAGE_BYTES")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app->add_option("--inline-bytes", p->inline_bytes, "Bytes of a large message, each way")
+      ->envname("EPSERVE_INLINE_BYTES")
+      ->check(CLI::Range(1, 1 << 30))
+      ->capture_default_str();
+  app->add_option("--request-bytes", p->request_bytes,
+                  "Bytes of the requests whose throughput is measured, each way")
+      ->envname("EPSERVE_REQUEST_BYTES")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+}
+
+void AddRpc(CLI::App* app, MicrobenchOptions* options) {
+  RpcBenchParams* p = &options->rpc;
+  AddRpcSizes(app, p);
+  app->add_option("--concurrency", p->concurrency, "Such requests under way at once")
+      ->envname("EPSERVE_CONCURRENCY")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  app->add_option("--requests", p->requests, "Such requests in all")
+      ->envname("EPSERVE_REQUESTS")
+      ->check(CLI::Range(1, 100'000'000))
+      ->capture_default_str();
+  app->add_option("--iterations", p->iterations, "Measured round trips of small messages")
+      ->envname("EPSERVE_ITERATIONS")
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
+  app->add_option("--inline-iterations", p->inline_iterations,
+                  "Measured round trips of large messages")
+      ->envname("EPSERVE_INLINE_ITERATIONS")
+      ->check(CLI::Range(1, 100'000))
+      ->capture_default_str();
+  app->add_option("--warmup", p->warmup, "Round trips before the measured ones")
+      ->envname("EPSERVE_WARMUP")
+      ->check(CLI::Range(0, 1'000'000))
+      ->capture_default_str();
+  app->add_flag("--json", options->json, "Print one JSON object instead of a table")
+      ->envname("EPSERVE_JSON");
+}
+
+// Started by the program itself only, so they stand in no help.
+void AddOwnProcesses(CLI::App* app, MicrobenchOptions* options) {
+  CLI::App* rank = app->add_subcommand("alltoallv-rank", "One rank of alltoallv")->group("");
+  rank->add_option("--rank", options->rank)->required();
+  rank->add_option("--control-fd", options->control_fd)->required();
+  CLI::App* echo = app->add_subcommand("rpc-echo", "The echo server of rpc")->group("");
+  echo->add_option("--socket", options->socket)->required();
+  CLI::App* worker = app->add_subcommand("rpc-worker", "One worker of rpc")->group("");
+  worker->add_option("--target", options->target)->required();
+}
+
+Command CommandOf(const CLI::App& app) {
+  const std::string name = app.get_subcommands().front()->get_name();
+  if (name == "ffn") return Command::kFfn;
+  if (name == "rpc") return Command::kRpc;
+  if (name == "alltoallv-rank") return Command::kRank;
+  if (name == "rpc-echo") return Command::kRpcEcho;
+  if (name == "rpc-worker") return Command::kRpcWorker;
+  return Command::kAllToAllV;
+}
+
 }  // namespace
 
 std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, int* exit_code) {
@@ -199,13 +275,15 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
       "Dispatch and combine under random routing, beside plain copies of the same "
       "bytes. Every flag can also be given as environment variable EPSERVE_<FLAG>");
   AddAllToAllV(alltoallv, &options);
-  CLI::App* ffn = app.add_subcommand(
-      "ffn", "The experts' feed-forward on a GPU, beside cuBLAS's products and a plain copy");
-  AddFfn(ffn, &options);
-  // Started by the program itself only, so it stands in no help.
-  CLI::App* rank = app.add_subcommand("alltoallv-rank", "One rank of alltoallv")->group("");
-  rank->add_option("--rank", options.rank)->required();
-  rank->add_option("--control-fd", options.control_fd)->required();
+  AddFfn(
+      app.add_subcommand(
+          "ffn", "The experts' feed-forward on a GPU, beside cuBLAS's products and a plain copy"),
+      &options);
+  AddRpc(app.add_subcommand("rpc",
+                            "Bare gRPC on this machine: round trips, a server and its "
+                            "workers, large messages, requests a second"),
+         &options);
+  AddOwnProcesses(&app, &options);
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {  // CLI11 reports by exception; they end here.
@@ -217,17 +295,15 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
     *exit_code = EXIT_SUCCESS;
     return std::nullopt;
   } catch (const CLI::ParseError& error) {
-    const char* command = ffn->parsed()                   ? "ffn "
-                          : app.get_subcommands().empty() ? ""
-                                                          : "alltoallv ";
+    const auto commands = app.get_subcommands();
+    const std::string command = commands.empty() ? "" : commands.front()->get_name() + " ";
     std::fprintf(stderr, "epserve-microbench: options: %s; see epserve-microbench %s--help\n",
-                 error.what(), command);
+                 error.what(), command.c_str());
     *exit_code = kUsageExitCode;
     return std::nullopt;
   }
-  options.is_rank = rank->parsed();
-  options.is_ffn = ffn->parsed();
+  options.command = CommandOf(app);
   return options;
 }
 
-}  // namespace epserve::runtime
+}  // namespace epserve::microbench
