@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "client/command/bench_region.h"
 #include "client/command/bench_report.h"
 #include "client/command/bench_trace.h"
 #include "client/command/format.h"
@@ -24,6 +26,16 @@ namespace {
 
 // Enough that the service does not see one batch over and over, few enough to make at once.
 constexpr int kInputs = 16;
+// Of requests in shared memory fewer are made where they are large, but for two.
+constexpr std::int64_t kSharedBytes = std::int64_t{512} << 20;
+
+int NumInputs(const BenchOptions& options, std::int64_t hidden) {
+  if (!options.system_shared_memory) return kInputs;
+  const auto element = static_cast<std::int64_t>(ElementSize(RowType(options.dtype)));
+  const std::int64_t bytes = 2 * options.tokens * hidden * element;
+  return static_cast<int>(
+      std::clamp<std::int64_t>(kSharedBytes / std::max<std::int64_t>(bytes, 1), 2, kInputs));
+}
 
 absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options,
                                                      InferenceClient& client) {
@@ -41,7 +53,7 @@ absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options
   }
   RandomBatch random(options.seed, served.hidden, cluster.num_experts, served.topk);
   std::vector<InferRequest> inputs;
-  for (int i = 0; i < kInputs; ++i) {
+  for (int i = 0, num = NumInputs(options, served.hidden); i < num; ++i) {
     InferRequest request;
     request.model = model;
     request.layer = options.layer;
@@ -101,7 +113,11 @@ absl::Status RunBench(const BenchOptions& options) {
   ClientOptions client_options{.target = options.server, .security = options.security};
   client_options.retry.max_attempts = options.attempts;
   InferenceClient client(client_options);
-  EPC_ASSIGN_OR_RETURN(const std::vector<InferRequest> inputs, MakeInputs(options, client));
+  EPC_ASSIGN_OR_RETURN(std::vector<InferRequest> inputs, MakeInputs(options, client));
+  std::unique_ptr<SharedRegion> region;  // until every request has ended
+  if (options.system_shared_memory) {
+    EPC_ASSIGN_OR_RETURN(region, MoveToRegion(&client, options.shm_key_prefix, &inputs));
+  }
   // One request first: what is wrong with all of them is said once, and at once.
   const auto first = client.Infer(inputs.front());
   if (!first.ok() && !options.allow_errors) return first.status();

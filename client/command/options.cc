@@ -93,7 +93,7 @@ struct Parsed {
   std::string log_format = "text";
   bool no_restart = false, allow_client_shm = false, insecure = false, plaintext_metrics = false;
   std::string verify_dtype = "all", verify_layers = "all";
-  std::string bench_routing = "given";
+  std::string bench_routing = "given", bench_shared_memory = "none";
   std::string watch;
   bool no_router = false;
 };
@@ -247,6 +247,16 @@ void AddBench(CLI::App& app, Parsed& parsed) {
       ->capture_default_str();
   bench->add_option("--seed", options.seed, "Seed of the random tokens and ids")
       ->check(WholeNumber())
+      ->capture_default_str();
+  bench
+      ->add_option("--shared-memory", parsed.bench_shared_memory,
+                   "Where tensors lie: none (in the messages), system (shared memory of this "
+                   "machine, which the service must allow)")
+      ->check(CLI::IsMember({"none", "system"}))
+      ->capture_default_str();
+  bench
+      ->add_option("--shm-key-prefix", options.shm_key_prefix,
+                   "What the key of that memory begins with, as the service asks for")
       ->capture_default_str();
   bench->add_option("--trace", options.trace_path,
                     "Write a timeline of the requests and of every worker's phases to this file, "
@@ -414,6 +424,11 @@ absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command,
   }
   if (name == "bench") {
     parsed.bench.server_routes = parsed.bench_routing == "server";
+    parsed.bench.system_shared_memory = parsed.bench_shared_memory == "system";
+    if (parsed.bench.system_shared_memory && parsed.bench.tokens == 0) {
+      return absl::InvalidArgumentError(
+          "--shared-memory: system needs tensors with bytes in them; give --tokens of at least 1");
+    }
     return Command(parsed.bench);
   }
   if (name == "infer") return Command(parsed.infer);

@@ -80,6 +80,8 @@ struct BenchOptions {
   bool allow_errors = false;
   bool json = false;
   std::string trace_path;  // empty: none
+  bool system_shared_memory = false;
+  std::string shm_key_prefix = "client-";
 };
 
 struct StatusOptions {

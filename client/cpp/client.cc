@@ -12,19 +12,13 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "client/cpp/channel.h"
+#include "client/cpp/client_core.h"
 #include "client/cpp/infer_message.h"
 #include "client/cpp/infer_stream.h"
 #include "client/cpp/infer_wire.h"
 #include "client/cpp/status.h"
-#include "inference/grpc_service.grpc.pb.h"
 
 namespace epserve::client {
-
-struct InferenceClient::Core {
-  RetryPolicy retry;
-  std::shared_ptr<grpc::Channel> channel;
-  std::unique_ptr<inference::GRPCInferenceService::Stub> stub;
-};
 
 namespace {
 
@@ -82,8 +76,7 @@ absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) 
     if (status.ok()) {
       inference::ModelInferResponse response;
       EPC_RETURN_IF_ERROR(Parse(std::move(reply), &response));
-      EPC_ASSIGN_OR_RETURN(InferResult result, FromMessage(request.hidden_states.shape,
-                                                           request.hidden_states.type, response));
+      EPC_ASSIGN_OR_RETURN(InferResult result, FromMessage(ExpectedOf(request), response));
       result.attempts = attempt;
       return result;
     }
@@ -105,11 +98,9 @@ class InferenceClient::AsyncCall : public PendingInfer,
         stub_(core_->channel),
         message_(Serialize(std::move(message))),
         done_(std::move(done)),
-        deadline_(absl::Now() + request.timeout) {
-    // The tensors are in the message already; only what Prepare and FromMessage need is kept.
+        deadline_(absl::Now() + request.timeout),
+        expected_(ExpectedOf(request)) {
     request_.metadata = request.metadata;
-    request_.hidden_states.shape = request.hidden_states.shape;
-    request_.hidden_states.type = request.hidden_states.type;
   }
 
   void Start() {
@@ -144,8 +135,7 @@ class InferenceClient::AsyncCall : public PendingInfer,
       inference::ModelInferResponse response;
       const absl::Status parsed = Parse(std::move(reply_), &response);
       if (!parsed.ok()) return Done(parsed);
-      auto result =
-          FromMessage(request_.hidden_states.shape, request_.hidden_states.type, response);
+      auto result = FromMessage(expected_, response);
       if (result.ok()) result->attempts = attempt_;
       Done(std::move(result));
       return;
@@ -186,7 +176,8 @@ class InferenceClient::AsyncCall : public PendingInfer,
   const grpc::ByteBuffer message_;
   InferCallback done_;
   const absl::Time deadline_;
-  InferRequest request_;  // Without its tensors' bytes.
+  const ExpectedOutput expected_;
+  InferRequest request_;  // What Prepare needs; the tensors are in the message.
   grpc::ByteBuffer reply_;
 
   absl::Mutex mutex_;

@@ -53,6 +53,9 @@ struct InferRequest {
   std::optional<Tensor> topk_ids;      // [T, K] I32 or I64, expert in [0, E), -1: none
   std::optional<Tensor> topk_weights;  // [T, K] F32, finite
 
+  // Where the service is to leave the result; absent: it comes with the answer.
+  std::optional<RegionPlace> output_place;
+
   // Ask for each worker's times; see InferResult::trace.
   bool trace = false;
 
@@ -64,7 +67,7 @@ struct InferRequest {
 
 struct InferResult {
   std::string id;
-  Tensor hidden_states;  // [T, H], the input's type
+  Tensor hidden_states;  // [T, H], the input's type; its place is the request's output_place
   // The response's integer parameters, such as epserve_epoch, and in microseconds epserve_queue_us,
   // epserve_assign_us, epserve_counts_us, epserve_dispatch_us, epserve_ffn_us, epserve_combine_us,
   // epserve_server_us.
@@ -121,6 +124,14 @@ struct ModelDescription {
   std::int64_t topk = 0;    // K
 };
 
+// A window of a shared-memory object, under the name that requests use.
+struct RegionDescription {
+  std::string name;
+  std::string key;  // of shm_open
+  std::uint64_t offset_bytes = 0;
+  std::uint64_t size_bytes = 0;
+};
+
 class InferenceClient {
  public:
   explicit InferenceClient(const ClientOptions& options);
@@ -147,6 +158,13 @@ class InferenceClient {
   // The name of the one model that the service holds. FAILED_PRECONDITION: it holds none or many.
   absl::StatusOr<std::string> OnlyModel(absl::Duration timeout);
   absl::StatusOr<ModelDescription> DescribeModel(const std::string& model, absl::Duration timeout);
+
+  // Shared memory of the service's machine; shared_region.h has memory that registers itself.
+  // ALREADY_EXISTS: the name is taken. UNIMPLEMENTED: the service does not allow it.
+  absl::Status RegisterRegion(const RegionDescription& region, absl::Duration timeout);
+  // Returns once nobody uses the region any more; OK where there is none of that name.
+  absl::Status UnregisterRegion(const std::string& name, absl::Duration timeout);
+  absl::StatusOr<std::vector<RegionDescription>> ListRegions(absl::Duration timeout);  // by name
 
  private:
   struct Core;

@@ -8,21 +8,41 @@
 namespace epserve::client {
 namespace {
 
+using Parameters = google::protobuf::Map<std::string, inference::InferParameter>;
+
+void SetPlace(const RegionPlace& place, std::uint64_t size_bytes, Parameters* parameters) {
+  (*parameters)["shared_memory_region"].set_string_param(place.region);
+  (*parameters)["shared_memory_byte_size"].set_int64_param(static_cast<std::int64_t>(size_bytes));
+  (*parameters)["shared_memory_offset"].set_int64_param(
+      static_cast<std::int64_t>(place.offset_bytes));
+}
+
+std::uint64_t TensorBytes(const Tensor& tensor) {
+  return static_cast<std::uint64_t>(*ElementCount(tensor.shape)) * ElementSize(tensor.type);
+}
+
 absl::Status AddInput(const char* name, const Tensor& tensor,
                       inference::ModelInferRequest& message) {
   const auto count = ElementCount(tensor.shape);
   const char* datatype = KserveName(tensor.type);
-  if (datatype == nullptr || !count ||
-      tensor.bytes.size() != static_cast<std::size_t>(*count) * ElementSize(tensor.type)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "infer: ", name, " has ", tensor.bytes.size(), " bytes, which shape ",
-        ShapeString(tensor.shape), " of ", SafetensorsName(tensor.type), " does not fill"));
+  const bool placed = tensor.place.has_value();
+  const std::uint64_t needed = count && !placed ? TensorBytes(tensor) : 0;
+  if (datatype == nullptr || !count || tensor.bytes.size() != needed) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("infer: ", name, " has ", tensor.bytes.size(),
+                     placed ? " bytes beside its place in a region, or " : " bytes, which ",
+                     "shape ", ShapeString(tensor.shape), " of ", SafetensorsName(tensor.type),
+                     placed ? " is none" : " does not fill"));
   }
   auto* input = message.add_inputs();
   input->set_name(name);
   input->set_datatype(datatype);
   for (const std::int64_t size : tensor.shape) input->add_shape(size);
-  message.add_raw_input_contents(tensor.bytes);
+  if (placed) {
+    SetPlace(*tensor.place, TensorBytes(tensor), input->mutable_parameters());
+  } else {
+    message.add_raw_input_contents(tensor.bytes);
+  }
   return absl::OkStatus();
 }
 
@@ -46,12 +66,20 @@ absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& reque
     EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, message));
     EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, message));
   }
-  message.add_outputs()->set_name(kHiddenStates);
+  auto* output = message.add_outputs();
+  output->set_name(kHiddenStates);
+  if (request.output_place) {
+    SetPlace(*request.output_place, TensorBytes(request.hidden_states),
+             output->mutable_parameters());
+  }
   return message;
 }
 
-absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expected_shape,
-                                        ElementType expected_type,
+ExpectedOutput ExpectedOf(const InferRequest& request) {
+  return {request.hidden_states.shape, request.hidden_states.type, request.output_place};
+}
+
+absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
                                         inference::ModelInferResponse& message) {
   InferResult result;
   result.id = message.id();
@@ -64,15 +92,15 @@ absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expecte
   const auto& output = message.outputs(0);
   result.hidden_states.shape.assign(output.shape().begin(), output.shape().end());
   const auto type = FromKserveName(output.datatype());
-  if (!type || *type != expected_type || result.hidden_states.shape != expected_shape) {
+  if (!type || *type != expected.type || result.hidden_states.shape != expected.shape) {
     return absl::InternalError(absl::StrCat(
         "infer: the answer is ", output.datatype(), " ", ShapeString(result.hidden_states.shape),
-        ", not ", KserveName(expected_type), " ", ShapeString(expected_shape)));
+        ", not ", KserveName(expected.type), " ", ShapeString(expected.shape)));
   }
   result.hidden_states.type = *type;
   result.hidden_states.bytes = std::move(*message.mutable_raw_output_contents(0));
-  const std::size_t expected_bytes =
-      static_cast<std::size_t>(*ElementCount(expected_shape)) * ElementSize(*type);
+  result.hidden_states.place = expected.place;
+  const std::size_t expected_bytes = expected.place ? 0 : TensorBytes(result.hidden_states);
   if (result.hidden_states.bytes.size() != expected_bytes) {
     return absl::InternalError(absl::StrCat("infer: the answer has ",
                                             result.hidden_states.bytes.size(), " bytes, not ",

@@ -3,6 +3,7 @@
 #define EPSERVE_CLIENT_CPP_INFER_MESSAGE_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -17,9 +18,16 @@ inline constexpr char kHiddenStates[] = "hidden_states";
 // INVALID_ARGUMENT: a tensor does not fill its shape, or what belongs together is not all there.
 absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request);
 
+// What the answer to a request must be.
+struct ExpectedOutput {
+  std::vector<std::int64_t> shape;
+  ElementType type = ElementType::kF32;
+  std::optional<RegionPlace> place;
+};
+ExpectedOutput ExpectedOf(const InferRequest& request);
+
 // INTERNAL: the answer is not what was asked for. Moves the tensor's bytes out of `message`.
-absl::StatusOr<InferResult> FromMessage(const std::vector<std::int64_t>& expected_shape,
-                                        ElementType expected_type,
+absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
                                         inference::ModelInferResponse& message);
 
 // The error that a stream's message carries in place of an answer; UNKNOWN where the server does

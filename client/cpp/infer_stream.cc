@@ -40,7 +40,7 @@ class GrpcInferStream final : public InferStream {
     {
       // Before it is sent: its result may come before Write returns.
       absl::MutexLock lock(&mutex_);
-      owed_.push_back({request.hidden_states.shape, request.hidden_states.type});
+      owed_.push_back(ExpectedOf(request));
     }
     if (stream_->Write(Serialize(std::move(message)))) return absl::OkStatus();
     {
@@ -51,7 +51,7 @@ class GrpcInferStream final : public InferStream {
   }
 
   absl::StatusOr<InferResult> Receive() override {
-    Owed owed;
+    ExpectedOutput owed;
     {
       absl::MutexLock lock(&mutex_);
       if (owed_.empty()) {
@@ -69,17 +69,12 @@ class GrpcInferStream final : public InferStream {
     }
     if (!parsed.ok()) return parsed;
     if (!response.error_message().empty()) return StreamError(response);
-    return FromMessage(owed.shape, owed.type, *response.mutable_infer_response());
+    return FromMessage(owed, *response.mutable_infer_response());
   }
 
   void Cancel() override { context_.TryCancel(); }
 
  private:
-  struct Owed {
-    std::vector<std::int64_t> shape;
-    ElementType type = ElementType::kF32;
-  };
-
   // Why the stream has ended. Called by the receiver, or once nobody receives any more.
   absl::Status End() {
     if (!ended_) {
@@ -94,8 +89,8 @@ class GrpcInferStream final : public InferStream {
   grpc::ClientContext context_;
   std::unique_ptr<grpc::ClientReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>> stream_;
   absl::Mutex mutex_;
-  std::deque<Owed> owed_ ABSL_GUARDED_BY(mutex_);  // oldest first
-  bool ended_ = false;                             // the receiver's
+  std::deque<ExpectedOutput> owed_ ABSL_GUARDED_BY(mutex_);  // oldest first
+  bool ended_ = false;                                       // the receiver's
   absl::Status end_;
 };
 

@@ -11,10 +11,17 @@
 
 namespace epserve::client {
 
+// A place in a region of shared memory that is registered with the service.
+struct RegionPlace {
+  std::string region;  // its name
+  std::uint64_t offset_bytes = 0;
+};
+
 struct Tensor {
   ElementType type = ElementType::kF32;
   std::vector<std::int64_t> shape;
-  std::string bytes;  // row-major, unpadded, little-endian
+  std::string bytes;  // row-major, unpadded, little-endian; empty where `place` is set
+  std::optional<RegionPlace> place;  // where the bytes stand, if not here; see shared_region.h
 };
 
 // Product of the sizes; nullopt if one is negative or the product does not fit in 63 bits. A

@@ -1,6 +1,7 @@
 #include "runtime/symmetric/handle_socket.h"
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -12,7 +13,9 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <optional>
 #include <string_view>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
@@ -22,6 +25,9 @@ namespace {
 
 constexpr std::size_t kSecretBytes = 64;
 constexpr std::uint64_t kMagic = 0x6570736876310001;  // "epshv1", version 1
+// Opens a request that a descriptor's number follows, and a reply that has none of that number.
+constexpr std::uint64_t kNumberedMagic = kMagic + 1;
+constexpr std::uint64_t kNothingMagic = kMagic + 2;
 // A peer that connects and says nothing must not hold the server for longer than this.
 constexpr absl::Duration kAnswerTimeout = absl::Seconds(1);
 
@@ -134,6 +140,17 @@ absl::StatusOr<std::unique_ptr<HandleServer>> HandleServer::Start(const std::str
                                                                   const std::string& secret,
                                                                   UniqueFd descriptor,
                                                                   std::uint64_t bytes) {
+  const auto one = std::make_shared<const UniqueFd>(std::move(descriptor));
+  return Start(address, secret, [one, bytes](std::uint64_t) -> absl::StatusOr<OfferedHandle> {
+    UniqueFd copy(fcntl(one->get(), F_DUPFD_CLOEXEC, 0));
+    if (!copy.valid()) return absl::InternalError("handle socket: fcntl failed");
+    return OfferedHandle{std::move(copy), bytes};
+  });
+}
+
+absl::StatusOr<std::unique_ptr<HandleServer>> HandleServer::Start(const std::string& address,
+                                                                  const std::string& secret,
+                                                                  Offer offer) {
   if (secret.size() > kSecretBytes) {
     return absl::InvalidArgumentError(absl::StrCat("handle socket: secret has ", secret.size(),
                                                    " bytes, at most ", kSecretBytes,
@@ -153,8 +170,7 @@ absl::StatusOr<std::unique_ptr<HandleServer>> HandleServer::Start(const std::str
   if (!server->stop_.valid()) return SocketError("eventfd", address);
   server->listener_ = std::move(listener);
   server->secret_ = secret;
-  server->descriptor_ = std::move(descriptor);
-  server->bytes_ = bytes;
+  server->offer_ = std::move(offer);
   server->thread_ = std::thread([raw = server.get()] { raw->Serve(); });
   return server;
 }
@@ -181,14 +197,46 @@ void HandleServer::Serve() {
 }
 
 void HandleServer::Answer(int connection) const {
-  if (!SetTimeouts(connection, kAnswerTimeout, address_).ok()) return;
+  // Closing without a reply is the refusal; FetchHandle reports it.
+  if (!SameUser(connection) || !SetTimeouts(connection, kAnswerTimeout, address_).ok()) return;
   Request request;
   if (recv(connection, &request, sizeof(request), MSG_WAITALL) != sizeof(request)) return;
-  if (request.magic != kMagic || !SameUser(connection) || !SecretsMatch(request.secret, secret_)) {
-    return;  // Closing without a reply is the refusal; FetchHandle reports it.
+  if (request.magic != kMagic && request.magic != kNumberedMagic) return;
+  // Read to its end before it is refused, or closing would reset the connection.
+  std::uint64_t id = 0;
+  if (request.magic == kNumberedMagic &&
+      recv(connection, &id, sizeof(id), MSG_WAITALL) != sizeof(id)) {
+    return;
   }
+  if (!SecretsMatch(request.secret, secret_)) return;
+  const absl::StatusOr<OfferedHandle> offered = offer_(id);
+  if (!offered.ok() && !absl::IsNotFound(offered.status())) return;
   Reply reply;
-  reply.bytes = bytes_;
+  reply.magic = offered.ok() ? kMagic : kNothingMagic;
+  reply.bytes = offered.ok() ? offered->bytes : 0;
+  iovec data{&reply, sizeof(reply)};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  if (offered.ok()) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    const int fd = offered->descriptor.get();
+    std::memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+  }
+  // A peer that went away gets nothing, and asks again if it still lives.
+  (void)sendmsg(connection, &message, MSG_NOSIGNAL);
+}
+
+namespace {
+
+absl::StatusOr<OfferedHandle> TakeReply(int connection, const std::string& address) {
+  Reply reply;
   iovec data{&reply, sizeof(reply)};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr message{};
@@ -196,18 +244,30 @@ void HandleServer::Answer(int connection) const {
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof(int));
-  const int fd = descriptor_.get();
-  std::memcpy(CMSG_DATA(header), &fd, sizeof(fd));
-  // A peer that went away gets nothing, and asks again if it still lives.
-  (void)sendmsg(connection, &message, MSG_NOSIGNAL);
+  const ssize_t received = recvmsg(connection, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
+  if (received < 0) return SocketError("recvmsg", address);
+  const cmsghdr* header = CMSG_FIRSTHDR(&message);
+  OfferedHandle result;
+  if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(header), sizeof(fd));
+    result.descriptor = UniqueFd(fd);
+  }
+  if (received == sizeof(reply) && reply.magic == kNothingMagic) {
+    return absl::NotFoundError(
+        absl::StrCat("handle socket: ", address, " has no descriptor of that number"));
+  }
+  if (received != sizeof(reply) || reply.magic != kMagic || !result.descriptor.valid()) {
+    return absl::PermissionDeniedError(
+        absl::StrCat("handle socket: ", address,
+                     " refused; the cluster's secret must be the same on every worker"));
+  }
+  result.bytes = reply.bytes;
+  return result;
 }
 
-absl::StatusOr<FetchedHandle> FetchHandle(const std::string& address, const std::string& secret,
-                                          absl::Duration timeout) {
+absl::StatusOr<OfferedHandle> Fetch(const std::string& address, const std::string& secret,
+                                    std::optional<std::uint64_t> id, absl::Duration timeout) {
   if (secret.size() > kSecretBytes) {
     return absl::InvalidArgumentError(absl::StrCat("handle socket: secret has ", secret.size(),
                                                    " bytes, at most ", kSecretBytes,
@@ -226,34 +286,27 @@ absl::StatusOr<FetchedHandle> FetchHandle(const std::string& address, const std:
         "handle socket: ", address, " is served by another user; run all workers as one"));
   }
   Request request;
+  request.magic = id ? kNumberedMagic : kMagic;
   std::memcpy(request.secret, secret.data(), secret.size());
-  if (send(connection.get(), &request, sizeof(request), MSG_NOSIGNAL) != sizeof(request)) {
+  std::string bytes(reinterpret_cast<const char*>(&request), sizeof(request));
+  if (id) bytes.append(reinterpret_cast<const char*>(&*id), sizeof(*id));
+  if (send(connection.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL) !=
+      static_cast<ssize_t>(bytes.size())) {
     return SocketError("send", address);
   }
-  Reply reply;
-  iovec data{&reply, sizeof(reply)};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  const ssize_t received = recvmsg(connection.get(), &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
-  if (received < 0) return SocketError("recvmsg", address);
-  const cmsghdr* header = CMSG_FIRSTHDR(&message);
-  FetchedHandle result;
-  if (header != nullptr && header->cmsg_type == SCM_RIGHTS) {
-    int fd = -1;
-    std::memcpy(&fd, CMSG_DATA(header), sizeof(fd));
-    result.descriptor = UniqueFd(fd);
-  }
-  if (received != sizeof(reply) || reply.magic != kMagic || !result.descriptor.valid()) {
-    return absl::PermissionDeniedError(
-        absl::StrCat("handle socket: ", address,
-                     " refused; the cluster's secret must be the same on every worker"));
-  }
-  result.bytes = reply.bytes;
-  return result;
+  return TakeReply(connection.get(), address);
+}
+
+}  // namespace
+
+absl::StatusOr<OfferedHandle> FetchHandle(const std::string& address, const std::string& secret,
+                                          absl::Duration timeout) {
+  return Fetch(address, secret, std::nullopt, timeout);
+}
+
+absl::StatusOr<OfferedHandle> FetchHandle(const std::string& address, const std::string& secret,
+                                          std::uint64_t id, absl::Duration timeout) {
+  return Fetch(address, secret, id, timeout);
 }
 
 }  // namespace epserve::runtime

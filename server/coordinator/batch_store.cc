@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -31,7 +32,7 @@ void KeepMost(const WorkerTimes& times, WorkerTimes& most) {
 // One request's tensors, as bytes, and its place among the batch's rows.
 struct BatchStore::Segment {
   runtime::RowRange rows;
-  std::span<const char> hidden;
+  std::span<const char> hidden;  // empty where they lie in a region
   std::span<const std::int32_t> topk_ids;
   std::span<const float> topk_weights;
   const RawView* pieces = nullptr;  // in place of `hidden`, if not in one
@@ -59,6 +60,68 @@ std::shared_ptr<const runtime::CountMatrix> CountRows(
   return counts;
 }
 
+// Rows of one request, of one shard.
+struct PartRows {
+  std::int64_t from = 0;  // among the request's
+  std::int64_t num = 0;
+  std::int64_t first_row = 0;  // among the shard's
+};
+
+RegionRows RowsIn(const RegionWindow& window, const PartRows& rows, std::int64_t row_bytes) {
+  const auto offset = window.offset_bytes + static_cast<std::uint64_t>(rows.from * row_bytes);
+  return {window.region->info().id, window.region->label(), window.region->ObjectOffset(offset),
+          rows.first_row, rows.num};
+}
+
+// Tells the worker where to find the rows and where to leave them, or reads them to `hidden`.
+void PlaceRows(const PartRows& rows, bool direct, KeptBatch& batch, KeptPart& part, char* hidden,
+               ShardMessage& shard) {
+  const std::int64_t bytes = rows.num * batch.row_bytes;
+  std::int64_t& counted = direct ? batch.direct_bytes : batch.copied_bytes;
+  if (part.output.region != nullptr) {
+    counted += bytes;
+    if (direct) shard.targets.push_back(RowsIn(part.output, rows, batch.row_bytes));
+  }
+  if (part.source.region == nullptr) return;
+  counted += bytes;
+  if (direct) {
+    shard.sources.push_back(RowsIn(part.source, rows, batch.row_bytes));
+    return;
+  }
+  const std::span<char> place(hidden, static_cast<std::size_t>(bytes));
+  const absl::Status read = part.source.region->Read(
+      part.source.offset_bytes + static_cast<std::uint64_t>(rows.from * batch.row_bytes), place);
+  if (read.ok()) return;
+  // The batch goes on for the others in it; nobody gets to see what comes of these rows.
+  std::fill(place.begin(), place.end(), '\0');
+  part.fault = read;
+}
+
+// Calls use(rank, offset among the rows, bytes) for what each rank has of the rows; INTERNAL where
+// some are missing.
+template <typename Use>
+absl::Status ForEachPiece(const KeptBatch& batch, runtime::RowRange rows, const Use& use) {
+  std::int64_t num_found = 0;
+  for (std::size_t i = 0; i < batch.shards.size(); ++i) {
+    const runtime::RowRange& part = batch.shards[i].rows;
+    const std::int64_t begin = std::max(rows.begin, part.begin);
+    const std::int64_t end = std::min(rows.end, part.end);
+    if (begin >= end || !batch.taken[i]) continue;
+    const char* const output = batch.in_arena[i]
+                                   ? reinterpret_cast<const char*>(batch.arena->rows(batch.slot)) +
+                                         part.begin * batch.row_bytes
+                                   : batch.outputs[i].data();
+    EPS_RETURN_IF_ERROR(
+        use(i, (begin - rows.begin) * batch.row_bytes,
+            std::span<const char>(output + (begin - part.begin) * batch.row_bytes,
+                                  static_cast<std::size_t>((end - begin) * batch.row_bytes))));
+    num_found += end - begin;
+  }
+  if (num_found == rows.size()) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat("batch: ", num_found, " output rows are there of ", rows.size()));
+}
+
 }  // namespace
 
 std::int64_t RowTypeBytes(RowType type) { return type == RowType::kFp32 ? 4 : 2; }
@@ -70,10 +133,15 @@ void BatchStore::OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> are
   arena_epoch_ = epoch;
   arena_ = std::move(arena);
   arena_streams_.clear();
+  regions_.OpenEpoch();
 }
 
 void BatchStore::UseArena(EpochId epoch, StreamId stream) {
   if (arena_ != nullptr && epoch == arena_epoch_) arena_streams_.insert(stream);
+}
+
+void BatchStore::UseRegions(EpochId epoch, StreamId stream) {
+  if (epoch == arena_epoch_ && arena_streams_.contains(stream)) regions_.AddReachable(stream);
 }
 
 void BatchStore::SealArena(EpochId epoch) {
@@ -91,6 +159,8 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   batch.shards = plans;
   batch.outputs.resize(plans.size());
   batch.taken.assign(plans.size(), false);
+  batch.ended.assign(plans.size(), false);
+  batch.direct.assign(plans.size(), false);
   batch.in_arena.assign(plans.size(), false);
   batch.times_of_rank.resize(plans.size());
   batch.started_us = now_us;
@@ -98,13 +168,15 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   batch.arena = arena_;
   for (std::size_t i = 0; i < plans.size(); ++i) {
     batch.in_arena[i] = arena_streams_.contains(plans[i].stream);
+    batch.direct[i] = batch.in_arena[i] && regions_.IsReachable(plans[i].stream);
   }
   return batch;
 }
 
-// Puts the shard's rows of the segments into the arena, or into the message.
-void BatchStore::CutRows(std::span<const Segment> segments, const ShardPlan& plan,
-                         const KeptBatch& batch, ShardMessage& shard) {
+// Puts the rows of the segments that are of the shard `index` into the arena, or into the message.
+void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
+                         ShardMessage& shard) {
+  const ShardPlan& plan = batch.shards[index];
   const std::int64_t first = plan.rows.begin;
   const std::int64_t row_bytes = batch.row_bytes;
   const int topk = shard.routed ? shard.topk : 0;
@@ -124,16 +196,23 @@ void BatchStore::CutRows(std::span<const Segment> segments, const ShardPlan& pla
     ids = shard.topk_ids.data();
     weights = shard.topk_weights.data();
   }
-  for (const Segment& segment : segments) {
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    const Segment& segment = segments[i];
     const std::int64_t begin = std::max(plan.rows.begin, segment.rows.begin);
     const std::int64_t end = std::min(plan.rows.end, segment.rows.end);
     if (begin >= end) continue;
     const std::int64_t from = begin - segment.rows.begin;
     const std::int64_t to = end - segment.rows.begin;
+    if (i < batch.parts.size()) {
+      PlaceRows({from, to - from, begin - first}, batch.direct[index], batch, batch.parts[i],
+                hidden, shard);
+    }
     if (segment.pieces != nullptr) {
       const std::span<char> place(hidden, static_cast<std::size_t>((to - from) * row_bytes));
       segment.pieces->Copy(static_cast<std::size_t>(from * row_bytes), place);
       hidden += place.size();
+    } else if (segment.hidden.empty()) {
+      hidden += (to - from) * row_bytes;
     } else {
       Append(segment.hidden, from * row_bytes, to * row_bytes, &hidden);
     }
@@ -142,7 +221,7 @@ void BatchStore::CutRows(std::span<const Segment> segments, const ShardPlan& pla
   }
 }
 
-std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, const KeptBatch& batch,
+std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, KeptBatch& batch,
                                                  std::span<const Segment> segments) {
   std::vector<ShardMessage> shards;
   shards.reserve(batch.shards.size());
@@ -152,7 +231,11 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, con
     shard.num_tokens = batch.shards[i].rows.size();
     shard.in_arena = batch.in_arena[i];
     shard.first_row = shard.in_arena ? batch.shards[i].rows.begin : 0;
-    CutRows(segments, batch.shards[i], batch, shard);
+    CutRows(segments, i, batch, shard);
+  }
+  for (const KeptPart& part : batch.parts) {
+    if (part.source.region != nullptr) regions_.Named(part.source.region);
+    if (part.output.region != nullptr) regions_.Named(part.output.region);
   }
   return shards;
 }
@@ -172,6 +255,8 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
     segments.push_back({start.requests[i].rows, requests[i]->hidden, requests[i]->topk_ids,
                         requests[i]->topk_weights, pieces.size() > 0 ? &pieces : nullptr});
     ids.push_back(segments.back().topk_ids);
+    batch.parts.push_back({start.requests[i].request, start.requests[i].rows, requests[i]->source,
+                           requests[i]->output, absl::OkStatus()});
   }
   ShardMessage common;
   common.epoch = start.epoch;
@@ -218,7 +303,8 @@ std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_
 }
 
 absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
-                                    const WorkerTimes& times, TimeUs now_us, int* rank) {
+                                    const WorkerTimes& times, TimeUs now_us, int* rank,
+                                    std::span<const RegionFault> faults) {
   *rank = -1;
   KeptBatch* batch = Find(done.epoch, done.batch);
   if (batch == nullptr) return absl::OkStatus();
@@ -233,13 +319,40 @@ absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
                                             output.size(), " bytes, which differs from the ",
                                             expected, " of its ", plan->rows.size(), " rows"));
   }
+  for (const RegionFault& fault : faults) {
+    const std::int64_t row = plan->rows.begin + fault.first_row;
+    for (KeptPart& part : batch->parts) {
+      if (row >= part.rows.begin && row < part.rows.end) part.fault.Update(fault.status);
+    }
+  }
   batch->taken[index] = true;
+  batch->ended[index] = true;
   batch->outputs[index] = std::move(output);
   batch->last_done_us = now_us;
   KeepMost(times, batch->times);
   batch->times_of_rank[index] = times;
   *rank = plan->rank;
   return absl::OkStatus();
+}
+
+void BatchStore::TakeFailure(const BatchDone& done) {
+  KeptBatch* batch = Find(done.epoch, done.batch);
+  if (batch == nullptr) return;
+  for (std::size_t i = 0; i < batch->shards.size(); ++i) {
+    if (batch->shards[i].stream == done.stream) batch->ended[i] = true;
+  }
+}
+
+absl::Status BatchStore::Deliver(const KeptBatch& batch, const KeptPart& part,
+                                 std::span<char> out) {
+  if (!part.fault.ok()) return part.fault;
+  if (part.output.region == nullptr) return CopyRows(batch, part.rows, out);
+  return ForEachPiece(batch, part.rows,
+                      [&](std::size_t rank, std::int64_t at, std::span<const char> rows) {
+                        if (batch.direct[rank]) return absl::OkStatus();
+                        return part.output.region->Write(
+                            part.output.offset_bytes + static_cast<std::uint64_t>(at), rows);
+                      });
 }
 
 absl::Status BatchStore::CopyRows(const KeptBatch& batch, runtime::RowRange rows,
@@ -249,26 +362,10 @@ absl::Status BatchStore::CopyRows(const KeptBatch& batch, runtime::RowRange rows
                                             " bytes, which differs from the ",
                                             rows.size() * batch.row_bytes, " of its rows"));
   }
-  std::int64_t num_copied = 0;
-  for (std::size_t i = 0; i < batch.shards.size(); ++i) {
-    const runtime::RowRange& part = batch.shards[i].rows;
-    const std::int64_t begin = std::max(rows.begin, part.begin);
-    const std::int64_t end = std::min(rows.end, part.end);
-    if (begin >= end || !batch.taken[i]) continue;
-    const char* const output = batch.in_arena[i]
-                                   ? reinterpret_cast<const char*>(batch.arena->rows(batch.slot)) +
-                                         part.begin * batch.row_bytes
-                                   : batch.outputs[i].data();
-    std::memcpy(out.data() + (begin - rows.begin) * batch.row_bytes,
-                output + (begin - part.begin) * batch.row_bytes,
-                static_cast<std::size_t>((end - begin) * batch.row_bytes));
-    num_copied += end - begin;
-  }
-  if (num_copied != rows.size()) {
-    return absl::InternalError(
-        absl::StrCat("batch: ", num_copied, " output rows are there of ", rows.size()));
-  }
-  return absl::OkStatus();
+  return ForEachPiece(batch, rows, [&](std::size_t, std::int64_t at, std::span<const char> piece) {
+    std::memcpy(out.data() + at, piece.data(), piece.size());
+    return absl::OkStatus();
+  });
 }
 
 KeptBatch* BatchStore::Find(EpochId epoch, BatchId batch) {
@@ -277,5 +374,23 @@ KeptBatch* BatchStore::Find(EpochId epoch, BatchId batch) {
 }
 
 void BatchStore::Erase(EpochId epoch, BatchId batch) { batches_.erase({epoch, batch}); }
+
+void BatchStore::Drop(EpochId epoch, BatchId id, const std::function<bool(StreamId)>& is_open) {
+  const KeptBatch* batch = Find(epoch, id);
+  if (batch == nullptr) return;
+  std::set<StreamId> at_it;
+  for (std::size_t i = 0; i < batch->shards.size(); ++i) {
+    const StreamId stream = batch->shards[i].stream;
+    if (batch->direct[i] && !batch->ended[i] && is_open(stream)) at_it.insert(stream);
+  }
+  RegionUse::Regions regions;
+  for (const KeptPart& part : batch->parts) {
+    for (const RegionWindow* window : {&part.source, &part.output}) {
+      if (window->region != nullptr) regions.push_back(window->region);
+    }
+  }
+  regions_.HoldFor(std::move(at_it), std::move(regions));
+  Erase(epoch, id);
+}
 
 }  // namespace epserve::coordinator

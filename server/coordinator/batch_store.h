@@ -1,6 +1,8 @@
 // What the host keeps of batches in flight: it cuts requests into shards, takes in the shards'
 // output rows, and puts them together again. Rows go through the epoch's arena to the workers that
-// have it mapped, and within the messages to the others.
+// have it mapped, and within the messages to the others. Rows in a client's shared memory are read
+// there by the workers, and written there, where those can get its descriptors (directly); for the
+// others the rows are copied here.
 //
 // Thread safety: none; whoever has the host's turn.
 // Invariants: a batch is kept from its start until Erase(); a shard's rows are taken once and only
@@ -9,6 +11,7 @@
 #define EPSERVE_SERVER_COORDINATOR_BATCH_STORE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -22,10 +25,20 @@
 #include "runtime/symmetric/row_arena.h"
 #include "server/common/probe.h"
 #include "server/coordinator/front_door/validated_request.h"
+#include "server/coordinator/region_use.h"
 #include "server/coordinator/state_machine/commands.h"
 #include "server/coordinator/worker_stream.h"
 
 namespace epserve::coordinator {
+
+// One request's part in a batch.
+struct KeptPart {
+  RequestId request = 0;
+  runtime::RowRange rows;
+  RegionWindow source;  // of the hidden states, where they lie in a region
+  RegionWindow output;  // where it goes to one
+  absl::Status fault;   // not OK: some of its rows could not be read or written
+};
 
 struct KeptBatch {
   std::int64_t layer = 0;
@@ -33,7 +46,12 @@ struct KeptBatch {
   std::vector<ShardPlan> shards;
   std::vector<std::string> outputs;  // by rank; empty until taken, and where the arena has them
   std::vector<bool> taken;           // by rank
+  std::vector<bool> ended;           // by rank: nothing of it touches a client's region any more
   std::vector<bool> in_arena;        // by rank
+  std::vector<bool> direct;          // by rank: reads and writes clients' regions itself
+  std::vector<KeptPart> parts;       // in batch order
+  std::int64_t direct_bytes = 0;     // in clients' regions, read and written by workers
+  std::int64_t copied_bytes = 0;     // in clients' regions, read and written here
   int slot = 0;
   std::shared_ptr<runtime::RowArena> arena;  // null where no rank's rows are in one
   WorkerTimes times;  // of each phase the most that any worker took; counts: or the matrix here
@@ -54,6 +72,8 @@ class BatchStore {
   void OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> arena);
   // This worker has the epoch's arena mapped. Of no effect where there is none.
   void UseArena(EpochId epoch, StreamId stream);
+  // This worker, which has the arena mapped, can get the descriptors of clients' regions.
+  void UseRegions(EpochId epoch, StreamId stream);
   // Every worker that will ever use it has opened it.
   void SealArena(EpochId epoch);
   void CloseArena(EpochId epoch);
@@ -65,26 +85,38 @@ class BatchStore {
 
   // The batch's part of a BatchDone with code OK. INTERNAL: wrong size, nothing taken. `rank`
   // receives the reporting rank, or -1 where the batch, or the stream's part in it, is unknown or
-  // has reported before; then nothing is taken either.
+  // has reported before; then nothing is taken either. A fault is that of the request whose row it
+  // names.
   absl::Status TakeOutput(const BatchDone& done, std::string output, const WorkerTimes& times,
-                          TimeUs now_us, int* rank);
+                          TimeUs now_us, int* rank, std::span<const RegionFault> faults = {});
+  // The batch's part of a BatchDone with another code.
+  void TakeFailure(const BatchDone& done);
+
+  // Brings the output of the part's request to its window, but for the rows that its workers have
+  // written there, or, where it has none, to `out`. The part's fault, if it has one.
+  static absl::Status Deliver(const KeptBatch& batch, const KeptPart& part, std::span<char> out);
 
   // Copies the batch's rows into `out`, which has their size. INTERNAL where a shard's rows are
   // missing or `out` has another size.
   static absl::Status CopyRows(const KeptBatch& batch, runtime::RowRange rows, std::span<char> out);
 
   KeptBatch* Find(EpochId epoch, BatchId batch);
+  // The batch has ended on every rank.
   void Erase(EpochId epoch, BatchId batch);
+  // The batch came to nothing; ranks that have not ended it, and whose stream is open, may still be
+  // at it.
+  void Drop(EpochId epoch, BatchId batch, const std::function<bool(StreamId)>& is_open);
+  RegionUse& regions() { return regions_; }
 
  private:
   struct Segment;
 
   KeptBatch& Keep(EpochId epoch, BatchId id, int slot, const std::vector<ShardPlan>& plans,
                   TimeUs now_us);
-  static std::vector<ShardMessage> MakeShards(const ShardMessage& common, const KeptBatch& batch,
-                                              std::span<const Segment> segments);
-  static void CutRows(std::span<const Segment> segments, const ShardPlan& plan,
-                      const KeptBatch& batch, ShardMessage& shard);
+  std::vector<ShardMessage> MakeShards(const ShardMessage& common, KeptBatch& batch,
+                                       std::span<const Segment> segments);
+  static void CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
+                      ShardMessage& shard);
 
   const runtime::Placement placement_;
   const std::int64_t hidden_;
@@ -92,6 +124,7 @@ class BatchStore {
   EpochId arena_epoch_ = 0;  // of arena_
   std::shared_ptr<runtime::RowArena> arena_;
   std::set<StreamId> arena_streams_;
+  RegionUse regions_;
   std::map<std::pair<EpochId, BatchId>, KeptBatch> batches_;
 };
 

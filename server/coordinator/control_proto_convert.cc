@@ -28,6 +28,13 @@ BatchDone ConvertBatchDone(StreamId stream, v1::BatchDone& in, WorkerReport& rep
   report.times.ffn_ns = std::max<std::int64_t>(times.ffn_ns(), 0);
   report.times.combine_ns = std::max<std::int64_t>(times.combine_ns(), 0);
   report.local_expert_rows.assign(in.local_expert_rows().begin(), in.local_expert_rows().end());
+  for (const v1::RegionFault& fault : in.region_faults()) {
+    const absl::StatusCode code = CodeOf(fault.code());
+    report.region_faults.push_back(
+        {fault.first_row(),
+         absl::Status(code == absl::StatusCode::kOk ? absl::StatusCode::kUnknown : code,
+                      fault.message().empty() ? "worker gave no reason" : fault.message())});
+  }
   BatchDone out;
   out.stream = stream;
   out.epoch = in.epoch();
@@ -98,6 +105,8 @@ void Fill(SendStandby& in, v1::CoordinatorMessage& out) {
 void Fill(CreateHeapMessage& in, v1::CoordinatorMessage& out) {
   out.mutable_create_heap()->set_epoch(in.epoch);
   out.mutable_create_heap()->set_row_arena(std::move(in.row_arena));
+  out.mutable_create_heap()->set_region_socket(std::move(in.regions.socket));
+  out.mutable_create_heap()->set_region_secret(std::move(in.regions.secret));
 }
 
 void Fill(SendOpenPeers& in, v1::CoordinatorMessage& out) {
@@ -129,6 +138,14 @@ void Fill(RejectWorker& in, v1::CoordinatorMessage& out) {
   out.mutable_rejected()->set_message(std::move(in.message));
 }
 
+void FillRows(RegionRows& in, v1::RegionRows* out) {
+  out->set_region(in.region);
+  out->set_label(std::move(in.label));
+  out->set_object_offset(in.object_offset);
+  out->set_first_row(in.first_row);
+  out->set_num_rows(in.num_rows);
+}
+
 void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   v1::Shard* shard = out.mutable_shard();
   shard->set_epoch(in.epoch);
@@ -144,6 +161,8 @@ void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   shard->set_topk_weights(std::move(in.topk_weights));
   shard->set_in_arena(in.in_arena);
   shard->set_first_row(in.first_row);
+  for (RegionRows& rows : in.sources) FillRows(rows, shard->add_sources());
+  for (RegionRows& rows : in.targets) FillRows(rows, shard->add_targets());
   shard->set_trigger(ToProto(in.trigger));
   shard->set_device_counts(in.device_counts);
   if (in.counts != nullptr) FillCounts(in.epoch, in.batch, *in.counts, shard->mutable_counts());
@@ -161,6 +180,10 @@ void Fill(DispatchTriggerMessage& in, v1::CoordinatorMessage& out) {
 void Fill(CombineTriggerMessage& in, v1::CoordinatorMessage& out) {
   out.mutable_combine_trigger()->set_epoch(in.epoch);
   out.mutable_combine_trigger()->set_batch(in.batch);
+}
+
+void Fill(ForgetRegionsMessage& in, v1::CoordinatorMessage& out) {
+  out.mutable_forget_regions()->mutable_regions()->Assign(in.regions.begin(), in.regions.end());
 }
 
 }  // namespace
@@ -209,6 +232,7 @@ absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& messa
       v1::HeapCreated& in = *message.mutable_heap_created();
       report.event = HeapCreated{stream, in.epoch(), std::move(*in.mutable_handle())};
       report.row_arena_mapped = in.row_arena_mapped();
+      report.regions_reachable = in.regions_reachable();
       return report;
     }
     case v1::WorkerMessage::kPeersOpened: {

@@ -27,6 +27,7 @@
 #include "server/coordinator/grpc_log.h"
 #include "server/coordinator/host.h"
 #include "server/coordinator/metrics_endpoint.h"
+#include "server/coordinator/region_server.h"
 #include "server/rpc/channelz_service.h"
 #include "server/rpc/health_service.h"
 #include "server/rpc/reflection_service.h"
@@ -143,6 +144,7 @@ HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& mo
 struct Coordinator::Parts {
   std::unique_ptr<Metrics> metrics;
   std::unique_ptr<ShmRegistry> regions;
+  std::unique_ptr<RegionServer> region_server;  // null: the workers get no descriptors
   std::unique_ptr<Host> host;
   std::unique_ptr<InferService> infer;
   std::unique_ptr<server::HttpServer> scrapes;  // null: off
@@ -150,6 +152,20 @@ struct Coordinator::Parts {
   server::RpcServer server;
   std::vector<int> ports;
   std::once_flag stopped;
+
+  // Empty where that is not to be had: rows in clients' regions are then copied here.
+  RegionAccess ServeRegions(const std::string& cluster_id) {
+    auto started = RegionServer::Start(cluster_id, regions.get());
+    if (!started.ok()) {
+      runtime::LogWarning(
+          "regions_not_handed_out",
+          {{"error", started.status()},
+           {"effect", "rows in clients' shared memory are copied, which is slower"}});
+      return {};
+    }
+    region_server = *std::move(started);
+    return region_server->access();
+  }
 
   absl::Status StartServer(const Options& options) {
     for (const std::string& address : options.listen) {
@@ -231,9 +247,12 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
     runtime::LogInfo("stale_segments_reclaimed",
                      {{"cluster_id", options.cluster_id}, {"count", reclaimed}});
   }
+  RowTransport rows{options.shared_rows, options.cluster_id, {}};
+  if (options.allow_client_shm && options.shared_rows) {
+    rows.regions = parts->ServeRegions(options.cluster_id);
+  }
   parts->host = std::make_unique<Host>(MakeConfig(options, model, pace), model.hidden,
-                                       RowTransport{options.shared_rows, options.cluster_id},
-                                       parts->metrics.get(), std::move(hooks));
+                                       std::move(rows), parts->metrics.get(), std::move(hooks));
   parts->infer = std::make_unique<InferService>(MakeFrontDoorOptions(options, model),
                                                 parts->regions.get(), parts->host.get());
   parts->infer->AddTo(&parts->server);

@@ -270,6 +270,7 @@ void Host::Handle(WorkerReport& report) {
   if (auto* done = std::get_if<BatchDone>(&report.event)) return HandleBatchDone(report, *done);
   if (auto* created = std::get_if<HeapCreated>(&report.event)) {
     if (report.row_arena_mapped) batches_->UseArena(created->epoch, created->stream);
+    if (report.regions_reachable) batches_->UseRegions(created->epoch, created->stream);
   }
   if (auto* opened = std::get_if<PeersOpened>(&report.event)) {
     const auto it = streams_.find(opened->stream);
@@ -278,15 +279,26 @@ void Host::Handle(WorkerReport& report) {
       it->second.probe_output = std::move(report.probe_output);
     }
   }
+  if (std::holds_alternative<Heartbeat>(report.event)) ForgetRegions();
   ApplyEvent(report.event);
-  if (auto* closed = std::get_if<StreamClosed>(&report.event)) streams_.erase(closed->stream);
+  // After the event, which may drop batches that the worker was at.
+  if (auto* quiesced = std::get_if<EpochQuiesced>(&report.event)) {
+    batches_->regions().Leave(quiesced->stream);
+  }
+  if (auto* closed = std::get_if<StreamClosed>(&report.event)) {
+    batches_->regions().Leave(closed->stream);
+    streams_.erase(closed->stream);
+  }
 }
 
 void Host::HandleBatchDone(WorkerReport& report, BatchDone& done) {
-  if (done.code != absl::StatusCode::kOk) return ApplyEvent(done);
+  if (done.code != absl::StatusCode::kOk) {
+    batches_->TakeFailure(done);
+    return ApplyEvent(done);
+  }
   int rank = -1;
-  const absl::Status taken =
-      batches_->TakeOutput(done, std::move(report.output), report.times, NowUs(), &rank);
+  const absl::Status taken = batches_->TakeOutput(done, std::move(report.output), report.times,
+                                                  NowUs(), &rank, report.region_faults);
   if (!taken.ok()) {
     done.code = taken.code();
     done.message = std::string(taken.message());

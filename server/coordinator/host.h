@@ -63,6 +63,7 @@ struct ClusterView {
 struct RowTransport {
   bool shared = false;     // make an arena for each epoch
   std::string cluster_id;  // that the arena is named after
+  RegionAccess regions;    // for workers that have the arena mapped
 };
 
 struct HostHooks {
@@ -180,6 +181,9 @@ class Host : public RequestSink {
   void Execute(Notice& command);
 
   void OpenArena(EpochId epoch);
+  static absl::Status Deliver(const KeptBatch* batch, RequestId request, PendingRequest& pending);
+  // Lets the workers close what they keep open of regions that are gone.
+  void ForgetRegions();
   InferTimes TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us, bool trace) const;
   void ObserveBatch(const KeptBatch& batch);
   void UpdateGauges();

@@ -92,7 +92,9 @@ void Host::OpenArena(EpochId epoch) {
 
 void Host::Execute(SendCreateHeap& command) {
   if (command.epoch != arena_epoch_) OpenArena(command.epoch);
-  Send(command.stream, CreateHeapMessage{command.epoch, arena_handle_});
+  Send(command.stream,
+       CreateHeapMessage{command.epoch, arena_handle_,
+                         arena_handle_.empty() ? RegionAccess() : row_transport_.regions});
 }
 
 void Host::Execute(SendEpochStarted& command) {
@@ -118,6 +120,7 @@ void Host::Execute(CloseStream& command) {
   if (it == streams_.end()) return;
   it->second.stream->Close(absl::AbortedError(absl::StrCat("control: ", command.reason)),
                            /*flush=*/false);
+  batches_->regions().Leave(command.stream);
   streams_.erase(it);
 }
 
@@ -234,6 +237,8 @@ void Host::ObserveBatch(const KeptBatch& batch) {
   observe(PhaseMetric::kDispatch, batch.times.dispatch_ns);
   observe(PhaseMetric::kFfn, batch.times.ffn_ns);
   observe(PhaseMetric::kCombine, batch.times.combine_ns);
+  metrics_->AddRegionBytes(RegionWay::kDirect, batch.direct_bytes);
+  metrics_->AddRegionBytes(RegionWay::kCopied, batch.copied_bytes);
   metrics_->ObservePhase(PhaseMetric::kReply,
                          static_cast<double>(NowUs() - batch.last_done_us) * kSecondsPerUs);
 }
@@ -244,10 +249,8 @@ void Host::Execute(FinishBatch& command) {
     const auto it = requests_.find(part.request);
     if (it == requests_.end()) continue;
     PendingRequest& pending = *it->second.pending;
-    const absl::Status copied =
-        batch == nullptr ? absl::InternalError("batch: it is not known")
-                         : BatchStore::CopyRows(*batch, part.rows, pending.MutableOutput());
-    if (copied.ok()) {
+    const absl::Status delivered = Deliver(batch, part.request, pending);
+    if (delivered.ok()) {
       const InferTimes times =
           TimesOf(*batch, command.epoch, it->second.arrived_us, pending.request.trace);
       metrics_->ObservePhase(PhaseMetric::kQueue,
@@ -255,15 +258,38 @@ void Host::Execute(FinishBatch& command) {
       metrics_->AddTokens(part.rows.size());
       pending.Complete({absl::OkStatus(), times, 0});
     } else {
-      pending.Complete({copied, {}, 0});
+      pending.Complete({delivered, {}, 0});
     }
     requests_.erase(it);
   }
   if (batch != nullptr) ObserveBatch(*batch);
   batches_->Erase(command.epoch, command.batch);
+  ForgetRegions();
 }
 
-void Host::Execute(DropBatch& command) { batches_->Erase(command.epoch, command.batch); }
+absl::Status Host::Deliver(const KeptBatch* batch, RequestId request, PendingRequest& pending) {
+  if (batch == nullptr) return absl::InternalError("batch: it is not known");
+  for (const KeptPart& part : batch->parts) {
+    if (part.request != request) continue;
+    const bool inline_output = part.output.region == nullptr;
+    return BatchStore::Deliver(*batch, part,
+                               inline_output ? pending.MutableOutput() : std::span<char>());
+  }
+  return absl::InternalError("batch: the request is not in it");
+}
+
+void Host::ForgetRegions() {
+  const std::vector<std::uint64_t> forgotten = batches_->regions().TakeForgotten();
+  if (forgotten.empty()) return;
+  for (const StreamId stream : batches_->regions().reachable()) {
+    Send(stream, ForgetRegionsMessage{forgotten});
+  }
+}
+
+void Host::Execute(DropBatch& command) {
+  batches_->Drop(command.epoch, command.batch,
+                 [this](StreamId stream) { return streams_.contains(stream); });
+}
 
 void Host::Execute(CompleteRequest& command) {
   const auto it = requests_.find(command.request);

@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
     "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
+constexpr std::array<const char*, kNumRegionWays> kRegionWays = {"direct", "copied"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
 // The highest status code (UNAUTHENTICATED) has the number 16.
@@ -41,6 +42,7 @@ struct Metrics::State {
   prometheus::Gauge* queue_depth = nullptr;
   prometheus::Counter* tokens = nullptr;
   std::array<prometheus::Counter*, kNumCountExchanges> batches{};
+  std::array<prometheus::Counter*, kNumRegionWays> region_bytes{};
   std::array<prometheus::Histogram*, kNumPhaseMetrics> phases{};
   prometheus::Histogram* request_seconds = nullptr;
   std::vector<prometheus::Counter*> expert_rows;  // [E]
@@ -74,6 +76,15 @@ struct Metrics::State {
     for (int exchange = 0; exchange < kNumCountExchanges; ++exchange) {
       batches[exchange] = &batch_family.Add(
           {{"count_exchange", CountExchangeName(static_cast<CountExchange>(exchange))}});
+    }
+    auto& region_family = prometheus::BuildCounter()
+                              .Name("epserve_region_bytes_total")
+                              .Help(
+                                  "Rows in clients' shared memory: direct, read and written there "
+                                  "by the workers; copied, through the coordinator")
+                              .Register(*registry);
+    for (int way = 0; way < kNumRegionWays; ++way) {
+      region_bytes[way] = &region_family.Add({{"way", kRegionWays[way]}});
     }
     auto& phase_family = prometheus::BuildHistogram()
                              .Name("epserve_phase_seconds")
@@ -129,6 +140,10 @@ void Metrics::AddTokens(std::int64_t num_tokens) {
 
 void Metrics::AddBatch(CountExchange exchange) {
   state_->batches[static_cast<std::size_t>(exchange)]->Increment();
+}
+
+void Metrics::AddRegionBytes(RegionWay way, std::int64_t bytes) {
+  state_->region_bytes[static_cast<std::size_t>(way)]->Increment(static_cast<double>(bytes));
 }
 
 void Metrics::ObservePhase(PhaseMetric phase, double seconds) {

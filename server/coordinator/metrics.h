@@ -19,6 +19,10 @@ namespace epserve::coordinator {
 enum class PhaseMetric { kQueue, kAssign, kCounts, kDispatch, kFfn, kCombine, kReply };
 inline constexpr int kNumPhaseMetrics = 7;
 
+// How bytes got from or to clients' shared memory: by the workers, or through the coordinator.
+enum class RegionWay { kDirect, kCopied };
+inline constexpr int kNumRegionWays = 2;
+
 class Metrics {
  public:
   explicit Metrics(std::int64_t num_experts);
@@ -30,6 +34,7 @@ class Metrics {
   void AddRequest(absl::StatusCode code, double seconds);
   void AddTokens(std::int64_t num_tokens);
   void AddBatch(CountExchange exchange);  // one that was answered
+  void AddRegionBytes(RegionWay way, std::int64_t bytes);
   void ObservePhase(PhaseMetric phase, double seconds);
   void AddExpertRows(std::int64_t expert, std::int64_t rows);
   void SetQueueDepth(std::int64_t depth);

@@ -19,9 +19,25 @@ namespace epserve::coordinator {
 
 // ---- to a worker, beside the state machine's own commands
 
+// Where the workers of this machine get the descriptors of clients' regions; empty: nowhere.
+struct RegionAccess {
+  std::string socket;
+  std::string secret;
+};
+
 struct CreateHeapMessage {
   EpochId epoch = 0;
   std::string row_arena;  // handle; empty: none
+  RegionAccess regions;
+};
+
+// Rows of a shard in the shared memory of a client.
+struct RegionRows {
+  std::uint64_t region = 0;
+  std::string label;
+  std::uint64_t object_offset = 0;
+  std::int64_t first_row = 0;  // among the shard's
+  std::int64_t num_rows = 0;
 };
 
 struct ShardMessage {
@@ -39,6 +55,8 @@ struct ShardMessage {
   // These three are empty where the rows are in the epoch's arena, from first_row on.
   bool in_arena = false;
   std::int64_t first_row = 0;
+  std::vector<RegionRows> sources;  // rows to read into the arena first
+  std::vector<RegionRows> targets;  // rows to write from there, and not to leave there
   TriggerMode trigger = TriggerMode::kTogether;
   std::shared_ptr<const runtime::CountMatrix> counts;  // for CountExchange::kCoordinator
   bool device_counts = false;                          // CountExchange::kDevice
@@ -60,10 +78,15 @@ struct CombineTriggerMessage {
   BatchId batch = 0;
 };
 
+struct ForgetRegionsMessage {
+  std::vector<std::uint64_t> regions;
+};
+
 using StreamMessage =
     std::variant<AssignRank, SendStandby, CreateHeapMessage, SendOpenPeers, SendEpochStarted,
                  SendEpochEnded, GrantLease, SendShutdown, RejectWorker, ShardMessage,
-                 CountMatrixMessage, DispatchTriggerMessage, CombineTriggerMessage>;
+                 CountMatrixMessage, DispatchTriggerMessage, CombineTriggerMessage,
+                 ForgetRegionsMessage>;
 
 // Thread-safe. No call blocks.
 class WorkerStream {
@@ -107,14 +130,22 @@ struct WorkerTimes {
   std::int64_t combine_ns = 0;
 };
 
+// Rows of one request that a worker could not read or write; the batch is whole all the same.
+struct RegionFault {
+  std::int64_t first_row = 0;  // among the shard's
+  absl::Status status;         // not OK
+};
+
 // One message of a worker: what the state machine is told, and the payload that it is not.
 struct WorkerReport {
   Event event;                                  // never WorkerHello
   bool row_arena_mapped = false;                // HeapCreated
+  bool regions_reachable = false;               // HeapCreated
   std::vector<float> probe_output;              // PeersOpened: [H]
   std::string output;                           // BatchDone: [T, H] of the shard, or in the arena
   WorkerTimes times;                            // BatchDone
   std::vector<std::int64_t> local_expert_rows;  // BatchDone: [E_local]
+  std::vector<RegionFault> region_faults;       // BatchDone
 };
 
 }  // namespace epserve::coordinator

@@ -1,11 +1,13 @@
 #include "server/worker/batch_executor.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "server/common/region_io.h"
 #include "server/worker/clock.h"
 
 namespace epserve::worker {
@@ -42,9 +44,11 @@ BatchExecutor::~BatchExecutor() {
 }
 
 void BatchExecutor::OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank,
-                              std::shared_ptr<runtime::RowArena> row_arena) {
+                              std::shared_ptr<runtime::RowArena> row_arena,
+                              std::shared_ptr<RegionFiles> regions) {
   std::lock_guard<std::mutex> lock(mutex_);
   row_arena_ = std::move(row_arena);
+  regions_ = std::move(regions);
   epoch_ = epoch;
   placement_ = placement;
   rank_ = rank;
@@ -86,6 +90,7 @@ void BatchExecutor::Drain() {
   state_ = EpochState::kClosed;
   epoch_ = 0;
   row_arena_ = nullptr;
+  regions_ = nullptr;
 }
 
 bool BatchExecutor::Idle() const {
@@ -195,6 +200,11 @@ void BatchExecutor::Trigger(const CombineTrigger& trigger) {
   slot->changed.notify_one();
 }
 
+void BatchExecutor::Forget(const ForgetRegions& gone) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (regions_ != nullptr) regions_->Forget(gone.regions);
+}
+
 void BatchExecutor::RunSlot(int index) {
   Slot& slot = *slots_[index];
   std::unique_lock<std::mutex> lock(mutex_);
@@ -247,6 +257,7 @@ absl::Status BatchExecutor::CheckShard(const Shard& shard) const {
         "shard: a count matrix came, and the ranks are to exchange the counts, too");
   }
   if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard));
+  EPS_RETURN_IF_ERROR(CheckRegions(shard));
   const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
   EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), in_message * RowBytes(shard)));
   const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
@@ -270,8 +281,36 @@ absl::Status BatchExecutor::CheckInArena(const Shard& shard) const {
   return absl::OkStatus();
 }
 
+absl::Status BatchExecutor::CheckRegions(const Shard& shard) const {
+  if (shard.sources.empty() && shard.targets.empty()) return absl::OkStatus();
+  if (!shard.in_arena || regions_ == nullptr) {
+    return absl::InternalError(
+        "shard: its rows are in clients' regions, but this worker cannot reach any");
+  }
+  constexpr auto kFileEnd = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+  const auto row_bytes = static_cast<std::uint64_t>(RowBytes(shard));
+  for (const auto* list : {&shard.sources, &shard.targets}) {
+    for (const RegionRows& rows : *list) {
+      const bool inside = rows.num_rows >= 0 && rows.num_rows <= shard.num_tokens &&
+                          rows.first_row >= 0 && rows.first_row <= shard.num_tokens - rows.num_rows;
+      if (!inside ||
+          !server::Fits(rows.object_offset, static_cast<std::uint64_t>(rows.num_rows) * row_bytes,
+                        kFileEnd)) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "shard: ", rows.num_rows, " rows from row ", rows.first_row, " at offset ",
+            rows.object_offset, " of region ", rows.label, " do not fit its ", shard.num_tokens));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
 std::int64_t BatchExecutor::RowBytes(const Shard& shard) const {
   return static_cast<std::int64_t>(runtime::DataTypeBytes(shard.dtype)) * engine_->model().hidden;
+}
+
+std::byte* BatchExecutor::ArenaRows(const Shard& shard) const {
+  return row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard);
 }
 
 runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
@@ -282,8 +321,7 @@ runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
                             .num_tokens = shard.num_tokens,
                             .topk = shard.topk,
                             .hidden = shard.hidden.data()};
-  if (shard.in_arena)
-    input.hidden = row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard);
+  if (shard.in_arena) input.hidden = ArenaRows(shard);
   if (!shard.routed) return input;
   if (shard.in_arena) {
     input.topk_ids = row_arena_->topk_ids(shard.slot) + shard.first_row * shard.topk;
@@ -295,17 +333,35 @@ runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
   return input;
 }
 
-// The output takes the place of the shard's rows in the arena, or goes into the message.
+// The output takes the place of the shard's rows in the arena, and goes on to clients' regions, or
+// it goes into the message.
 absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
   void* output;
   if (shard.in_arena) {
-    output = row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard);
+    output = ArenaRows(shard);
   } else {
     done.output.resize(shard.hidden.size());
     output = done.output.data();
   }
   done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
-  return engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows);
+  EPS_RETURN_IF_ERROR(
+      engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows));
+  if (shard.targets.empty()) return absl::OkStatus();
+  return regions_->WriteRows(
+      shard.targets, RowBytes(shard), ArenaRows(shard), [this] { return CheckMayWriteRegions(); },
+      done.region_faults);
+}
+
+// A client that was told of a failure may use its region again: nothing is written there for an
+// epoch that has ended, nor by a worker that was given up.
+absl::Status BatchExecutor::CheckMayWriteRegions() const {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (state_ != EpochState::kRunning) {
+      return absl::AbortedError("batch: its epoch ended before its output was written");
+    }
+  }
+  return CheckLease("output");
 }
 
 absl::Status BatchExecutor::CheckLease(std::string_view phase) const {
@@ -372,6 +428,9 @@ absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   const Shard& shard = batch.shard;
   Slot& slot = *slots_[index];
   EPS_RETURN_IF_ERROR(CheckShard(shard));
+  if (!shard.sources.empty()) {
+    done.region_faults = regions_->ReadRows(shard.sources, RowBytes(shard), ArenaRows(shard));
+  }
   // Asked once: the coordinator may send the matrix unasked, while this thread is staging.
   const bool counts_came_along = CountsKnownNow(batch);
   EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(shard)));

@@ -28,6 +28,7 @@
 #include "runtime/symmetric/row_arena.h"
 #include "server/worker/control_messages.h"
 #include "server/worker/lease.h"
+#include "server/worker/region_files.h"
 
 namespace epserve::worker {
 
@@ -59,9 +60,11 @@ class BatchExecutor {
   BatchExecutor(const BatchExecutor&) = delete;
   BatchExecutor& operator=(const BatchExecutor&) = delete;
 
-  // `row_arena`: where shards that say so have their rows; null: none may say so. REQUIRES: closed.
+  // `row_arena`: where shards that say so have their rows; null: none may say so. `regions`: where
+  // rows of such shards may come from and go to; null: they may not. REQUIRES: closed.
   void OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank,
-                 std::shared_ptr<runtime::RowArena> row_arena);
+                 std::shared_ptr<runtime::RowArena> row_arena,
+                 std::shared_ptr<RegionFiles> regions = nullptr);
   void StartEpoch(std::uint64_t epoch);
   // Ends every wait here and in the engine. False, and nothing done, where `epoch` is not the
   // present one.
@@ -74,6 +77,8 @@ class BatchExecutor {
   void SetCounts(CountsKnown known);
   void Trigger(const DispatchTrigger& trigger);
   void Trigger(const CombineTrigger& trigger);
+  // These regions are gone.
+  void Forget(const ForgetRegions& gone);
 
   // Waits until no batch is held or runs; from then on shards are refused with UNAVAILABLE. False,
   // with shards refused all the same, if that took longer than `timeout`.
@@ -104,9 +109,12 @@ class BatchExecutor {
   absl::Status CheckSlot(const Shard& shard) const;
   absl::Status CheckShard(const Shard& shard) const;
   absl::Status CheckInArena(const Shard& shard) const;
+  absl::Status CheckRegions(const Shard& shard) const;
   std::int64_t RowBytes(const Shard& shard) const;
+  std::byte* ArenaRows(const Shard& shard) const;
   runtime::ShardInput InputOf(const Shard& shard) const;
   absl::Status Finish(const Shard& shard, BatchDone& done);
+  absl::Status CheckMayWriteRegions() const;
   absl::Status CheckLease(std::string_view phase) const;
   absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;
   bool CountsKnownNow(const Batch& batch) const;
@@ -132,6 +140,7 @@ class BatchExecutor {
   runtime::Placement placement_;
   int rank_ = 0;
   std::shared_ptr<runtime::RowArena> row_arena_;
+  std::shared_ptr<RegionFiles> regions_;
   bool refusing_ = false;
   bool stopping_ = false;
   std::uint64_t batches_done_ = 0;

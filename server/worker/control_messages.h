@@ -31,6 +31,8 @@ struct Standby {
 struct CreateHeap {
   std::uint64_t epoch = 0;
   std::string row_arena;  // handle; empty: none
+  std::string region_socket;
+  std::string region_secret;
 };
 
 struct OpenPeers {
@@ -53,6 +55,15 @@ struct LeaseGrant {
   std::int64_t duration_us = 0;
 };
 
+// Rows of a shard in the shared memory of a client.
+struct RegionRows {
+  std::uint64_t region = 0;
+  std::string label;
+  std::uint64_t object_offset = 0;
+  std::int64_t first_row = 0;  // among the shard's
+  std::int64_t num_rows = 0;
+};
+
 struct Shard {
   std::uint64_t epoch = 0;
   std::uint64_t batch = 0;
@@ -68,6 +79,8 @@ struct Shard {
   // These three are empty where the rows are in the epoch's arena, from first_row on.
   bool in_arena = false;
   std::int64_t first_row = 0;
+  std::vector<RegionRows> sources;  // to read into the arena first
+  std::vector<RegionRows> targets;  // to write from there in the end
   bool separate_triggers = false;
   bool device_counts = false;  // the ranks exchange the counts among themselves
   std::optional<runtime::CountMatrix> counts;
@@ -98,9 +111,13 @@ struct Shutdown {
   std::string reason;
 };
 
-using CoordinatorMessage =
-    std::variant<Assignment, Standby, CreateHeap, OpenPeers, EpochStarted, EpochEnded, LeaseGrant,
-                 Shard, CountsKnown, DispatchTrigger, CombineTrigger, Rejected, Shutdown>;
+struct ForgetRegions {
+  std::vector<std::uint64_t> regions;
+};
+
+using CoordinatorMessage = std::variant<Assignment, Standby, CreateHeap, OpenPeers, EpochStarted,
+                                        EpochEnded, LeaseGrant, Shard, CountsKnown, DispatchTrigger,
+                                        CombineTrigger, Rejected, Shutdown, ForgetRegions>;
 
 // ---- worker to coordinator
 
@@ -143,6 +160,7 @@ struct HeapCreated {
   std::uint64_t epoch = 0;
   std::string handle;
   bool row_arena_mapped = false;
+  bool regions_reachable = false;
 };
 
 struct PeersOpened {
@@ -169,6 +187,12 @@ struct PhaseTimes {
   runtime::BatchTimes engine;
 };
 
+// Rows of one request that could not be read from its region, or not be written to it.
+struct RegionFault {
+  std::int64_t first_row = 0;  // among the shard's
+  absl::Status status;         // not OK
+};
+
 struct BatchDone {
   std::uint64_t epoch = 0;
   std::uint64_t batch = 0;
@@ -176,6 +200,7 @@ struct BatchDone {
   std::string output;  // [T, H] dtype, where status is OK and the shard is not in the arena
   PhaseTimes times;
   std::vector<std::int64_t> local_expert_rows;  // [E_local]
+  std::vector<RegionFault> region_faults;
 };
 
 struct EpochQuiesced {

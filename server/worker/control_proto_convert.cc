@@ -46,6 +46,16 @@ absl::StatusOr<CoordinatorMessage> ToAssignment(const v1::Assignment& proto) {
   return assignment;
 }
 
+std::vector<RegionRows> ToRows(google::protobuf::RepeatedPtrField<v1::RegionRows>& proto) {
+  std::vector<RegionRows> rows;
+  rows.reserve(proto.size());
+  for (v1::RegionRows& in : proto) {
+    rows.push_back({in.region(), std::move(*in.mutable_label()), in.object_offset(), in.first_row(),
+                    in.num_rows()});
+  }
+  return rows;
+}
+
 absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   Shard shard;
   shard.epoch = proto.epoch();
@@ -74,6 +84,8 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.topk_weights = std::move(*proto.mutable_topk_weights());
   shard.in_arena = proto.in_arena();
   shard.first_row = proto.first_row();
+  shard.sources = ToRows(*proto.mutable_sources());
+  shard.targets = ToRows(*proto.mutable_targets());
   shard.separate_triggers = proto.trigger() == v1::TRIGGER_SEPARATE;
   shard.device_counts = proto.device_counts();
   if (proto.has_counts()) {
@@ -145,6 +157,7 @@ struct ProtoWriter {
     proto.mutable_heap_created()->set_epoch(m.epoch);
     proto.mutable_heap_created()->set_handle(std::move(m.handle));
     proto.mutable_heap_created()->set_row_arena_mapped(m.row_arena_mapped);
+    proto.mutable_heap_created()->set_regions_reachable(m.regions_reachable);
   }
   void operator()(PeersOpened&& m) {
     proto.mutable_peers_opened()->set_epoch(m.epoch);
@@ -180,6 +193,12 @@ struct ProtoWriter {
     times.set_combine_ns(m.times.engine.combine_ns);
     times.set_start_monotonic_ns(m.times.start_monotonic_ns);
     out.mutable_local_expert_rows()->Assign(m.local_expert_rows.begin(), m.local_expert_rows.end());
+    for (const RegionFault& fault : m.region_faults) {
+      v1::RegionFault& told = *out.add_region_faults();
+      told.set_first_row(fault.first_row);
+      told.set_code(static_cast<int>(fault.status.code()));
+      SetMessage(fault.status, *told.mutable_message());
+    }
   }
   void operator()(EpochQuiesced&& m) { proto.mutable_epoch_quiesced()->set_epoch(m.epoch); }
   void operator()(Leaving&& m) { proto.mutable_leaving()->set_reason(std::move(m.reason)); }
@@ -204,7 +223,9 @@ absl::StatusOr<CoordinatorMessage> FromProto(v1::CoordinatorMessage& message) {
     case v1::CoordinatorMessage::kStandby:
       return Standby{message.standby().reason()};
     case v1::CoordinatorMessage::kCreateHeap:
-      return CreateHeap{message.create_heap().epoch(), message.create_heap().row_arena()};
+      return CreateHeap{message.create_heap().epoch(), message.create_heap().row_arena(),
+                        message.create_heap().region_socket(),
+                        message.create_heap().region_secret()};
     case v1::CoordinatorMessage::kOpenPeers:
       return ToOpenPeers(*message.mutable_open_peers());
     case v1::CoordinatorMessage::kEpochStarted:
@@ -230,6 +251,9 @@ absl::StatusOr<CoordinatorMessage> FromProto(v1::CoordinatorMessage& message) {
       return ToRejected(message.rejected());
     case v1::CoordinatorMessage::kShutdown:
       return Shutdown{message.shutdown().reason()};
+    case v1::CoordinatorMessage::kForgetRegions:
+      return ForgetRegions{
+          {message.forget_regions().regions().begin(), message.forget_regions().regions().end()}};
     case v1::CoordinatorMessage::MESSAGE_NOT_SET:
       break;
   }

@@ -22,4 +22,14 @@ void UseRowsInPlace(const runtime::RowArena& arena, runtime::Engine& engine) {
   if (!pinned.ok()) runtime::LogWarning("rows_not_pinned", {{"error", pinned}});
 }
 
+SharedRows ShareRows(const CreateHeap& offered, const runtime::RowArenaSpec& spec,
+                     runtime::Engine& engine) {
+  SharedRows shared;
+  shared.arena = MapRowArena(offered.row_arena, spec);
+  if (shared.arena == nullptr) return shared;
+  UseRowsInPlace(*shared.arena, engine);
+  shared.regions = RegionFiles::Connect(offered.region_socket, offered.region_secret);
+  return shared;
+}
+
 }  // namespace epserve::worker

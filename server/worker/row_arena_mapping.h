@@ -1,4 +1,5 @@
-// The worker's view of the epoch's row arena.
+// The worker's view of what the coordinator shares with the workers of its machine in an epoch: the
+// row arena, and the descriptors of clients' regions.
 #ifndef EPSERVE_SERVER_WORKER_ROW_ARENA_MAPPING_H_
 #define EPSERVE_SERVER_WORKER_ROW_ARENA_MAPPING_H_
 
@@ -7,6 +8,8 @@
 
 #include "runtime/engine/engine.h"
 #include "runtime/symmetric/row_arena.h"
+#include "server/worker/control_messages.h"
+#include "server/worker/region_files.h"
 
 namespace epserve::worker {
 
@@ -19,6 +22,16 @@ std::shared_ptr<runtime::RowArena> MapRowArena(const std::string& handle,
 // Lets a device engine copy straight from and to the arena, until its epoch is closed. Where that
 // is not to be had, rows take a copy more, and the log says so.
 void UseRowsInPlace(const runtime::RowArena& arena, runtime::Engine& engine);
+
+struct SharedRows {
+  std::shared_ptr<runtime::RowArena> arena;  // null: rows come in messages
+  std::shared_ptr<RegionFiles> regions;      // null: no rows come from clients' regions
+};
+
+// Both, as far as they are to be had here; regions only with the arena, which their rows go
+// through.
+SharedRows ShareRows(const CreateHeap& offered, const runtime::RowArenaSpec& spec,
+                     runtime::Engine& engine);
 
 }  // namespace epserve::worker
 

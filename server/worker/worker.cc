@@ -13,7 +13,6 @@
 #include "server/common/probe.h"
 #include "server/worker/clock.h"
 #include "server/worker/load_progress.h"
-#include "server/worker/row_arena_mapping.h"
 
 namespace epserve::worker {
 namespace {
@@ -110,6 +109,7 @@ void Worker::OnMessage(CoordinatorMessage message) {
                  [&](CountsKnown& known) { executor_->SetCounts(std::move(known)); },
                  [&](DispatchTrigger& trigger) { executor_->Trigger(trigger); },
                  [&](CombineTrigger& trigger) { executor_->Trigger(trigger); },
+                 [&](ForgetRegions& gone) { executor_->Forget(gone); },
                  [&](EpochEnded& ended) {
                    // At once, so that no slot waits for a peer that is gone; the rest in order.
                    executor_->AbortEpoch(ended.epoch);
@@ -213,8 +213,8 @@ void Worker::Handle(FromCoordinator& event) {
                    Perform(session_.OnStandby());
                  },
                  [&](CreateHeap& m) {
-                   arena_handle_ = std::move(m.row_arena);
-                   Perform(session_.OnCreateHeap(m.epoch));
+                   offered_ = std::move(m);
+                   Perform(session_.OnCreateHeap(offered_.epoch));
                  },
                  [&](OpenPeers& m) {
                    peer_handles_ = std::move(m.handles);
@@ -405,15 +405,18 @@ void Worker::DoCreateHeap() {
   // A GPU that is lost does not come back in this process: whoever started it starts another.
   if (absl::IsInternal(handle.status())) return Fail(handle.status());
   if (!handle.ok()) return EpochFailed(handle.status());
-  row_arena_ = MapRowArena(arena_handle_, {.cluster_id = config_.cluster_id,
-                                           .epoch = epoch,
-                                           .num_slots = config_.num_slots,
-                                           .max_batch_tokens = config_.max_batch_tokens,
-                                           .hidden = engine_->model().hidden,
-                                           .topk = engine_->model().topk});
-  if (row_arena_ != nullptr) UseRowsInPlace(*row_arena_, *engine_);
-  Report(HeapCreated{
-      .epoch = epoch, .handle = *std::move(handle), .row_arena_mapped = row_arena_ != nullptr});
+  shared_rows_ = ShareRows(offered_,
+                           {.cluster_id = config_.cluster_id,
+                            .epoch = epoch,
+                            .num_slots = config_.num_slots,
+                            .max_batch_tokens = config_.max_batch_tokens,
+                            .hidden = engine_->model().hidden,
+                            .topk = engine_->model().topk},
+                           *engine_);
+  Report(HeapCreated{.epoch = epoch,
+                     .handle = *std::move(handle),
+                     .row_arena_mapped = shared_rows_.arena != nullptr,
+                     .regions_reachable = shared_rows_.regions != nullptr});
 }
 
 void Worker::DoOpenPeers() {
@@ -421,7 +424,8 @@ void Worker::DoOpenPeers() {
   const absl::Status opened = engine_->OpenPeers(peer_handles_);
   if (!opened.ok()) return EpochFailed(opened);
   // Before the answer goes out: shards may follow on its heels.
-  executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank, row_arena_);
+  executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank, shared_rows_.arena,
+                       shared_rows_.regions);
   Report(PeersOpened{.epoch = epoch, .probe_output = probe_output_});
 }
 
@@ -430,7 +434,7 @@ void Worker::DoEndEpoch() {
   executor_->Drain();
   lease_.Leave();
   engine_->CloseEpoch();
-  row_arena_ = nullptr;  // Only now: the engine may have used it in place.
+  shared_rows_ = {};  // Only now: the engine may have used the arena in place.
 }
 
 void Worker::EpochFailed(const absl::Status& status) {

@@ -26,13 +26,13 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "runtime/engine/engine.h"
-#include "runtime/symmetric/row_arena.h"
 #include "server/worker/batch_executor.h"
 #include "server/worker/control_messages.h"
 #include "server/worker/control_stream.h"
 #include "server/worker/lease.h"
 #include "server/worker/memory_report.h"
 #include "server/worker/reconnect_backoff.h"
+#include "server/worker/row_arena_mapping.h"
 #include "server/worker/session_state.h"
 
 namespace epserve::worker {
@@ -145,8 +145,8 @@ class Worker : private ControlStream::Handler, private BatchReporter {
   runtime::MemoryPlan plan_;
   std::vector<float> probe_output_;
   std::vector<std::string> peer_handles_;
-  std::string arena_handle_;                      // of the last CreateHeap
-  std::shared_ptr<runtime::RowArena> row_arena_;  // of the present epoch, null: none mapped
+  CreateHeap offered_;      // the last one
+  SharedRows shared_rows_;  // of the present epoch
   std::optional<TimePoint> reconnect_at_;
   std::optional<TimePoint> leave_by_;
   ReconnectBackoff backoff_;

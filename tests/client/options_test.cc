@@ -35,6 +35,17 @@ class ScopedVariable {
   const char* name_;
 };
 
+TEST(OptionsTest, BenchPutsTensorsInSharedMemoryWhereAsked) {
+  EXPECT_FALSE(ParseAs<BenchOptions>({"bench"}).system_shared_memory);
+  const auto bench =
+      ParseAs<BenchOptions>({"bench", "--shared-memory", "system", "--shm-key-prefix", "tensors-"});
+  EXPECT_TRUE(bench.system_shared_memory);
+  EXPECT_EQ(bench.shm_key_prefix, "tensors-");
+  EXPECT_FALSE(Parse({"bench", "--shared-memory", "cuda"}).ok());
+  const auto empty = Parse({"bench", "--shared-memory", "system", "--tokens", "0"});
+  EXPECT_THAT(std::string(empty.status().message()), HasSubstr("--tokens"));
+}
+
 TEST(OptionsTest, MistakesAreRefusedByName) {
   const auto error = [](const std::vector<const char*>& words) {
     const auto parsed = Parse(words);

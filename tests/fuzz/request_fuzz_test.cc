@@ -308,6 +308,11 @@ class RequestFuzzTest : public testing::Test {
       hidden.resize(request.hidden_pieces.size());
       request.hidden_pieces.Copy(0, hidden);
     }
+    if (request.source.region != nullptr) {
+      ASSERT_TRUE(hidden.empty()) << "in a region or inline";
+      hidden.resize(request.output_bytes);
+      ASSERT_TRUE(request.source.region->Read(request.source.offset_bytes, hidden).ok());
+    }
     ASSERT_EQ(hidden.size(), rows * 4 * runtime::DataTypeBytes(request.dtype));
     ASSERT_EQ(request.output_bytes, hidden.size());
     std::size_t sum = 0;

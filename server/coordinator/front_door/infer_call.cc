@@ -94,7 +94,8 @@ absl::Status InferCall::Submit(const grpc::ByteBuffer& bytes, bool message_came)
                        ValidateRequest(message_.view, shared_.options.model, shared_.options.limits,
                                        shared_.regions));
   const std::size_t copied_bytes = request.hidden_copy != nullptr ? request.hidden.size() : 0;
-  EPS_RETURN_IF_ERROR(memory_.Grow(static_cast<std::int64_t>(request.output_bytes + copied_bytes)));
+  const std::size_t output_bytes = request.output.region == nullptr ? request.output_bytes : 0;
+  EPS_RETURN_IF_ERROR(memory_.Grow(static_cast<std::int64_t>(output_bytes + copied_bytes)));
   deadline_ = EarlierOf(deadline_, arrival_, request.timeout_us);
   if (deadline_ <= Clock::now()) return TooLate();
   id_ = shared_.next_id.fetch_add(1, std::memory_order_relaxed);
@@ -118,13 +119,10 @@ void InferCall::Answer(const Completion& completion, const ValidatedRequest* req
 absl::StatusOr<grpc::ByteBuffer> InferCall::MakeReply(const InferTimes& times,
                                                       const ValidatedRequest& request,
                                                       OutputBytes output) {
-  if (output.size() != request.output_bytes) {
-    return absl::InternalError(absl::StrCat("infer: the batch gave ", output.size(),
-                                            " output bytes, not ", request.output_bytes));
-  }
-  if (request.output.region != nullptr) {
-    EPS_RETURN_IF_ERROR(request.output.region->Write(request.output.offset_bytes, output.bytes()));
-    output = {};
+  const std::size_t expected = request.output.region == nullptr ? request.output_bytes : 0;
+  if (output.size() != expected) {
+    return absl::InternalError(
+        absl::StrCat("infer: the batch gave ", output.size(), " output bytes, not ", expected));
   }
   InferReply reply;
   reply.id = message_.id;

@@ -1,7 +1,8 @@
 // What the front door hands its requests to: the coordinator's host behind it, or a fake in a test.
 //
 //   ModelInfer ─► validate ─► RequestSink::Submit(PendingRequest)
-//                                 rows into MutableOutput(), then Complete() ─► reply
+//                                 rows into MutableOutput(), or the
+//                                 request's output window, then Complete() ─► reply
 //   caller gone ─► RequestSink::Cancel(id)
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_SINK_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_SINK_H_
@@ -65,7 +66,8 @@ class PendingRequest {
   PendingRequest& operator=(const PendingRequest&) = delete;
 
   // [T, H] in the request's type: the place of the output rows. Every byte is to be written before
-  // Complete(OK). Valid, at the same address, until Complete() or destruction.
+  // Complete(OK). Valid, at the same address, until Complete() or destruction. Not for a request
+  // with an output window, whose rows go there.
   virtual std::span<char> MutableOutput() = 0;
 
   // Answers the caller, unless it has been answered or has gone. The first call counts; the hidden

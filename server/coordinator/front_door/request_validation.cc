@@ -323,9 +323,18 @@ absl::Status TakeWeights(const Tensor& tensor, const ServedModel& model,
 }
 
 absl::Status TakeHidden(const Tensor& tensor, ValidatedRequest& request) {
-  if (tensor.source.region == nullptr) {
-    request.hidden = tensor.source.bytes;
-    if (tensor.source.raw != nullptr) request.hidden_pieces = *tensor.source.raw;
+  const auto& source = tensor.source;
+  if (source.region == nullptr) {
+    request.hidden = source.bytes;
+    if (source.raw != nullptr) request.hidden_pieces = *source.raw;
+    return absl::OkStatus();
+  }
+  const RegionWindow& output = request.output;
+  const bool torn = output.region != nullptr &&
+                    source.region->OverlapsShifted(source.offset_bytes, *output.region,
+                                                   output.offset_bytes, tensor.size_bytes);
+  if (!torn) {
+    request.source = {source.region, source.offset_bytes};
     return absl::OkStatus();
   }
   request.hidden_copy = std::make_unique_for_overwrite<char[]>(tensor.size_bytes);

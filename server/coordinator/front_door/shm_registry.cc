@@ -15,6 +15,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
+#include "server/common/region_io.h"
 #include "server/coordinator/front_door/quote.h"
 
 namespace epserve::coordinator {
@@ -35,10 +36,7 @@ bool IsKeyCharacter(char c) {
          c == '.' || c == '-';
 }
 
-// [offset, offset + size) inside [0, cap), without wrap-around.
-bool Fits(std::uint64_t offset, std::uint64_t size, std::uint64_t cap) {
-  return size <= cap && offset <= cap - size;
-}
+using server::Fits;
 
 absl::Status OpenError(std::string_view name, int error) {
   const std::string region = absl::StrCat("register: region ", Quoted(name));
@@ -84,70 +82,48 @@ absl::StatusOr<runtime::UniqueFd> OpenObject(std::string_view name, const std::s
 }  // namespace
 
 ShmRegion::ShmRegion(ShmRegionInfo info, runtime::UniqueFd fd)
-    : info_(std::move(info)), fd_(std::move(fd)) {}
+    : info_(std::move(info)), label_(Quoted(info_.name)), fd_(std::move(fd)) {}
+
+absl::Status ShmRegion::CheckInside(std::uint64_t offset_bytes, std::uint64_t size_bytes) const {
+  if (Fits(offset_bytes, size_bytes, info_.size_bytes)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("shared memory: offset ", offset_bytes,
+                                                 " and size ", size_bytes, " reach past region ",
+                                                 label_, " of ", info_.size_bytes, " bytes"));
+}
 
 absl::Status ShmRegion::CheckWindow(std::uint64_t offset_bytes, std::uint64_t size_bytes) const {
-  if (!Fits(offset_bytes, size_bytes, info_.size_bytes)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "shared memory: offset ", offset_bytes, " and size ", size_bytes, " reach past region ",
-        Quoted(info_.name), " of ", info_.size_bytes, " bytes"));
-  }
-  struct stat now = {};
-  if (::fstat(fd_.get(), &now) != 0) {
-    return absl::InternalError(absl::StrCat("shared memory: region ", Quoted(info_.name),
-                                            ": fstat: ", std::strerror(errno)));
-  }
-  // Registration has found offset + size of the region within the object, so this cannot wrap.
-  const std::uint64_t needed = info_.offset_bytes + offset_bytes + size_bytes;
-  const auto given = static_cast<std::uint64_t>(std::max<off_t>(now.st_size, 0));
-  if (needed > given) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shared memory: region ", Quoted(info_.name),
-                     " has been truncated since it was registered: ", needed,
-                     " bytes of its object are needed, ", given, " are left"));
-  }
-  return absl::OkStatus();
+  EPS_RETURN_IF_ERROR(CheckInside(offset_bytes, size_bytes));
+  return server::CheckObjectReaches(fd_.get(), label_, ObjectOffset(offset_bytes), size_bytes);
 }
 
 absl::Status ShmRegion::Read(std::uint64_t offset_bytes, std::span<char> destination) const {
-  EPS_RETURN_IF_ERROR(CheckWindow(offset_bytes, destination.size()));
-  auto position = static_cast<off_t>(info_.offset_bytes + offset_bytes);
-  while (!destination.empty()) {
-    const ssize_t got = ::pread(fd_.get(), destination.data(), destination.size(), position);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      return absl::InternalError(absl::StrCat("shared memory: region ", Quoted(info_.name),
-                                              ": pread: ", std::strerror(errno)));
-    }
-    if (got == 0) {
-      return absl::InvalidArgumentError(absl::StrCat("shared memory: region ", Quoted(info_.name),
-                                                     " was truncated while it was read, ",
-                                                     destination.size(), " bytes short"));
-    }
-    destination = destination.subspan(static_cast<std::size_t>(got));
-    position += got;
-  }
-  return absl::OkStatus();
+  EPS_RETURN_IF_ERROR(CheckInside(offset_bytes, destination.size()));
+  return server::ReadObject(fd_.get(), label_, ObjectOffset(offset_bytes), destination);
 }
 
 absl::Status ShmRegion::Write(std::uint64_t offset_bytes, std::span<const char> source) const {
-  // An object that is truncated between this check and the write grows again by the write. That is
-  // the client's own memory, bounded by what it registered.
-  EPS_RETURN_IF_ERROR(CheckWindow(offset_bytes, source.size()));
-  auto position = static_cast<off_t>(info_.offset_bytes + offset_bytes);
-  while (!source.empty()) {
-    const ssize_t put = ::pwrite(fd_.get(), source.data(), source.size(), position);
-    if (put < 0 && errno == EINTR) continue;
-    if (put <= 0) {
-      const int error = put == 0 ? ENOSPC : errno;
-      const std::string message = absl::StrCat("shared memory: region ", Quoted(info_.name),
-                                               ": pwrite: ", std::strerror(error));
-      return error == ENOSPC ? absl::ResourceExhaustedError(message) : absl::InternalError(message);
-    }
-    source = source.subspan(static_cast<std::size_t>(put));
-    position += put;
-  }
-  return absl::OkStatus();
+  EPS_RETURN_IF_ERROR(CheckInside(offset_bytes, source.size()));
+  return server::WriteObject(fd_.get(), label_, ObjectOffset(offset_bytes), source);
+}
+
+absl::StatusOr<runtime::UniqueFd> ShmRegion::DuplicateDescriptor() const {
+  runtime::UniqueFd copy(::fcntl(fd_.get(), F_DUPFD_CLOEXEC, 0));
+  if (copy.valid()) return copy;
+  return absl::InternalError(
+      absl::StrCat("shared memory: region ", label_, ": fcntl: ", std::strerror(errno)));
+}
+
+bool ShmRegion::OverlapsShifted(std::uint64_t offset_bytes, const ShmRegion& other,
+                                std::uint64_t other_offset_bytes, std::uint64_t size_bytes) const {
+  const std::uint64_t mine = ObjectOffset(offset_bytes);
+  const std::uint64_t theirs = other.ObjectOffset(other_offset_bytes);
+  if (mine == theirs) return false;
+  if (std::max(mine, theirs) - std::min(mine, theirs) >= size_bytes) return false;
+  struct stat own = {};
+  struct stat of_other = {};
+  // An object that cannot be looked at is taken for the same one: that only costs a copy.
+  if (::fstat(fd_.get(), &own) != 0 || ::fstat(other.fd_.get(), &of_other) != 0) return true;
+  return own.st_dev == of_other.st_dev && own.st_ino == of_other.st_ino;
 }
 
 ShmRegistry::ShmRegistry(ShmOptions options) : options_(std::move(options)) {}
@@ -226,8 +202,12 @@ absl::Status ShmRegistry::Register(std::string_view name, std::string_view key,
   absl::MutexLock lock(&mutex_);
   EPS_RETURN_IF_ERROR(CheckRoom(name, size_bytes));
   EPS_ASSIGN_OR_RETURN(runtime::UniqueFd fd, OpenObject(name, stripped, offset_bytes, size_bytes));
-  ShmRegionInfo info{std::string(name), std::string(key), offset_bytes, size_bytes};
-  regions_.emplace(name, std::make_shared<ShmRegion>(std::move(info), std::move(fd)));
+  std::erase_if(alive_, [](const auto& entry) { return entry.second.expired(); });
+  const std::uint64_t id = next_id_++;
+  ShmRegionInfo info{id, std::string(name), std::string(key), offset_bytes, size_bytes};
+  auto region = std::make_shared<ShmRegion>(std::move(info), std::move(fd));
+  alive_.emplace(id, region);
+  regions_.emplace(name, std::move(region));
   total_bytes_ += size_bytes;
   return absl::OkStatus();
 }
@@ -261,6 +241,17 @@ absl::StatusOr<std::shared_ptr<const ShmRegion>> ShmRegistry::Find(std::string_v
         absl::StrCat("shared memory: region ", Quoted(name), " is not registered"));
   }
   return it->second;
+}
+
+absl::StatusOr<runtime::UniqueFd> ShmRegistry::DuplicateDescriptor(std::uint64_t id) const {
+  std::shared_ptr<const ShmRegion> region;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto it = alive_.find(id);
+    if (it != alive_.end()) region = it->second.lock();
+  }
+  if (region != nullptr) return region->DuplicateDescriptor();
+  return absl::NotFoundError(absl::StrCat("shared memory: there is no region of number ", id));
 }
 
 absl::StatusOr<std::vector<ShmRegionInfo>> ShmRegistry::List(std::string_view name) const {

@@ -1,10 +1,11 @@
 // System shared memory that clients have registered for their tensors.
 //
-// A region is an open descriptor, read and written by pread and pwrite and never mapped: a client
-// that truncates its object after registering it gets an error for its request, where a mapping
-// would bring the server down by SIGBUS. Descriptors are owned and reference-counted: a request
-// holds the region it uses, and Unregister() reports back once the last user has let go, so a name
-// or descriptor number used again never reaches somebody else's memory.
+// A region is an open descriptor, read and written by pread and pwrite and never mapped; see
+// server/common/region_io.h. Workers of this machine get the descriptor itself, by the region's
+// number, and so open nothing by a name that a client chose. Descriptors are owned and
+// reference-counted: a request holds the region it uses, a batch what its workers use, and
+// Unregister() reports back once the last user has let go, so a name or descriptor number used
+// again never reaches somebody else's memory.
 //
 // Clients are not trusted: a key may name only a regular shared-memory object of the server's own
 // user, all bounds are unsigned 64-bit without wrap-around, and no error shows a key.
@@ -39,6 +40,7 @@ struct ShmOptions {
 };
 
 struct ShmRegionInfo {
+  std::uint64_t id = 0;  // counts up from 1, never used again
   std::string name;
   std::string key;  // as the client gave it
   std::uint64_t offset_bytes = 0;
@@ -51,6 +53,19 @@ class ShmRegion {
   ShmRegion(ShmRegionInfo info, runtime::UniqueFd fd);
 
   const ShmRegionInfo& info() const { return info_; }
+  const std::string& label() const { return label_; }  // the name as errors show it
+  // Where a byte of the region stands in its object. REQUIRES: inside the region.
+  std::uint64_t ObjectOffset(std::uint64_t offset_bytes) const {
+    return info_.offset_bytes + offset_bytes;
+  }
+  // INTERNAL: this process has no descriptor left.
+  absl::StatusOr<runtime::UniqueFd> DuplicateDescriptor() const;
+
+  // True where `size` bytes from `offset` on and as many of `other` from `other_offset` on have
+  // bytes in common without being the same ones: who reads one while the other is written, row by
+  // row, cannot tell old rows from new. Regions may share an object.
+  bool OverlapsShifted(std::uint64_t offset_bytes, const ShmRegion& other,
+                       std::uint64_t other_offset_bytes, std::uint64_t size_bytes) const;
 
   // OK if [offset, offset + size) lies inside the region, and the object still reaches that far.
   // INVALID_ARGUMENT names needed and given.
@@ -64,7 +79,10 @@ class ShmRegion {
  private:
   friend class ShmRegistry;
 
+  absl::Status CheckInside(std::uint64_t offset_bytes, std::uint64_t size_bytes) const;
+
   const ShmRegionInfo info_;
+  const std::string label_;
   // Reports the region's end to Unregister(). Stands before fd_, which is thus closed first.
   std::shared_ptr<void> released_;
   runtime::UniqueFd fd_;
@@ -91,6 +109,9 @@ class ShmRegistry {
   // NOT_FOUND names the region.
   absl::StatusOr<std::shared_ptr<const ShmRegion>> Find(std::string_view name) const;
 
+  // The descriptor of a region that is registered, or no longer so but still in use. NOT_FOUND.
+  absl::StatusOr<runtime::UniqueFd> DuplicateDescriptor(std::uint64_t id) const;
+
   // One region, or all if the name is empty, by name.
   absl::StatusOr<std::vector<ShmRegionInfo>> List(std::string_view name) const;
 
@@ -102,6 +123,9 @@ class ShmRegistry {
   const ShmOptions options_;
   mutable absl::Mutex mutex_;
   std::map<std::string, std::shared_ptr<ShmRegion>, std::less<>> regions_ ABSL_GUARDED_BY(mutex_);
+  // Every region that may still be in use, by id.
+  std::map<std::uint64_t, std::weak_ptr<const ShmRegion>> alive_ ABSL_GUARDED_BY(mutex_);
+  std::uint64_t next_id_ ABSL_GUARDED_BY(mutex_) = 1;
   std::uint64_t total_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

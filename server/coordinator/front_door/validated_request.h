@@ -1,10 +1,10 @@
 // A request that has passed every check: what lies behind the front door needs to check none of it
 // again. Move-only, because `hidden` may point into `hidden_copy`.
 //
-// Invariants: num_tokens in [0, max_batch_tokens]; hidden holds T * H elements of dtype; where
-// routed, topk_ids and topk_weights hold T * K entries each, every id in [-1, E), every weight
-// finite; where not routed both are empty and the model has a router. Ids and weights are private
-// copies: nobody else can change them after they were checked.
+// Invariants: num_tokens in [0, max_batch_tokens]; hidden or source holds T * H elements of dtype;
+// where routed, topk_ids and topk_weights hold T * K entries each, every id in [-1, E), every
+// weight finite; where not routed both are empty and the model has a router. Ids and weights are
+// private copies: nobody else can change them after they were checked.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_VALIDATED_REQUEST_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_VALIDATED_REQUEST_H_
 
@@ -21,8 +21,9 @@ namespace epserve::coordinator {
 
 class ShmRegion;
 
-// Where the output goes if the caller gave it a place; region is null for an inline output.
-struct OutputWindow {
+// Where a tensor lies, or goes, if the caller gave it a place; region is null for an inline one.
+// The window was inside the region, and the region's object long enough, when it was checked.
+struct RegionWindow {
   std::shared_ptr<const ShmRegion> region;
   std::uint64_t offset_bytes = 0;
 };
@@ -33,13 +34,14 @@ struct ValidatedRequest {
   std::int64_t num_tokens = 0;                         // T
   int topk = 0;                                        // K
   bool routed = false;                                 // the caller gave ids and weights
-  std::span<const char> hidden;                        // [T, H] dtype, little-endian
-  RawView hidden_pieces;                               // the same, in place of it, if in pieces
-  std::unique_ptr<char[]> hidden_copy;                 // owns hidden if it came by a region
-  std::vector<std::int32_t> topk_ids;                  // [T, K], -1: no expert
-  std::vector<float> topk_weights;                     // [T, K]
-  std::uint64_t output_bytes = 0;                      // T * H * size of dtype
-  OutputWindow output;
+  std::span<const char> hidden;         // [T, H] dtype, little-endian; empty where `source` is set
+  RawView hidden_pieces;                // the same, in place of it, if in pieces
+  RegionWindow source;                  // of the hidden states, to be read when the batch starts
+  std::unique_ptr<char[]> hidden_copy;  // owns hidden if it had to be copied out of a region
+  std::vector<std::int32_t> topk_ids;   // [T, K], -1: no expert
+  std::vector<float> topk_weights;      // [T, K]
+  std::uint64_t output_bytes = 0;       // T * H * size of dtype
+  RegionWindow output;
   std::int64_t timeout_us = 0;  // the request's own limit on its time, 0: none
   bool trace = false;           // tell each worker's times with the reply
 };

@@ -37,6 +37,32 @@ TEST(HandleSocketTest, FetchedDescriptorReachesTheServersMemory) {
   }
 }
 
+TEST(HandleSocketTest, DescriptorsAreHandedOutByTheirNumbers) {
+  const UniqueFd first = MemoryWith("first");
+  const UniqueFd second = MemoryWith("second");
+  const auto offer = [&](std::uint64_t id) -> absl::StatusOr<OfferedHandle> {
+    if (id != 1 && id != 2) return absl::NotFoundError("no such number");
+    UniqueFd copy(::dup(id == 1 ? first.get() : second.get()));
+    return OfferedHandle{std::move(copy), id * 100};
+  };
+  auto server = HandleServer::Start(Address(7), "secret", offer);
+  ASSERT_TRUE(server.ok()) << server.status();
+  for (const auto& [id, text] : {std::pair{1u, "first"}, std::pair{2u, "second"}}) {
+    const auto fetched = FetchHandle(Address(7), "secret", id, absl::Seconds(5));
+    ASSERT_TRUE(fetched.ok()) << fetched.status();
+    EXPECT_EQ(fetched->bytes, id * 100);
+    std::string content(16, '\0');
+    const ssize_t got = ::pread(fetched->descriptor.get(), content.data(), content.size(), 0);
+    ASSERT_GT(got, 0);
+    EXPECT_EQ(content.substr(0, std::string(text).size()), text);
+  }
+  EXPECT_EQ(FetchHandle(Address(7), "secret", 3, absl::Seconds(5)).status().code(),
+            absl::StatusCode::kNotFound);
+  EXPECT_EQ(FetchHandle(Address(7), "wrong", 1, absl::Seconds(5)).status().code(),
+            absl::StatusCode::kPermissionDenied)
+      << "the secret comes first";
+}
+
 TEST(HandleSocketTest, WrongSecretIsRefusedAndTheServerLivesOn) {
   auto server = HandleServer::Start(Address(1), "right", MemoryWith("x"), 1);
   ASSERT_TRUE(server.ok()) << server.status();

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "tests/server/coordinator/front_door/test_request.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -230,6 +231,157 @@ TEST_F(BatchStoreArenaTest, ArenaOfAnotherEpochIsNotUsed) {
   store_.CloseArena(5);
   start_.epoch = 5;
   EXPECT_FALSE(Start()[0].in_arena);
+}
+
+// The first request's rows lie in a region and its output goes to one; the second's are inline.
+class BatchStoreRegionTest : public BatchStoreArenaTest {
+ protected:
+  BatchStoreRegionTest() : object_(256), registry_(ShmOptions{.allowed = true}) {
+    EXPECT_TRUE(registry_.Register("in", object_.key(), 8, 100).ok());
+    EXPECT_TRUE(registry_.Register("out", object_.key(), 108, 148).ok());
+    object_.Write(8 + 4, first_hidden_bytes_);
+    first_.hidden = {};
+    first_.source = {registry_.Find("in").value(), 4};
+    first_.output = {registry_.Find("out").value(), 16};
+    first_.output_bytes = 24;
+  }
+
+  void ReachBy(std::vector<StreamId> streams) {
+    for (const StreamId stream : streams) {
+      store_.UseArena(5, stream);
+      store_.UseRegions(5, stream);
+    }
+  }
+  // Both ranks have ended, rank 0 with `faults`.
+  void EndBoth(const std::vector<RegionFault>& faults = {}) {
+    for (const StreamId stream : {11, 12}) {
+      BatchDone done;
+      done.stream = stream;
+      done.epoch = 5;
+      done.batch = 9;
+      int rank = -1;
+      const bool in_arena = store_.Find(5, 9)->in_arena[stream - 11];
+      const auto& mine = stream == 11 ? faults : std::vector<RegionFault>{};
+      ASSERT_TRUE(
+          store_.TakeOutput(done, in_arena ? "" : Pack({1, 2, 3, 4}), {}, 2000, &rank, mine).ok());
+    }
+  }
+  absl::Status Deliver(std::size_t part, std::span<char> out = {}) {
+    const KeptBatch& batch = *store_.Find(5, 9);
+    return BatchStore::Deliver(batch, batch.parts[part], out);
+  }
+  bool ReleasedAfterUnregister() {
+    first_.source = {};
+    first_.output = {};
+    released_ = std::make_shared<bool>(false);
+    EXPECT_TRUE(registry_.Unregister("", [released = released_] { *released = true; }).ok());
+    return *released_;
+  }
+
+  ShmObject object_;
+  ShmRegistry registry_;
+  std::shared_ptr<bool> released_;
+};
+
+TEST_F(BatchStoreRegionTest, WorkersThatReachRegionsAreToldWhereRowsLieAndGo) {
+  ReachBy({11, 12});
+  const std::vector<ShardMessage> shards = Start();
+  ASSERT_EQ(shards[0].sources.size(), 1u);
+  EXPECT_EQ(shards[0].sources[0].region, first_.source.region->info().id);
+  EXPECT_EQ(shards[0].sources[0].label, "'in'");
+  EXPECT_EQ(shards[0].sources[0].object_offset, 12u);
+  EXPECT_EQ(shards[0].sources[0].first_row, 0);
+  EXPECT_EQ(shards[0].sources[0].num_rows, 2);
+  ASSERT_EQ(shards[1].sources.size(), 1u);
+  EXPECT_EQ(shards[1].sources[0].object_offset, 12u + 2 * 8);
+  EXPECT_EQ(shards[1].sources[0].num_rows, 1) << "the other row is the second request's";
+  ASSERT_EQ(shards[1].targets.size(), 1u);
+  EXPECT_EQ(shards[1].targets[0].region, first_.output.region->info().id);
+  EXPECT_EQ(shards[1].targets[0].object_offset, 108u + 16 + 2 * 8);
+  const auto* rows = reinterpret_cast<const float*>(arena_->rows(1));
+  EXPECT_THAT(std::vector<float>(rows + 6, rows + 8), ElementsAre(30, 31));
+  EXPECT_EQ(store_.Find(5, 9)->direct_bytes, 48);
+  EXPECT_EQ(store_.Find(5, 9)->copied_bytes, 0);
+  const std::string before = object_.Read(0, 256);
+  EndBoth();
+  EXPECT_TRUE(Deliver(0).ok());
+  EXPECT_EQ(object_.Read(0, 256), before) << "the workers have written it";
+}
+
+TEST_F(BatchStoreRegionTest, ForOtherWorkersRowsAreCopiedBothWays) {
+  ReachBy({12});
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_TRUE(shards[0].sources.empty());
+  EXPECT_TRUE(shards[0].targets.empty());
+  EXPECT_THAT(Unpack<float>(shards[0].hidden), ElementsAre(0, 1, 10, 11));
+  EXPECT_EQ(shards[1].sources.size(), 1u);
+  EXPECT_EQ(store_.Find(5, 9)->direct_bytes, 16);
+  EXPECT_EQ(store_.Find(5, 9)->copied_bytes, 32);
+  EndBoth();
+  ASSERT_TRUE(Deliver(0).ok());
+  EXPECT_THAT(Unpack<float>(object_.Read(124, 24)), ElementsAre(1, 2, 3, 4, 0, 0));
+}
+
+TEST_F(BatchStoreRegionTest, TruncatedRegionFailsItsRequestAlone) {
+  object_.Truncate(20);
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_THAT(Unpack<float>(shards[0].hidden), ElementsAre(0, 0, 0, 0));
+  EXPECT_THAT(Unpack<float>(shards[1].hidden), ElementsAre(0, 0, 30, 31));
+  EndBoth();
+  const absl::Status failed = Deliver(0);
+  EXPECT_EQ(failed.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(failed.message()), HasSubstr("truncated"));
+  std::string out(8, '\0');
+  EXPECT_TRUE(Deliver(1, out).ok());
+  EXPECT_THAT(Unpack<float>(out), ElementsAre(3, 4));
+}
+
+TEST_F(BatchStoreRegionTest, FaultOfAWorkerIsThatOfTheRequestWhoseRowItNames) {
+  ReachBy({11, 12});
+  Start();
+  EndBoth({{1, absl::ResourceExhaustedError("no room")}, {77, absl::InternalError("no such row")}});
+  EXPECT_EQ(Deliver(0).code(), absl::StatusCode::kResourceExhausted);
+  std::string out(8, '\0');
+  EXPECT_TRUE(Deliver(1, out).ok());
+}
+
+TEST_F(BatchStoreRegionTest, RegionsAreKeptUntilTheBatchHasEnded) {
+  ReachBy({11, 12});
+  Start();
+  const std::uint64_t in = first_.source.region->info().id;
+  EXPECT_TRUE(store_.regions().TakeForgotten().empty());
+  EXPECT_FALSE(ReleasedAfterUnregister());
+  EXPECT_TRUE(registry_.DuplicateDescriptor(in).ok()) << "a worker may still ask for it";
+  EndBoth();
+  store_.Erase(5, 9);
+  EXPECT_TRUE(*released_);
+  EXPECT_EQ(registry_.DuplicateDescriptor(in).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(store_.regions().TakeForgotten().size(), 2u);
+  EXPECT_TRUE(store_.regions().TakeForgotten().empty());
+}
+
+TEST_F(BatchStoreRegionTest, RegionsOfADroppedBatchAreKeptUntilItsWorkersHaveLeft) {
+  ReachBy({11, 12});
+  Start();
+  BatchDone failed;
+  failed.stream = 11;
+  failed.epoch = 5;
+  failed.batch = 9;
+  failed.code = absl::StatusCode::kInternal;
+  store_.TakeFailure(failed);
+  store_.Drop(5, 9, [](StreamId) { return true; });
+  EXPECT_FALSE(ReleasedAfterUnregister());
+  store_.regions().Leave(11);
+  EXPECT_FALSE(*released_) << "that one had ended the batch";
+  store_.regions().Leave(12);
+  EXPECT_TRUE(*released_);
+}
+
+TEST_F(BatchStoreRegionTest, RegionsOfADroppedBatchAreFreeWhereItsWorkersAreGone) {
+  ReachBy({11, 12});
+  Start();
+  store_.Drop(5, 9, [](StreamId) { return false; });
+  EXPECT_TRUE(ReleasedAfterUnregister());
 }
 
 TEST_F(BatchStoreTest, UnknownBatchStreamOrRepeatIsNotTaken) {

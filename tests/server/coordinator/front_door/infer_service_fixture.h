@@ -99,12 +99,24 @@ inline Completion Ok() {
   return completion;
 }
 
-// Answers with the hidden states themselves.
+// Answers with the hidden states themselves, from and to wherever the request says.
 inline void Echo(std::unique_ptr<PendingRequest> request) {
-  const auto output = request->MutableOutput();
-  ASSERT_EQ(output.size(), request->request.hidden.size());
-  std::copy(request->request.hidden.begin(), request->request.hidden.end(), output.begin());
-  request->Complete(Ok());
+  const ValidatedRequest& validated = request->request;
+  std::string rows(validated.hidden.begin(), validated.hidden.end());
+  absl::Status status;
+  if (const RegionWindow& source = validated.source; source.region != nullptr) {
+    rows.resize(validated.output_bytes);
+    status = source.region->Read(source.offset_bytes, std::span<char>(rows));
+  }
+  ASSERT_EQ(rows.size(), validated.output_bytes);
+  if (const RegionWindow& output = validated.output; output.region != nullptr) {
+    status.Update(output.region->Write(output.offset_bytes, rows));
+  } else {
+    std::copy(rows.begin(), rows.end(), request->MutableOutput().begin());
+  }
+  Completion completion = Ok();
+  completion.status = status;
+  request->Complete(completion);
 }
 
 inline ShmOptions Allowed() {

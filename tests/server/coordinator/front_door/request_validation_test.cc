@@ -148,20 +148,51 @@ TEST_F(RequestValidationTest, KnownParametersAreAccepted) {
   EXPECT_EQ(result->timeout_us, 2500);
 }
 
-TEST_F(RequestValidationTest, InputsInSharedMemoryAreCopiedPrivately) {
+TEST_F(RequestValidationTest, IdsInSharedMemoryAreCopiedPrivatelyAndRowsAreLeftThere) {
   TestRequest request = ValidRequest();
   object_.Write(8, request.raw[0]);
   object_.Write(100, request.raw[1]);
   request.inputs[0].parameters = Window(48, 8);
   request.inputs[1].parameters = Window(24, 100);
-  const std::string hidden = request.raw[0];
   request.raw = {request.raw[2]};  // Raw entries belong to the others alone.
   const auto result = Validate(request);
   ASSERT_TRUE(result.ok()) << result.status();
   object_.Write(0, std::string(256, '\xff'));
-  EXPECT_EQ(std::string(result->hidden.data(), result->hidden.size()), hidden);
+  EXPECT_TRUE(result->hidden.empty());
+  ASSERT_NE(result->source.region, nullptr);
+  EXPECT_EQ(result->source.region->info().name, "region");
+  EXPECT_EQ(result->source.offset_bytes, 8u);
   EXPECT_THAT(result->topk_ids, ElementsAre(0, 7, -1, 3, 5, 5));
   EXPECT_THAT(result->topk_weights, ElementsAre(0.5f, 0.5f, 1, 0, 0.25f, 0.75f));
+}
+
+TEST_F(RequestValidationTest, RowsThatTheOutputWouldOverwriteShiftedAreCopied) {
+  TestRequest request = ValidRequest();
+  const std::string hidden = request.raw[0];
+  object_.Write(8, hidden);
+  request.raw.erase(request.raw.begin());
+  request.inputs[0].parameters = Window(48, 8);
+  // Under another name, for it is the bytes that count.
+  ASSERT_TRUE(regions_.Register("same", object_.key(), 4, 252).ok());
+  struct Case {
+    std::int64_t output_offset;  // in "same", whose byte 4 is the object's byte 8
+    bool copied;
+  };
+  for (const Case& c : {Case{4, false}, Case{0, true}, Case{5, true}, Case{51, true},
+                        Case{52, false}, Case{100, false}}) {
+    request.outputs = {{"hidden_states", Window(48, c.output_offset, "same")}};
+    const auto result = Validate(request);
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(result->source.region == nullptr, c.copied) << c.output_offset;
+    EXPECT_EQ(std::string(result->hidden.data(), result->hidden.size()), c.copied ? hidden : "");
+  }
+  // Equal offsets in another object share nothing.
+  const ShmObject other(256);
+  ASSERT_TRUE(regions_.Register("other", other.key(), 0, 256).ok());
+  request.outputs = {{"hidden_states", Window(48, 9, "other")}};
+  const auto result = Validate(request);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_NE(result->source.region, nullptr);
 }
 
 TEST_F(RequestValidationTest, OffsetMayBeLeftOut) {
