@@ -22,6 +22,7 @@ def test_every_metric_is_there_with_help_and_type(cluster, rng):
         "epserve_queue_depth": "gauge",
         "epserve_tokens_total": "counter",
         "epserve_batches_total": "counter",
+        "epserve_region_bytes_total": "counter",
         "epserve_phase_seconds": "histogram",
         "epserve_expert_rows_total": "counter",
         "epserve_epoch": "gauge",
