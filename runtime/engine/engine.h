@@ -14,6 +14,7 @@
 #ifndef EPSERVE_RUNTIME_ENGINE_ENGINE_H_
 #define EPSERVE_RUNTIME_ENGINE_ENGINE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -151,9 +152,12 @@ class Engine {
   virtual absl::Status Dispatch(int slot, const CountMatrix& counts) = 0;
   virtual absl::Status RunExperts(int slot) = 0;
   virtual absl::Status Combine(int slot) = 0;
+  // Where the output stands after Combine, [T, H] in the input's type, for whoever would only copy
+  // it on from Finish; it stays until Finish. Null: not where the host can read it.
+  virtual const std::byte* CombinedRows(int /*slot*/) const { return nullptr; }
   // Waits until the slot's work is done. `output` is [T, H] in the input's type, overwritten; it
-  // may be the place of the input's rows; `local_expert_rows` [E_local] receives the rows each
-  // local expert took. Frees the slot.
+  // may be the place of the input's rows, and null after CombinedRows was taken instead;
+  // `local_expert_rows` [E_local] receives the rows each local expert took. Frees the slot.
   virtual absl::Status Finish(int slot, void* output, BatchTimes* times,
                               std::vector<std::int64_t>* local_expert_rows) = 0;
   // Drops a staged or failed batch and frees the slot; safe in any state of it.

@@ -60,6 +60,7 @@ class HostEngine final : public EngineBase {
   absl::Status Dispatch(int slot, const CountMatrix& counts) override;
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
+  const std::byte* CombinedRows(int slot) const override;
   absl::Status Finish(int slot, void* output, BatchTimes* times,
                       std::vector<std::int64_t>* local_expert_rows) override;
   void Discard(int slot) override;
@@ -240,12 +241,17 @@ absl::Status HostEngine::Combine(int slot_index) {
   return absl::OkStatus();
 }
 
+const std::byte* HostEngine::CombinedRows(int slot_index) const {
+  const BatchSlot& slot = *slots_[static_cast<std::size_t>(slot_index)];
+  return slot.state() == BatchSlot::State::kCombined ? slot.output() : nullptr;
+}
+
 absl::Status HostEngine::Finish(int slot_index, void* output, BatchTimes* times,
                                 std::vector<std::int64_t>* local_expert_rows) {
   EPS_ASSIGN_OR_RETURN(BatchSlot * slot,
                        BatchIn("finish", slot_index, BatchSlot::State::kCombined));
   const std::size_t bytes = slot->intake().row_bytes();
-  if (bytes > 0) std::memcpy(output, slot->output(), bytes);
+  if (bytes > 0 && output != nullptr) std::memcpy(output, slot->output(), bytes);
   if (times != nullptr) *times = slot->times();
   if (local_expert_rows != nullptr) *local_expert_rows = slot->local_expert_rows();
   slot->Release();

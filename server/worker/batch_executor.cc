@@ -16,6 +16,12 @@ namespace {
 // The widest routing that any supported layout has; bounds the sizes computed from a shard.
 constexpr int kMaxTopk = 16;
 
+std::int64_t RowsWantedInRegions(const Shard& shard) {
+  std::int64_t num_rows = 0;
+  for (const RegionRows& target : shard.targets) num_rows += target.num_rows;
+  return num_rows;
+}
+
 absl::Status CheckBytes(std::string_view name, std::size_t got, std::int64_t expected) {
   if (got == static_cast<std::size_t>(expected)) return absl::OkStatus();
   return absl::InvalidArgumentError(
@@ -333,22 +339,33 @@ runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
   return input;
 }
 
-// The output takes the place of the shard's rows in the arena, and goes on to clients' regions, or
-// it goes into the message.
+// The output takes the place of the shard's rows in the arena, or goes into the message. Rows that
+// are wanted in clients' regions go on from the arena, or, where no others are there, straight from
+// where the engine has them.
 absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
-  void* output;
-  if (shard.in_arena) {
-    output = ArenaRows(shard);
-  } else {
+  void* output = shard.in_arena ? ArenaRows(shard) : nullptr;
+  const std::byte* combined = nullptr;
+  if (!shard.in_arena) {
     done.output.resize(shard.hidden.size());
     output = done.output.data();
+  } else if (shard.num_tokens > 0 && RowsWantedInRegions(shard) == shard.num_tokens) {
+    combined = engine_->CombinedRows(shard.slot);
+  }
+  if (combined != nullptr) {
+    EPS_RETURN_IF_ERROR(WriteRegions(shard, combined, done));
+    output = nullptr;
   }
   done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
   EPS_RETURN_IF_ERROR(
       engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows));
-  if (shard.targets.empty()) return absl::OkStatus();
+  if (combined != nullptr || shard.targets.empty()) return absl::OkStatus();
+  return WriteRegions(shard, ArenaRows(shard), done);
+}
+
+absl::Status BatchExecutor::WriteRegions(const Shard& shard, const std::byte* rows,
+                                         BatchDone& done) {
   return regions_->WriteRows(
-      shard.targets, RowBytes(shard), ArenaRows(shard), [this] { return CheckMayWriteRegions(); },
+      shard.targets, RowBytes(shard), rows, [this] { return CheckMayWriteRegions(); },
       done.region_faults);
 }
 

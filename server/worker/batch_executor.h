@@ -114,6 +114,7 @@ class BatchExecutor {
   std::byte* ArenaRows(const Shard& shard) const;
   runtime::ShardInput InputOf(const Shard& shard) const;
   absl::Status Finish(const Shard& shard, BatchDone& done);
+  absl::Status WriteRegions(const Shard& shard, const std::byte* rows, BatchDone& done);
   absl::Status CheckMayWriteRegions() const;
   absl::Status CheckLease(std::string_view phase) const;
   absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;

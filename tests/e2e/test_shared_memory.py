@@ -76,7 +76,8 @@ def test_workers_read_rows_from_a_region_and_write_them_to_one(cluster, rng, dty
     with Region(cluster, size + 24) as source, Region(cluster, size + 48, offset=0) as target:
         run(cluster, batch, (source, 24), (target, 8))
         check(cluster, target, 8, batch)
-        assert not target.read(0, np.uint8, 8).any() and not target.read(size + 8, np.uint8, 40).any()
+        assert not target.read(0, np.uint8, 8).any(), "before its window"
+        assert not target.read(size + 8, np.uint8, 40).any(), "past its window"
     after = region_bytes(cluster)
     assert after["direct"] - before["direct"] == 2 * size
     assert after["copied"] == before["copied"]

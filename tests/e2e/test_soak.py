@@ -41,7 +41,8 @@ def start_load(cluster, *arguments):
     return subprocess.Popen(
         [
             program("epserve"), "bench", "--server", cluster.target, "--tokens", "8",
-            "--concurrency", str(CONCURRENCY // 2), "--duration", str(SECONDS), "--json", *arguments,
+            "--concurrency", str(CONCURRENCY // 2), "--duration", str(SECONDS), "--json",
+            *arguments,
         ],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

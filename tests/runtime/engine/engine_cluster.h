@@ -190,7 +190,18 @@ class EngineCluster {
     if (auto status = engine.Dispatch(batch.slot, counts); !status.ok()) return status;
     if (auto status = engine.RunExperts(batch.slot); !status.ok()) return status;
     if (auto status = engine.Combine(batch.slot); !status.ok()) return status;
-    return engine.Finish(batch.slot, output, times, local_rows);
+    const auto shard = runtime::ShardOf(batch.num_tokens, num_ranks(), static_cast<int>(rank));
+    const auto shard_bytes = static_cast<std::size_t>(shard.size() * engine.model().hidden) *
+                             runtime::DataTypeBytes(batch.dtype);
+    // Where the engine shows its output before Finish, it is the one that Finish gives.
+    const std::byte* const combined = engine.CombinedRows(batch.slot);
+    const std::vector<std::byte> shown(combined,
+                                       combined == nullptr ? nullptr : combined + shard_bytes);
+    auto status = engine.Finish(batch.slot, output, times, local_rows);
+    if (status.ok() && !std::equal(shown.begin(), shown.end(), output)) {
+      return absl::InternalError("CombinedRows differ from what Finish gave");
+    }
+    return status;
   }
 
   std::vector<std::unique_ptr<runtime::Engine>> engines_;

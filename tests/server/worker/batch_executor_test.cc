@@ -268,6 +268,24 @@ TEST_F(BatchExecutorRegionTest, RowsComeFromARegionAndGoToOne) {
   EXPECT_EQ(std::string(rows + kRowBytes, kRowBytes), std::string(kRowBytes, 'x'));
 }
 
+TEST_F(BatchExecutorRegionTest, ShardThatGoesWhollyToRegionsIsWrittenFromWhereTheEngineHasIt) {
+  Serve();
+  engine_.set_combined(std::string(kRowBytes, '1') + std::string(kRowBytes, '2'));
+  Shard shard = MakeRegionShard(1);
+  shard.targets = {{2, "'two'", 2 * kRowBytes, 0, 1}, {2, "'two'", 0, 1, 1}};
+  executor_->Submit(std::move(shard));
+  const auto done = reporter_.Next<BatchDone>();
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  EXPECT_EQ(server_.Content(2), std::string(kRowBytes, '2') + std::string(kRowBytes, '.') +
+                                    std::string(kRowBytes, '1'));
+  // A shard of which a row is left in the arena goes through it.
+  executor_->Submit(MakeRegionShard(2));
+  ASSERT_TRUE(reporter_.Next<BatchDone>().status.ok());
+  EXPECT_EQ(server_.Content(2), std::string(kRowBytes, '2') + std::string(kRowBytes, 'b') +
+                                    std::string(kRowBytes, '1'));
+  EXPECT_TRUE(engine_.violations().empty());
+}
+
 TEST_F(BatchExecutorRegionTest, TruncatedRegionIsAFaultOfItsRowsAndTheBatchIsWhole) {
   Serve();
   server_.Truncate(1, 0);

@@ -71,6 +71,54 @@ TEST(FromProtoTest, ShardSaysWhetherTheRanksExchangeItsCounts) {
   EXPECT_FALSE(std::get<Shard>(*converted).counts.has_value());
 }
 
+TEST(FromProtoTest, RowsInRegionsAndRegionsGoneAreTakenWhole) {
+  v1::CoordinatorMessage message;
+  v1::Shard& proto = *message.mutable_shard();
+  proto.set_row_type(v1::ROW_TYPE_FP32);
+  v1::RegionRows& source = *proto.add_sources();
+  source.set_region(5);
+  source.set_label("'in'");
+  source.set_object_offset(std::uint64_t{1} << 40);
+  source.set_first_row(2);
+  source.set_num_rows(3);
+  proto.add_targets()->set_region(6);
+  auto converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  const Shard& shard = std::get<Shard>(*converted);
+  ASSERT_EQ(shard.sources.size(), 1u);
+  EXPECT_EQ(shard.sources[0].region, 5u);
+  EXPECT_EQ(shard.sources[0].label, "'in'");
+  EXPECT_EQ(shard.sources[0].object_offset, std::uint64_t{1} << 40);
+  EXPECT_EQ(shard.sources[0].first_row, 2);
+  EXPECT_EQ(shard.sources[0].num_rows, 3);
+  ASSERT_EQ(shard.targets.size(), 1u);
+  EXPECT_EQ(shard.targets[0].region, 6u);
+
+  message.mutable_forget_regions()->add_regions(7);
+  converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  EXPECT_THAT(std::get<ForgetRegions>(*converted).regions, ElementsAre(7));
+
+  message.mutable_create_heap()->set_region_socket("/there");
+  message.mutable_create_heap()->set_region_secret("secret");
+  converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  EXPECT_EQ(std::get<CreateHeap>(*converted).region_socket, "/there");
+  EXPECT_EQ(std::get<CreateHeap>(*converted).region_secret, "secret");
+}
+
+TEST(ToProtoTest, RegionFaultsAreToldAndNeverWithoutAMessage) {
+  BatchDone done{.epoch = 7, .batch = 8};
+  done.region_faults = {{2, absl::InvalidArgumentError("truncated")}, {5, absl::InternalError("")}};
+  const v1::WorkerMessage message = ToProto(std::move(done));
+  ASSERT_EQ(message.batch_done().region_faults_size(), 2);
+  EXPECT_EQ(message.batch_done().code(), 0);
+  EXPECT_EQ(message.batch_done().region_faults(0).first_row(), 2);
+  EXPECT_EQ(message.batch_done().region_faults(0).code(), 3);
+  EXPECT_EQ(message.batch_done().region_faults(0).message(), "truncated");
+  EXPECT_EQ(message.batch_done().region_faults(1).message(), "INTERNAL");
+}
+
 TEST(FromProtoTest, ShardWithoutATypeIsRefused) {
   v1::CoordinatorMessage message;
   message.mutable_shard()->set_epoch(7);

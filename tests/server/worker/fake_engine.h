@@ -11,6 +11,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime/engine/engine.h"
@@ -43,6 +44,9 @@ class FakeEngine : public runtime::Engine {
   void set_exchanges_counts(bool exchanges) { exchanges_counts_ = exchanges; }
   void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
 
+  // What CombinedRows points to from now on; empty: it gives nothing.
+  void set_combined(std::string rows) { combined_ = std::move(rows); }
+
   std::string_view backend() const override { return "host"; }
   const runtime::ModelInfo& model() const override { return model_; }
   absl::StatusOr<runtime::MemoryPlan> PlanMemory(const runtime::Placement& placement,
@@ -63,6 +67,9 @@ class FakeEngine : public runtime::Engine {
   absl::Status Dispatch(int slot, const runtime::CountMatrix& counts) override;
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
+  const std::byte* CombinedRows(int /*slot*/) const override {
+    return combined_.empty() ? nullptr : reinterpret_cast<const std::byte*>(combined_.data());
+  }
   absl::Status Finish(int slot, void* output, runtime::BatchTimes* times,
                       std::vector<std::int64_t>* local_expert_rows) override;
   void Discard(int slot) override;
@@ -73,6 +80,7 @@ class FakeEngine : public runtime::Engine {
   const runtime::ModelInfo model_;
   runtime::MemoryPlan plan_;
   bool exchanges_counts_ = true;
+  std::string combined_;
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::vector<std::string> calls_;  // Guarded by mutex_, as all below.
