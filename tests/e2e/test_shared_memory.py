@@ -2,6 +2,7 @@
 bytes went, and clients that use their memory badly while a request is under way."""
 
 import contextlib
+import pathlib
 import signal
 import subprocess
 import sys
@@ -27,10 +28,22 @@ def cluster(checkpoint, start_cluster):
         yield running
 
 
+def pause(worker):
+    """Returns once every thread has stopped: on a busy machine that takes its time."""
+    worker.send(signal.SIGSTOP)
+    tasks = pathlib.Path(f"/proc/{worker.pid}/task")
+
+    def stopped():
+        stats = [(task / "stat").read_text() for task in tasks.iterdir()]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+
+    wait_until(stopped, 10, "the worker has stopped")
+
+
 @contextlib.contextmanager
 def paused(worker):
     """The worker does nothing meanwhile; its lease is longer than that."""
-    worker.send(signal.SIGSTOP)
+    pause(worker)
     try:
         yield
     finally:
@@ -262,7 +275,7 @@ def test_worker_killed_during_a_request_gives_its_region_back(checkpoint, start_
     with start_cluster(checkpoint(), workers=WORKERS, coordinator_args=ARGUMENTS) as cluster:
         batch = random_batch(cluster.checkpoint.spec, rng, TOKENS)
         with Region(cluster, batch[0].nbytes) as region:
-            cluster.workers[0].send(signal.SIGSTOP)
+            pause(cluster.workers[0])
             request = region_request(cluster.checkpoint.name, batch, (region, 0), (region, 0))
             call = cluster.front_door.ModelInfer.future(request, timeout=20)
             in_flight(cluster)
