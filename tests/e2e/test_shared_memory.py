@@ -104,6 +104,35 @@ def test_output_over_the_input_is_right_wherever_it_lies(cluster, rng, shift):
         check(cluster, region, 64 + shift, batch)
 
 
+@pytest.mark.parametrize("shift_rows", [0, -8])
+def test_output_of_one_worker_never_replaces_rows_that_another_has_yet_to_read(
+    cluster, rng, shift_rows
+):
+    spec = cluster.checkpoint.spec
+    hidden, ids, weights = random_batch(spec, rng, 64)
+    # No row leaves its worker, so that the second worker ends while the first has not begun.
+    ids[:32] = rng.permutation(spec.experts // 2)[: spec.topk]
+    ids[32:] = spec.experts // 2 + rng.permutation(spec.experts // 2)[: spec.topk]
+    row_bytes = hidden.nbytes // 64
+    first = next(w.worker_id for w in cluster.status().workers if w.rank == 0)
+    with Region(cluster, hidden.nbytes + 16 * row_bytes) as region:
+        target = (8 + shift_rows) * row_bytes
+        request = region_request(
+            cluster.checkpoint.name,
+            (hidden, ids, weights),
+            (region, 8 * row_bytes),
+            (region, target),
+        )
+        last_row = (target + 63 * row_bytes, np.float32, (spec.hidden,))
+        before = region.read(*last_row)
+        with paused(cluster.workers[int(first[1:])]):
+            call = cluster.front_door.ModelInfer.future(request, timeout=20)
+            wait_until(lambda: (region.read(*last_row) != before).any(), 10, "the second has ended")
+            assert not call.done()
+        call.result(20)
+        check(cluster, region, target, (hidden, ids, weights))
+
+
 def test_two_names_on_one_key_reach_the_same_bytes(cluster, rng):
     batch = random_batch(cluster.checkpoint.spec, rng, TOKENS)
     size = batch[0].nbytes
@@ -135,6 +164,62 @@ def test_region_unlinked_by_its_client_still_serves(cluster, rng):
         got = np.frombuffer(response.raw_output_contents[0], np.float32).reshape(batch[0].shape)
         assert relative_error(got, cluster.checkpoint.ffn(*batch)) <= 1e-5
         assert content == batch[0].tobytes()
+
+
+# ---- edges
+
+HALF, MOST = 1 << 63, (1 << 64) - 1
+OBJECT_BYTES = 8192
+
+
+@pytest.mark.parametrize(
+    "offset,size,fits",
+    [
+        (0, OBJECT_BYTES, True), (OBJECT_BYTES - 1, 1, True), (0, 1, True),
+        (0, 0, False), (0, OBJECT_BYTES + 1, False), (1, OBJECT_BYTES, False),
+        (OBJECT_BYTES, 1, False), (HALF - 1, 1, False), (HALF, 1, False), (HALF, HALF, False),
+        (1, HALF, False), (MOST, 1, False), (1, MOST, False), (MOST, MOST, False),
+        (MOST - OBJECT_BYTES + 1, OBJECT_BYTES, False),
+    ],
+)  # fmt: skip
+def test_registration_is_held_to_the_object_at_every_edge(cluster, offset, size, fits):
+    with Region(cluster, OBJECT_BYTES) as whole:
+        register = lambda: Region(cluster, size, key=whole.key, offset=offset)
+        if fits:
+            register().unregister()
+            return
+        with pytest.raises(grpc.RpcError) as caught:
+            register()
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert whole.key not in caught.value.details()
+
+
+@pytest.mark.parametrize("of_output", [False, True])
+def test_windows_are_held_to_the_region_at_every_edge(cluster, rng, of_output):
+    batch = random_batch(cluster.checkpoint.spec, rng, TOKENS)
+    size = batch[0].nbytes
+    with Region(cluster, size + 100) as region:
+        place = (region, 0)
+        request = region_request(
+            cluster.checkpoint.name, batch, *((None, place) if of_output else (place, None))
+        )
+        tensor = request.outputs[0] if of_output else request.inputs[0]
+
+        def code(offset, byte_size=size, field="int64_param"):
+            setattr(tensor.parameters["shared_memory_offset"], field, offset)
+            tensor.parameters["shared_memory_byte_size"].int64_param = byte_size
+            try:
+                cluster.front_door.ModelInfer(request, timeout=20)
+            except grpc.RpcError as error:
+                return error.code().name
+            return "OK"
+
+        assert [code(offset) for offset in (0, 1, 99, 100)] == ["OK"] * 4
+        bad = [code(offset) for offset in (101, size + 100, HALF - 1, -1, -HALF)]
+        bad += [code(offset, field="uint64_param") for offset in (0, HALF, MOST)]
+        bad += [code(0, byte_size) for byte_size in (0, -1, size - 1, size + 101, HALF - 1, -HALF)]
+        assert set(bad) == {"INVALID_ARGUMENT"}
+        assert code(HALF - size, size) == "INVALID_ARGUMENT"
 
 
 # ---- memory that goes away under a request
