@@ -2,7 +2,6 @@
 bytes went, and clients that use their memory badly while a request is under way."""
 
 import contextlib
-import pathlib
 import signal
 import subprocess
 import sys
@@ -28,26 +27,14 @@ def cluster(checkpoint, start_cluster):
         yield running
 
 
-def pause(worker):
-    """Returns once every thread has stopped: on a busy machine that takes its time."""
-    worker.send(signal.SIGSTOP)
-    tasks = pathlib.Path(f"/proc/{worker.pid}/task")
-
-    def stopped():
-        stats = [(task / "stat").read_text() for task in tasks.iterdir()]
-        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
-
-    wait_until(stopped, 10, "the worker has stopped")
-
-
 @contextlib.contextmanager
 def paused(worker):
     """The worker does nothing meanwhile; its lease is longer than that."""
-    pause(worker)
+    worker.pause()
     try:
         yield
     finally:
-        worker.send(signal.SIGCONT)
+        worker.resume()
 
 
 def region_bytes(cluster):
@@ -360,7 +347,7 @@ def test_worker_killed_during_a_request_gives_its_region_back(checkpoint, start_
     with start_cluster(checkpoint(), workers=WORKERS, coordinator_args=ARGUMENTS) as cluster:
         batch = random_batch(cluster.checkpoint.spec, rng, TOKENS)
         with Region(cluster, batch[0].nbytes) as region:
-            pause(cluster.workers[0])
+            cluster.workers[0].pause()
             request = region_request(cluster.checkpoint.name, batch, (region, 0), (region, 0))
             call = cluster.front_door.ModelInfer.future(request, timeout=20)
             in_flight(cluster)

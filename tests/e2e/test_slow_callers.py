@@ -1,20 +1,17 @@
 """Callers who begin and do not go on hold nothing for ever."""
 
 import signal
-import socket
-import struct
 import time
 
 import grpc
 import pytest
 
 import protos
-from cluster import SLOWNESS, wait_until
+from cluster import wait_until
 from infer import infer, make_request, random_batch
+from raw_calls import HalfCall
 
 TIMEOUT_MS = 500
-HEADERS, SETTINGS, DATA = 1, 4, 0
-END_HEADERS, END_STREAM = 4, 1
 
 
 @pytest.fixture(scope="module")
@@ -25,58 +22,6 @@ def cluster(checkpoint, start_cluster):
     ]
     with start_cluster(checkpoint(), workers=2, coordinator_args=arguments) as running:
         yield running
-
-
-def frame(kind, flags, stream, payload=b""):
-    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(
-        ">I", stream
-    ) + payload  # fmt: skip
-
-
-def literal(name, value):
-    """A header field in HPACK, as it is: neither indexed nor compressed."""
-    fields = (name.encode(), value.encode())
-    return b"\0" + b"".join(bytes((len(field),)) + field for field in fields)
-
-
-class HalfCall:
-    """A call over a socket of our own: its headers and half of its message."""
-
-    def __init__(self, port, method, message_bytes=1000):
-        self.socket = socket.create_connection(("127.0.0.1", port))
-        self.socket.settimeout(20 * SLOWNESS)
-        headers = b"".join(
-            literal(name, value)
-            for name, value in {
-                ":method": "POST", ":scheme": "http", ":path": method, ":authority": "x",
-                "content-type": "application/grpc", "te": "trailers",
-            }.items()
-        )  # fmt: skip
-        self.socket.sendall(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + frame(SETTINGS, 0, 0)
-            + frame(HEADERS, END_HEADERS, 1, headers)
-            + frame(DATA, 0, 1, b"\0" + struct.pack(">I", message_bytes) + b"\n" * 100)
-        )
-
-    def frames(self):
-        """(kind, flags, payload) of what comes on the call's stream."""
-        with self.socket.makefile("rb") as incoming:
-            while head := incoming.read(9):
-                size = int.from_bytes(head[:3], "big")
-                payload = incoming.read(size)
-                if int.from_bytes(head[5:9], "big") == 1:
-                    yield head[3], head[4], payload
-
-    def wait_end(self):
-        """The trailers, once the server has ended the call."""
-        for kind, flags, payload in self.frames():
-            if kind == HEADERS and flags & END_STREAM:
-                return payload
-        raise AssertionError("the connection ended without trailers")
-
-    def close(self):
-        self.socket.close()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +66,7 @@ def test_stream_is_kept_while_its_requests_are_under_way_and_ended_once_idle(clu
         wait_until(lambda: ended, 30, "the test's end")
 
     ended = []
-    cluster.workers[1].send(signal.SIGSTOP)
+    cluster.workers[1].pause()
     try:
         stream = cluster.front_door.ModelStreamInfer(requests())
         cluster.wait_status(lambda s: s.batches_in_flight == 1, 5, "it is under way")

@@ -122,6 +122,20 @@ class Program:
 
         wait_until(stopped, 5, f"{self.name} (pid {self.pid}) is paused")
 
+    def pause(self):
+        """SIGSTOP; returns once every thread has stopped, which takes a busy machine its time."""
+        self.send(signal.SIGSTOP)
+
+        def stopped():
+            tasks = pathlib.Path(f"/proc/{self.pid}/task").iterdir()
+            states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+            return set(states) == {"T"}
+
+        wait_until(stopped, 10, f"{self.name} has stopped")
+
+    def resume(self):
+        self.send(signal.SIGCONT)
+
     def kill(self):
         self.process.kill()
         self.process.wait()
