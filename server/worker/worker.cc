@@ -142,12 +142,13 @@ void Worker::OnClosed(const absl::Status& status) {
   Post(StreamEnded{generation_.load(), status});
 }
 
+std::shared_ptr<ControlStream> Worker::Stream() {
+  std::lock_guard<std::mutex> lock(stream_mutex_);
+  return stream_;
+}
+
 void Worker::Report(WorkerMessage message) {
-  std::shared_ptr<ControlStream> stream;
-  {
-    std::lock_guard<std::mutex> lock(stream_mutex_);
-    stream = stream_;
-  }
+  const std::shared_ptr<ControlStream> stream = Stream();
   if (stream) stream->Send(std::move(message));
 }
 
@@ -394,11 +395,7 @@ void Worker::DoCreateHeap() {
   const std::uint64_t epoch = session_.epoch();
   last_answered_us_ = config_.now_us();
   lease_.Enter(epoch);
-  std::shared_ptr<ControlStream> stream;
-  {
-    std::lock_guard<std::mutex> lock(stream_mutex_);
-    stream = stream_;
-  }
+  const std::shared_ptr<ControlStream> stream = Stream();
   // The lease must be there by the first batch.
   if (stream) stream->HurryHeartbeat();
   absl::StatusOr<std::string> handle = engine_->CreateHeap(epoch);

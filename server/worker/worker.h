@@ -104,6 +104,7 @@ class Worker : private ControlStream::Handler, private BatchReporter {
   void Report(WorkerMessage message) override;
   void OnLeaseExpired(std::uint64_t epoch) override;
 
+  std::shared_ptr<ControlStream> Stream();  // null while there is none
   void Post(Event event);
   std::optional<Event> NextEvent();
   std::optional<TimePoint> NextTimer() const;
