@@ -152,8 +152,8 @@ void Host::Execute(StartBatch& command) {
 // A batch of few tokens has no rows for most workers. Those on CPUs have then nothing to do in it:
 // rows go from one worker to another, and no third is waited for. GPUs' exchanges are in step.
 bool Host::TakesPart(const ShardMessage& shard, const ShardPlan& plan) const {
-  if (shard.counts == nullptr || shard.num_tokens > 0 || shard.trigger != TriggerMode::kTogether)
-    return true;
+  const bool counted = shard.counts != nullptr && shard.trigger == TriggerMode::kTogether;
+  if (!counted || shard.num_tokens > 0) return true;
   for (int source = 0; source < config_.num_workers; ++source) {
     if (shard.counts->at(source, plan.rank) > 0) return true;
   }
