@@ -7,6 +7,7 @@
 namespace epserve::client {
 
 struct AdminClient::Core {
+  std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<v1::Admin::Stub> stub;
 };
 
@@ -37,14 +38,15 @@ WorkerState FromMessage(const v1::WorkerStatus& message) {
 AdminClient::AdminClient(const std::string& target, const ChannelSecurity& security,
                          absl::Duration max_reconnect_backoff)
     : core_(std::make_unique<Core>()) {
-  core_->stub = v1::Admin::NewStub(CreateServiceChannel(target, security, max_reconnect_backoff));
+  core_->channel = CreateServiceChannel(target, security, max_reconnect_backoff);
+  core_->stub = v1::Admin::NewStub(core_->channel);
 }
 
 AdminClient::~AdminClient() = default;
 
 absl::StatusOr<ClusterState> AdminClient::GetClusterStatus(absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   v1::ClusterStatus message;
   EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->GetClusterStatus(&context, {}, &message)));
   ClusterState cluster;
@@ -68,7 +70,7 @@ absl::StatusOr<ClusterState> AdminClient::GetClusterStatus(absl::Duration timeou
 
 absl::StatusOr<std::vector<PlacementRange>> AdminClient::GetPlacement(absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   v1::Placement message;
   EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->GetPlacement(&context, {}, &message)));
   std::vector<PlacementRange> ranges;
@@ -81,7 +83,7 @@ absl::StatusOr<std::vector<PlacementRange>> AdminClient::GetPlacement(absl::Dura
 absl::StatusOr<std::vector<std::uint64_t>> AdminClient::GetExpertLoad(std::int64_t layer,
                                                                       absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   v1::GetExpertLoadRequest request;
   request.set_layer(layer);
   v1::ExpertLoad message;
@@ -91,7 +93,7 @@ absl::StatusOr<std::vector<std::uint64_t>> AdminClient::GetExpertLoad(std::int64
 
 absl::Status AdminClient::DrainWorker(const std::string& worker_id, absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   v1::DrainWorkerRequest request;
   request.set_worker_id(worker_id);
   v1::DrainWorkerResponse response;

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 
 namespace epserve::client {
 
@@ -26,6 +27,9 @@ namespace {
 // in frames that are worth a system call each.
 constexpr int kStreamWindowBytes = 16 << 20;
 constexpr int kMaxFrameBytes = 1 << 20;
+
+// Long beside what it takes to connect within a machine room, short beside what a caller notices.
+constexpr absl::Duration kReconnectWait = absl::Milliseconds(100);
 
 // How soon a renewed certificate or secret is taken up.
 constexpr unsigned kRefreshSeconds = 1;
@@ -130,9 +134,15 @@ absl::Status FromGrpcStatus(const grpc::Status& status) {
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
 }
 
-void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
-  if (timeout == absl::InfiniteDuration()) return;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+void AwaitReconnect(grpc::Channel& channel, absl::Time deadline) {
+  if (channel.GetState(/*try_to_connect=*/true) != GRPC_CHANNEL_TRANSIENT_FAILURE) return;
+  channel.WaitForConnected(absl::ToChronoTime(std::min(deadline, absl::Now() + kReconnectWait)));
+}
+
+void StartCall(grpc::Channel& channel, grpc::ClientContext& context, absl::Duration timeout) {
+  const absl::Time deadline = absl::Now() + timeout;
+  if (deadline != absl::InfiniteFuture()) context.set_deadline(absl::ToChronoTime(deadline));
+  AwaitReconnect(channel, deadline);
 }
 
 }  // namespace epserve::client

@@ -26,8 +26,14 @@ std::shared_ptr<grpc::Channel> CreateServiceChannel(const std::string& target,
 // The same code and message.
 absl::Status FromGrpcStatus(const grpc::Status& status);
 
-// Gives the call `timeout` from now; an infinite one sets no deadline.
-void SetTimeout(grpc::ClientContext& context, absl::Duration timeout);
+// Where the last attempt to connect has failed, waits up to 100 ms, and not past `deadline`, for
+// the next one: gRPC looks at how that goes while some thread waits on the channel, and otherwise
+// every 5 s; calls that fail at once would keep a server that is back away for as long.
+void AwaitReconnect(grpc::Channel& channel, absl::Time deadline);
+
+// Before each call that blocks: AwaitReconnect, and `timeout` from now for both. An infinite one
+// sets no deadline.
+void StartCall(grpc::Channel& channel, grpc::ClientContext& context, absl::Duration timeout);
 
 }  // namespace epserve::client
 

@@ -69,6 +69,7 @@ absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) 
   for (int attempt = 1;; ++attempt) {
     grpc::ClientContext context;
     Prepare(request, deadline, context);
+    AwaitReconnect(*core_->channel, deadline);
     grpc::ByteBuffer reply;
     const absl::Status status =
         FromGrpcStatus(grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer>(
@@ -230,7 +231,7 @@ std::unique_ptr<InferStream> InferenceClient::OpenStream(const StreamOptions& op
 
 absl::StatusOr<bool> InferenceClient::IsReady(absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::ServerReadyResponse response;
   EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->ServerReady(&context, {}, &response)));
   return response.ready();
@@ -238,7 +239,7 @@ absl::StatusOr<bool> InferenceClient::IsReady(absl::Duration timeout) {
 
 absl::StatusOr<bool> InferenceClient::IsLive(absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::ServerLiveResponse response;
   EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->ServerLive(&context, {}, &response)));
   return response.live();
@@ -265,7 +266,7 @@ absl::Status InferenceClient::WaitUntilReady(absl::Duration timeout) {
 
 absl::StatusOr<std::string> InferenceClient::OnlyModel(absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::RepositoryIndexResponse response;
   EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->RepositoryIndex(&context, {}, &response)));
   if (response.models_size() != 1) {
@@ -279,7 +280,7 @@ absl::StatusOr<std::string> InferenceClient::OnlyModel(absl::Duration timeout) {
 absl::StatusOr<ModelDescription> InferenceClient::DescribeModel(const std::string& model,
                                                                 absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::ModelMetadataRequest request;
   request.set_name(model);
   inference::ModelMetadataResponse response;

@@ -12,19 +12,21 @@ using ::grpc::health::v1::HealthCheckRequest;
 using ::grpc::health::v1::HealthCheckResponse;
 
 struct HealthClient::Core {
+  std::shared_ptr<::grpc::Channel> channel;
   std::unique_ptr<Health::Stub> stub;
 };
 
 HealthClient::HealthClient(const std::string& target, const ChannelSecurity& security)
     : core_(std::make_unique<Core>()) {
-  core_->stub = Health::NewStub(CreateServiceChannel(target, security, absl::Seconds(1)));
+  core_->channel = CreateServiceChannel(target, security, absl::Seconds(1));
+  core_->stub = Health::NewStub(core_->channel);
 }
 
 HealthClient::~HealthClient() = default;
 
 absl::Status HealthClient::Check(const std::string& service, absl::Duration timeout) {
   ::grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   HealthCheckRequest request;
   request.set_service(service);
   HealthCheckResponse response;

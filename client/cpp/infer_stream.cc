@@ -21,7 +21,7 @@ class GrpcInferStream final : public InferStream {
  public:
   GrpcInferStream(std::shared_ptr<grpc::Channel> channel, const StreamOptions& options)
       : channel_(std::move(channel)) {
-    SetTimeout(context_, options.timeout);
+    StartCall(*channel_, context_, options.timeout);
     for (const auto& [key, value] : options.metadata) context_.AddMetadata(key, value);
     const grpc::internal::RpcMethod method(kStreamInferMethod,
                                            grpc::internal::RpcMethod::BIDI_STREAMING);

@@ -12,7 +12,7 @@ namespace epserve::client {
 absl::Status InferenceClient::RegisterRegion(const RegionDescription& region,
                                              absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::SystemSharedMemoryRegisterRequest request;
   request.set_name(region.name);
   request.set_key(region.key);
@@ -28,7 +28,7 @@ absl::Status InferenceClient::UnregisterRegion(const std::string& name, absl::Du
     return absl::InvalidArgumentError("unregister region: name is empty; name one");
   }
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::SystemSharedMemoryUnregisterRequest request;
   request.set_name(name);
   inference::SystemSharedMemoryUnregisterResponse response;
@@ -38,7 +38,7 @@ absl::Status InferenceClient::UnregisterRegion(const std::string& name, absl::Du
 absl::StatusOr<std::vector<RegionDescription>> InferenceClient::ListRegions(
     absl::Duration timeout) {
   grpc::ClientContext context;
-  SetTimeout(context, timeout);
+  StartCall(*core_->channel, context, timeout);
   inference::SystemSharedMemoryStatusResponse response;
   EPC_RETURN_IF_ERROR(
       FromGrpcStatus(core_->stub->SystemSharedMemoryStatus(&context, {}, &response)));

@@ -106,6 +106,20 @@ TEST_F(ClientTest, RequestThatCannotBeRightIsRefusedWithoutACall) {
   EXPECT_EQ(service_.calls(), 0);
 }
 
+TEST_F(ClientTest, ServerThatIsBackIsFoundWithinTheBackoff) {
+  InferenceClient client = Client();
+  ASSERT_TRUE(client.Infer(Request()).ok());
+  service_.Stop();
+  const absl::Time gone = absl::Now();
+  while (absl::Now() - gone < absl::Milliseconds(700)) {
+    EXPECT_EQ(client.Infer(Request()).status().code(), absl::StatusCode::kUnavailable);
+  }
+  service_.Start(service_.target());
+  const absl::Time back = absl::Now();
+  // Attempts are 1.2 s apart at most; gRPC alone might look at the one that succeeds 5 s later.
+  while (!client.Infer(Request()).ok()) ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
+}
+
 TEST_F(ClientTest, UnavailableIsNotRetriedUnlessOptedInto) {
   service_.set_handler(FailFirst(1, grpc::StatusCode::UNAVAILABLE, ""));
   InferenceClient client = Client();

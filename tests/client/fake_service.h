@@ -24,16 +24,26 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
 
   explicit FakeService(std::int64_t hidden = 2, std::int64_t topk = 1, std::int64_t experts = 2)
       : hidden_(hidden), topk_(topk), experts_(experts) {
+    Start("127.0.0.1:0");
+  }
+  ~FakeService() override { Stop(); }
+
+  void Start(const std::string& address) {
     grpc::ServerBuilder builder;
     int port = 0;
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
     builder.SetMaxReceiveMessageSize(INT_MAX);
     builder.RegisterService(static_cast<inference::GRPCInferenceService::Service*>(this));
     builder.RegisterService(static_cast<v1::Admin::Service*>(this));
     server_ = builder.BuildAndStart();
     target_ = absl::StrCat("127.0.0.1:", port);
   }
-  ~FakeService() override { server_->Shutdown(std::chrono::system_clock::now()); }
+  void Stop() {
+    if (server_ == nullptr) return;
+    server_->Shutdown(std::chrono::system_clock::now());
+    server_->Wait();
+    server_ = nullptr;
+  }
 
   const std::string& target() const { return target_; }
   int calls() const { return calls_.load(); }
