@@ -11,6 +11,10 @@
 namespace epserve::coordinator {
 namespace {
 
+// A request of so many bytes of rows or more, and what its batch gives rise to, is the timer's
+// thread's work: copying takes up to 0.1 s, in which whoever posts must go on reading heartbeats.
+constexpr std::uint64_t kLargeBytes = std::uint64_t{1} << 20;
+
 constexpr const char* kStopped = "coordinator: shutting down; retry against another coordinator";
 
 RowType RowTypeOf(runtime::DataType type) {
@@ -77,8 +81,17 @@ void Host::Post(Item item) {
     std::lock_guard<std::mutex> lock(mu_);
     refused = stopping_;
     if (!refused) {
+      const auto* request = std::get_if<std::unique_ptr<PendingRequest>>(&item);
+      const bool large = large_requests_.load() > 0 ||
+                         (request != nullptr && (*request)->request.output_bytes >= kLargeBytes);
       inbox_.push_back(std::move(item));
-      if (std::exchange(turn_taken_, true)) return;
+      if (turn_taken_ || turn_wanted_) return;
+      if (large) {
+        turn_wanted_ = true;
+        changed_.notify_all();
+        return;
+      }
+      turn_taken_ = true;
     }
   }
   if (refused) {
@@ -184,12 +197,14 @@ void Host::KeepTime() {
   std::unique_lock<std::mutex> lock(mu_);
   while (!stopping_) {
     timer_wakes_us_ = turn_taken_ ? kNever : deadline_us_;
-    if (timer_wakes_us_ == kNever) {
+    const bool due = !turn_taken_ && (turn_wanted_ || NowUs() >= timer_wakes_us_);
+    if (!due && timer_wakes_us_ == kNever) {
       changed_.wait(lock);
-    } else if (NowUs() < timer_wakes_us_) {
+    } else if (!due) {
       changed_.wait_until(lock, Clock::time_point(std::chrono::microseconds(timer_wakes_us_)));
     } else {
       turn_taken_ = true;
+      turn_wanted_ = false;
       lock.unlock();
       RunTurn();
       lock.lock();
@@ -234,7 +249,12 @@ void Host::Handle(std::unique_ptr<PendingRequest>& request) {
   event.num_tokens = validated.num_tokens;
   event.deadline_us = ToUs(request->deadline);
   const TimeUs arrived_us = ToUs(request->arrival);
-  requests_.emplace(id, RequestRecord{std::move(request), arrived_us});
+  RequestRecord record{std::move(request), arrived_us, nullptr};
+  if (validated.output_bytes >= kLargeBytes) {
+    large_requests_.fetch_add(1);
+    record.large.reset(&large_requests_);
+  }
+  requests_.emplace(id, std::move(record));
   ApplyEvent(event);
 }
 

@@ -130,9 +130,14 @@ class Host : public RequestSink {
     EpochId probe_epoch = 0;
     std::vector<float> probe_output;
   };
+  struct CountDown {
+    void operator()(std::atomic<int>* count) const { count->fetch_sub(1); }
+  };
   struct RequestRecord {
     std::unique_ptr<PendingRequest> pending;
     TimeUs arrived_us = 0;
+    std::unique_ptr<std::atomic<int>, CountDown>
+        large;  // counted in large_requests_ while it lives
   };
 
   void Post(Item item);
@@ -204,6 +209,7 @@ class Host : public RequestSink {
   std::condition_variable changed_;
   std::vector<Item> inbox_;         // guarded by mu_
   bool turn_taken_ = true;          // guarded by mu_; until Start() nobody can take it
+  bool turn_wanted_ = false;        // guarded by mu_; the timer's thread is to take the next turn
   bool stopping_ = false;           // guarded by mu_
   TimeUs deadline_us_ = kNever;     // guarded by mu_; of the state machine, while no turn is taken
   TimeUs timer_wakes_us_ = kNever;  // guarded by mu_; when the timer looks next by itself
@@ -213,6 +219,7 @@ class Host : public RequestSink {
   std::unique_ptr<StateMachine> machine_;
   std::unique_ptr<BatchStore> batches_;
   std::unordered_map<StreamId, StreamRecord> streams_;
+  std::atomic<int> large_requests_{0};  // of requests_; read by those who post
   std::unordered_map<RequestId, RequestRecord> requests_;
   std::unordered_map<std::uint64_t, std::function<void(absl::Status)>> worker_drains_;
   std::uint64_t next_drain_token_ = 1;

@@ -52,12 +52,13 @@ def traced(cluster, *tensors):
 
 def check_trace(trace, kind):
     assert trace["count_exchange"] == kind
-    assert len(trace["workers"]) == WORKERS
     of_workers = [worker["counts_ns"] for worker in trace["workers"]]
     if kind == "coordinator":  # It took the coordinator's time, and none of theirs.
-        assert of_workers == [0] * WORKERS
+        assert set(of_workers) == {0}
+        assert len(of_workers) <= WORKERS  # Those without rows take no part.
         assert trace["counts_ns"] > 0
     else:
+        assert len(of_workers) == WORKERS
         assert min(of_workers) > 0
         assert trace["counts_ns"] == max(of_workers)
 
