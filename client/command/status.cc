@@ -50,6 +50,15 @@ std::string Heading(const ClusterState& cluster, const Terminal& terminal) {
                                                              " experts have no live worker")),
                     "\n");
   }
+  if (!cluster.waiting_for.empty()) {
+    absl::StrAppend(&text, "waiting for ", Printable(cluster.waiting_for), "\n");
+  }
+  if (!cluster.last_epoch_end.empty()) {
+    absl::StrAppend(
+        &text,
+        terminal.Paint(Color::kYellow, "last epoch ended: " + Printable(cluster.last_epoch_end)),
+        "\n");
+  }
   return text + "\n";
 }
 
@@ -144,7 +153,9 @@ nlohmann::ordered_json StatusJson(const ClusterState& cluster) {
           {"requests_failed", cluster.requests_failed},
           {"uptime_ms", cluster.uptime_ms},
           {"experts_without_worker", cluster.experts_without_worker},
-          {"num_experts", cluster.num_experts}};
+          {"num_experts", cluster.num_experts},
+          {"waiting_for", cluster.waiting_for},
+          {"last_epoch_end", cluster.last_epoch_end}};
 }
 
 absl::Status RunStatus(const StatusOptions& options) {

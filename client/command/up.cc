@@ -128,6 +128,7 @@ class Session {
   std::unique_ptr<Supervisor> supervisor_;
   std::unique_ptr<ReadinessWatch> watch_;
   std::map<std::string, Restart> restarts_;
+  std::string told_failure_;  // why the last epoch ended, as it was told while starting
   int stop_requests_ = 0;
   bool was_ready_ = true;
   absl::Time unready_since_;
@@ -223,6 +224,11 @@ void Session::ShowProgress() {
   std::string detail = absl::StrCat(latest.cluster->workers.size(), " of ", options_.num_workers,
                                     " workers joined, ", Printable(latest.cluster->state));
   if (bytes > 0) absl::StrAppend(&detail, ", ", FormatBytes(bytes), " of weights");
+  const std::string& failure = latest.cluster->last_epoch_end;
+  if (!failure.empty() && failure != told_failure_) {
+    Say(Color::kYellow, "not ready: " + Printable(failure));
+  }
+  told_failure_ = failure;
   progress_->Update(loaded / options_.num_workers, detail);
 }
 
@@ -326,12 +332,15 @@ void Session::ReportReadiness() {
     return;
   }
   unready_since_ = absl::Now();
-  Say(Color::kYellow,
-      latest.cluster
-          ? absl::StrCat("not ready: ", latest.cluster->workers.size(), " of ",
-                         latest.cluster->expected_workers, " workers joined, ",
-                         latest.cluster->experts_without_worker, " experts without a live worker")
-          : std::string("not ready: the coordinator does not answer"));
+  if (!latest.cluster) return Say(Color::kYellow, "not ready: the coordinator does not answer");
+  std::string text =
+      absl::StrCat("not ready: ", latest.cluster->workers.size(), " of ",
+                   latest.cluster->expected_workers, " workers joined, ",
+                   latest.cluster->experts_without_worker, " experts without a live worker");
+  if (!latest.cluster->last_epoch_end.empty()) {
+    absl::StrAppend(&text, "; ", Printable(latest.cluster->last_epoch_end));
+  }
+  Say(Color::kYellow, text);
 }
 
 absl::Status Session::Serve() {

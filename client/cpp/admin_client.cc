@@ -64,6 +64,8 @@ absl::StatusOr<ClusterState> AdminClient::GetClusterStatus(absl::Duration timeou
   cluster.requests_failed = message.requests_failed();
   cluster.uptime_ms = message.uptime_ms();
   cluster.experts_without_worker = message.experts_without_worker();
+  cluster.waiting_for = message.waiting_for();
+  cluster.last_epoch_end = message.last_epoch_end();
   cluster.num_experts = message.num_experts();
   return cluster;
 }

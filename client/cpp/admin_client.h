@@ -51,6 +51,8 @@ struct ClusterState {
   std::int64_t uptime_ms = 0;
   std::int64_t experts_without_worker = 0;
   std::int64_t num_experts = 0;
+  std::string waiting_for;     // why no epoch starts; empty unless `state` is "waiting"
+  std::string last_epoch_end;  // why the last epoch ended; empty once one serves
 };
 
 // Rank `rank` owns experts [first_expert, first_expert + num_experts) of every layer.

@@ -72,6 +72,8 @@ void FillCluster(const ClusterView& in, const AdminInfo& info, v1::ClusterStatus
   out->set_uptime_ms(in.uptime_ms);
   out->set_experts_without_worker(in.cluster.experts_without_worker);
   out->set_num_experts(in.cluster.num_experts);
+  out->set_waiting_for(in.cluster.waiting_for);
+  out->set_last_epoch_end(in.cluster.last_epoch_end);
 }
 
 void FillPlacement(const ClusterView& in, v1::Placement* out) {

@@ -142,6 +142,8 @@ ClusterState Cluster() {
   cluster.expected_workers = 2;
   cluster.num_experts = 8;
   cluster.experts_without_worker = 4;
+  cluster.waiting_for = "worker-0 to load its weights";
+  cluster.last_epoch_end = "no room";
   WorkerState standby;
   standby.worker_id = "spare";
   standby.state = "standby";
@@ -159,6 +161,8 @@ ClusterState Cluster() {
 TEST(StatusTest, TableShowsRanksFirstAndExpertsWithoutWorker) {
   const std::string text = RenderStatus(Cluster(), kPlain);
   EXPECT_THAT(text, HasSubstr("4 of 8 experts have no live worker"));
+  EXPECT_THAT(text, HasSubstr("waiting for worker-0 to load its weights"));
+  EXPECT_THAT(text, HasSubstr("last epoch ended: no room"));
   EXPECT_THAT(text, HasSubstr("loading 25 %"));
   EXPECT_THAT(text, HasSubstr("0-3"));
   EXPECT_THAT(text, HasSubstr("100 %"));
@@ -190,6 +194,7 @@ TEST(StatusTest, JsonHasItsShape) {
   EXPECT_EQ(json["workers"][1]["load_fraction"], 0.25);
   EXPECT_EQ(json["workers"][0]["rank"], -1);
   EXPECT_EQ(json["experts_without_worker"], 4);
+  EXPECT_EQ(json["last_epoch_end"], "no room");
 }
 
 }  // namespace

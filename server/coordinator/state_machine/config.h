@@ -63,6 +63,7 @@ struct Snapshot {
   bool serving = false;                 // new requests are accepted
   EpochId epoch = 0;                    // the present epoch, or the last one
   std::string waiting_for;              // why no epoch starts, for people; empty unless waiting
+  std::string last_epoch_end;           // why the last one ended; empty unless none serves since
   std::vector<WorkerSnapshot> workers;  // by rank, then standbys in the order they joined
   int expected_workers = 0;
   std::int64_t num_experts = 0;

@@ -102,6 +102,7 @@ void StateMachine::Impl::On(const ProbeVerified& event) {
     return;
   }
   failures_in_a_row_ = 0;
+  last_epoch_end_.clear();
   stage_ = Stage::kServing;
   stage_since_us_ = now_us_;
   Emit(SetServing{true, epoch_});
@@ -124,6 +125,7 @@ void StateMachine::Impl::EndEpoch(const std::string& reason) {
   stage_ = Stage::kNone;
   epoch_closing_ = false;
   probe_answered_ = false;
+  last_epoch_end_ = reason;
   Log(Notice::Level::kWarning, "epoch_ended", {{"epoch", epoch_}, {"reason", reason}});
   if (was_serving) Emit(SetServing{false, epoch_});
   for (auto& [stream, session] : membership_.sessions()) {

@@ -126,6 +126,7 @@ Snapshot StateMachine::Impl::TakeSnapshot() const {
   snapshot.serving = accepting();
   snapshot.epoch = epoch_;
   snapshot.waiting_for = WaitingFor();
+  snapshot.last_epoch_end = last_epoch_end_;
   snapshot.expected_workers = config_.num_workers;
   snapshot.num_experts = config_.num_experts;
   snapshot.experts_without_worker = ExpertsWithoutWorker();

@@ -129,6 +129,7 @@ class StateMachine::Impl {
   bool fresh_ = true;  // No epoch yet: an earlier coordinator's leases may still run.
   TimeUs backoff_until_us_ = 0;
   int failures_in_a_row_ = 0;
+  std::string last_epoch_end_;
   bool epoch_closing_ = false;  // A member is leaving; no new requests.
 
   bool cluster_draining_ = false;

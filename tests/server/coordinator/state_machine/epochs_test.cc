@@ -65,6 +65,7 @@ TEST(EpochsTest, WrongProbeEndsTheEpochAndTheNextWaitsForADoublingBackoff) {
     EXPECT_EQ(All<SendEpochEnded>(wrong).size(), 4u);
     EXPECT_THAT(First<SendEpochEnded>(wrong)->reason, HasSubstr("rank 2 off by 0.5"));
     EXPECT_EQ(First<Notice>(wrong)->level, Notice::Level::kError);
+    EXPECT_THAT(cluster.snapshot().last_epoch_end, HasSubstr("rank 2 off by 0.5"));
     EXPECT_FALSE(Has<SetServing>(wrong));
     EXPECT_FALSE(Has<SendCreateHeap>(cluster.QuiesceAll()));
     EXPECT_FALSE(Has<SendCreateHeap>(cluster.Run(backoff_us - 1)));
@@ -72,6 +73,7 @@ TEST(EpochsTest, WrongProbeEndsTheEpochAndTheNextWaitsForADoublingBackoff) {
   }
   cluster.FormAndProbe();
   EXPECT_TRUE(cluster.snapshot().serving);
+  EXPECT_EQ(cluster.snapshot().last_epoch_end, "");
 }
 
 TEST(EpochsTest, ProbeThatFailsOnAWorkerEndsTheEpoch) {
