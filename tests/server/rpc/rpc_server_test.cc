@@ -193,6 +193,9 @@ class LateReadTest : public RpcServerTest {
  protected:
   using Stream = grpc::ClientReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
 
+  // Handlers write to log_ until the server has stopped.
+  ~LateReadTest() override { server_.Stop(std::chrono::seconds(5)); }
+
   void Open() {
     server_.Handle(kMethod, [this](ServerCall* call) { return new LateReader(call, &log_); });
     Start();
