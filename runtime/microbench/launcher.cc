@@ -1,7 +1,6 @@
 #include "runtime/microbench/launcher.h"
 
 #include <signal.h>
-#include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -15,32 +14,16 @@
 #include "runtime/alltoallv/host_exchange.h"
 #include "runtime/base/status.h"
 #include "runtime/microbench/rank_run.h"
+#include "runtime/microbench/spawn_self.h"
 #include "runtime/symmetric/stale_heaps.h"
 
 namespace epserve::runtime {
 namespace {
 
-constexpr int kChildControlFd = 3;
-
 absl::StatusOr<pid_t> StartRank(const Coordination& coordination, int rank) {
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  // Onto itself or not, the copy in the child is not closed on exec.
-  posix_spawn_file_actions_adddup2(&actions, coordination.fd(), kChildControlFd);
-  std::vector<std::string> args = {"epserve-microbench", "alltoallv-rank",
-                                   absl::StrCat("--rank=", rank),
-                                   absl::StrCat("--control-fd=", kChildControlFd)};
-  std::vector<char*> argv;
-  for (std::string& arg : args) argv.push_back(arg.data());
-  argv.push_back(nullptr);
-  pid_t pid = -1;
-  const int error = ::posix_spawn(&pid, "/proc/self/exe", &actions, nullptr, argv.data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) {
-    return absl::InternalError(
-        absl::StrCat("start of rank ", rank, ": posix_spawn failed: ", std::strerror(error)));
-  }
-  return pid;
+  return SpawnSelf(
+      {"alltoallv-rank", absl::StrCat("--rank=", rank), absl::StrCat("--control-fd=", kChildFd)},
+      coordination.fd());
 }
 
 // Reaps every rank. The first that ends badly makes the others end too.

@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "runtime/routing/count_matrix.h"
+#include "server/common/region_rows.h"
 #include "server/coordinator/state_machine/commands.h"
 #include "server/coordinator/state_machine/events.h"
 #include "server/coordinator/state_machine/types.h"
@@ -31,14 +32,8 @@ struct CreateHeapMessage {
   RegionAccess regions;
 };
 
-// Rows of a shard in the shared memory of a client.
-struct RegionRows {
-  std::uint64_t region = 0;
-  std::string label;
-  std::uint64_t object_offset = 0;
-  std::int64_t first_row = 0;  // among the shard's
-  std::int64_t num_rows = 0;
-};
+using server::RegionFault;
+using server::RegionRows;
 
 struct ShardMessage {
   EpochId epoch = 0;
@@ -128,12 +123,6 @@ struct WorkerTimes {
   std::int64_t dispatch_ns = 0;
   std::int64_t ffn_ns = 0;
   std::int64_t combine_ns = 0;
-};
-
-// Rows of one request that a worker could not read or write; the batch is whole all the same.
-struct RegionFault {
-  std::int64_t first_row = 0;  // among the shard's
-  absl::Status status;         // not OK
 };
 
 // One message of a worker: what the state machine is told, and the payload that it is not.

@@ -1,33 +1,19 @@
 #include "server/microbench/child_process.h"
 
 #include <signal.h>
-#include <spawn.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
+#include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+#include "runtime/microbench/spawn_self.h"
 
 namespace epserve::microbench {
 
 absl::StatusOr<ChildProcess> ChildProcess::Start(std::vector<std::string> args, int fd) {
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  if (fd >= 0) posix_spawn_file_actions_adddup2(&actions, fd, kChildFd);
-  std::string program = "epserve-microbench";
-  std::vector<char*> argv = {program.data()};
-  for (std::string& arg : args) argv.push_back(arg.data());
-  argv.push_back(nullptr);
-  pid_t pid = -1;
-  const int error = ::posix_spawn(&pid, "/proc/self/exe", &actions, nullptr, argv.data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) {
-    return absl::InternalError(
-        absl::StrCat("rpc: start of ", args.front(), " failed: ", std::strerror(error)));
-  }
+  EPS_ASSIGN_OR_RETURN(const pid_t pid, runtime::SpawnSelf(std::move(args), fd));
   return ChildProcess(pid);
 }
 

@@ -1,5 +1,5 @@
-// A process that this program starts of itself: by exec, because gRPC does not survive a fork.
-// Move-only; ends the process when it goes.
+// A process that this program starts of itself: move-only, and ends the process when it
+// goes.
 #ifndef EPSERVE_SERVER_MICROBENCH_CHILD_PROCESS_H_
 #define EPSERVE_SERVER_MICROBENCH_CHILD_PROCESS_H_
 
@@ -13,12 +13,9 @@
 
 namespace epserve::microbench {
 
-// The descriptor that a child finds what it was given as.
-inline constexpr int kChildFd = 3;
-
 class ChildProcess {
  public:
-  // Starts this program with `args`. `fd` becomes kChildFd there; -1: nothing does.
+  // Starts this program with `args`. `fd` becomes runtime::kChildFd there; -1: nothing does.
   static absl::StatusOr<ChildProcess> Start(std::vector<std::string> args, int fd = -1);
   ~ChildProcess();
   ChildProcess(ChildProcess&& other) noexcept : pid_(std::exchange(other.pid_, -1)) {}

@@ -7,6 +7,7 @@
 #include "runtime/microbench/ffn_bench.h"
 #include "runtime/microbench/launcher.h"
 #include "runtime/microbench/rank_run.h"
+#include "runtime/microbench/spawn_self.h"
 #include "server/microbench/child_process.h"
 #include "server/microbench/echo_peer.h"
 #include "server/microbench/options.h"
@@ -75,7 +76,7 @@ int Run(const MicrobenchOptions& options) {
       return RunAsRank(options);
     case Command::kRpcEcho:
       EndWithParent();
-      return RunAsPeer(ServeEcho(options.socket, kChildFd));
+      return RunAsPeer(ServeEcho(options.socket, runtime::kChildFd));
     case Command::kRpcWorker:
       EndWithParent();
       return RunAsPeer(WorkAsEcho(options.target));

@@ -16,8 +16,9 @@
 #include <utility>
 
 #include "server/common/grpc_status.h"
-#include "server/rpc/connections.h"
 #include "server/common/immediate_event.h"
+#include "server/common/late_read.h"
+#include "server/rpc/connections.h"
 
 namespace epserve::server {
 namespace {
@@ -28,12 +29,6 @@ constexpr int kWaitingCallsPerLoop = 64;
 // How often calls are looked at: bounds of what their limits ask for.
 constexpr std::chrono::milliseconds kShortestTick{10};
 constexpr std::chrono::milliseconds kLongestTick{1000};
-// How long a read that waits for a write is put off where no write comes: long beside a batch of a
-// few tokens, short beside whatever a caller would notice.
-constexpr auto kReadDelay = std::chrono::milliseconds(1);
-// A caller whose next message was there before it was asked for sends without waiting for answers:
-// so many of its reads are not put off.
-constexpr int kPromptReads = 16;
 
 // What a completion queue hands back.
 struct Tag {

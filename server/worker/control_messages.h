@@ -14,6 +14,7 @@
 #include "runtime/base/dtype.h"
 #include "runtime/engine/engine.h"
 #include "runtime/routing/count_matrix.h"
+#include "server/common/region_rows.h"
 
 namespace epserve::worker {
 
@@ -55,14 +56,8 @@ struct LeaseGrant {
   std::int64_t duration_us = 0;
 };
 
-// Rows of a shard in the shared memory of a client.
-struct RegionRows {
-  std::uint64_t region = 0;
-  std::string label;
-  std::uint64_t object_offset = 0;
-  std::int64_t first_row = 0;  // among the shard's
-  std::int64_t num_rows = 0;
-};
+using server::RegionFault;
+using server::RegionRows;
 
 struct Shard {
   std::uint64_t epoch = 0;
@@ -185,12 +180,6 @@ struct PhaseTimes {
   std::int64_t counts_ns = 0;
   std::int64_t start_monotonic_ns = 0;
   runtime::BatchTimes engine;
-};
-
-// Rows of one request that could not be read from its region, or not be written to it.
-struct RegionFault {
-  std::int64_t first_row = 0;  // among the shard's
-  absl::Status status;         // not OK
 };
 
 struct BatchDone {

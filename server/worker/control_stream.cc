@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "server/common/grpc_status.h"
+#include "server/common/late_read.h"
 #include "server/worker/control_proto_convert.h"
 
 namespace epserve::worker {
@@ -18,13 +19,6 @@ constexpr int kConnectTimeoutMs = 2000;
 constexpr int kWindowBytes = 16 << 20;
 constexpr int kFrameBytes = 1 << 20;
 constexpr int kReadChunkBytes = 64 << 10;
-
-// How long a read is put off where no answer goes out: short beside a lease, long beside a batch of
-// a few tokens.
-constexpr auto kReadDelay = std::chrono::milliseconds(1);
-// Where the next message was there before it was asked for, batches overlap: so many reads are not
-// put off.
-constexpr int kPromptReads = 16;
 
 enum Tag : std::intptr_t {
   kStarted = 1,
@@ -259,7 +253,7 @@ bool ControlStream::DelayRead(bool is_shard, bool ends_epoch) {
     return false;
   }
   read_delayed_ = true;
-  read_due_ = std::chrono::steady_clock::now() + kReadDelay;
+  read_due_ = std::chrono::steady_clock::now() + server::kReadDelay;
   return true;
 }
 
@@ -268,7 +262,7 @@ void ControlStream::StartDelayedReadLocked() {
   const auto event =
       server::StartAndLook(&queue_, [&] { stream_->Read(&incoming_, ToTag(kRead)); });
   if (!event.has_value()) return;
-  if (event->tag == ToTag(kRead)) prompt_reads_ = kPromptReads;
+  if (event->tag == ToTag(kRead)) prompt_reads_ = server::kPromptReads;
   HandOverLocked(*event);
 }
 
