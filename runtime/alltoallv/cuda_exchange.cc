@@ -6,16 +6,20 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "runtime/alltoallv/counts_mailbox.h"
 #include "runtime/alltoallv/device_limits.h"
+#include "runtime/alltoallv/shard_counts.h"
+#include "runtime/base/device_poll.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
 namespace {
 
 CudaHeapShape ShapeOf(const CudaExchangeConfig& config) {
-  return {config.base.num_ranks,   config.base.num_slots,        config.base.max_topk,
-          config.base.hidden,      config.base.max_batch_tokens, config.max_decode_tokens,
-          config.max_element_bytes};
+  return {config.base.num_ranks,        config.base.num_slots,
+          config.base.max_topk,         config.base.hidden,
+          config.base.max_batch_tokens, config.max_decode_tokens,
+          config.max_element_bytes,     config.base.placement.num_experts()};
 }
 
 absl::Status Validate(const CudaExchangeConfig& config) {
@@ -48,6 +52,8 @@ const char* StageName(std::uint32_t stage) {
       return "combine";
     case WaitStage::kBarrier:
       return "barrier";
+    case WaitStage::kCounts:
+      return "counts";
     case WaitStage::kNone:
       break;
   }
@@ -62,6 +68,8 @@ struct CudaExchange::Local {
   DeviceBuffer expert_index;   // i32 [row_capacity, K]
   DeviceBuffer expert_offset;  // i32 [E_local + 1]
   DeviceBuffer sequence;       // u64 [4], decode path
+  CountsMailboxBuffer counts;  // of a slot
+  std::uint64_t counted_batch = 0;
   std::uint64_t uses = 0;
   int topk = 0;
   std::int32_t recv_base[kMaxCudaRanks] = {};
@@ -103,6 +111,7 @@ absl::Status CudaExchange::Initialize() {
   EPS_RETURN_IF_ERROR(LoadDispatchKernels());
   EPS_RETURN_IF_ERROR(LoadCombineKernels());
   EPS_RETURN_IF_ERROR(LoadBarrierKernel());
+  EPS_RETURN_IF_ERROR(LoadCountsKernel());
   EPS_RETURN_IF_ERROR(LoadExpertLayoutKernels());
   EPS_ASSIGN_OR_RETURN(host_words_,
                        PinnedBuffer::Create(sizeof(std::uint64_t) + sizeof(WaitReport)));
@@ -126,6 +135,10 @@ absl::Status CudaExchange::AllocateLocals() {
                          DeviceBuffer::Create(area.row_capacity * base.max_topk * 4));
     EPS_ASSIGN_OR_RETURN(local->expert_offset, DeviceBuffer::Create((local_experts + 1) * 4));
     EPS_ASSIGN_OR_RETURN(local->sequence, DeviceBuffer::Create(4 * sizeof(std::uint64_t)));
+    if (!decode) {
+      EPS_ASSIGN_OR_RETURN(
+          local->counts, CountsMailboxBuffer::Create(base.num_ranks, base.placement.num_experts()));
+    }
     locals_.push_back(std::move(local));
   }
   return absl::OkStatus();
@@ -229,6 +242,39 @@ AreaView CudaExchange::ViewOf(Path path, int slot) const {
   view.use = LocalOf(path, slot).uses;
   view.device_sequence = decode ? LocalOf(path, slot).sequence.as<std::uint64_t>() : nullptr;
   return view;
+}
+
+absl::StatusOr<CountMatrix> CudaExchange::ExchangeCounts(int slot, std::uint64_t batch,
+                                                         const ShardCounts& counts,
+                                                         absl::Duration timeout,
+                                                         cudaStream_t stream) {
+  if (!opened_) {
+    return absl::FailedPreconditionError("counts: the peers are not opened; call OpenPeers first");
+  }
+  EPS_RETURN_IF_ERROR(ValidateCountsSlot(config_.base, slot));
+  Local& local = LocalOf(Path::kPrefill, slot);
+  EPS_RETURN_IF_ERROR(ValidateShardCounts(config_.base, slot, batch, local.counted_batch, counts));
+  local.counted_batch = batch;
+  CountsArgs args{};
+  args.area = ViewOf(Path::kPrefill, slot);
+  args.batch = batch;
+  args.num_experts = config_.base.placement.num_experts();
+  args.mailbox = local.counts.Post(counts);
+  args.wait = Wait();
+  EPS_RETURN_IF_ERROR(LaunchCounts(args, stream));
+  for (const DevicePoll poll; !local.counts.IsDone(batch); poll.Pause()) {
+    EPS_RETURN_IF_ERROR(CheckWaits());
+    if (aborted_) {
+      return absl::AbortedError(absl::StrCat("counts: rank ", config_.base.rank,
+                                             " was told to stop while it waited for its peers"));
+    }
+    if (poll.waited() > absl::ToChronoNanoseconds(timeout)) {
+      return absl::DeadlineExceededError(absl::StrCat(
+          "counts: the GPU of rank ", config_.base.rank, " has not exchanged them within ",
+          absl::ToInt64Milliseconds(timeout), " ms; it hangs, restart the worker"));
+    }
+  }
+  return local.counts.Read(batch);
 }
 
 absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& tokens,

@@ -55,6 +55,11 @@ class CudaExchange final : public DeviceExchange {
   absl::Status OpenPeers(std::span<const std::string> handles, absl::Duration timeout) override;
   void Seal() override;
 
+  bool exchanges_counts() const override { return true; }
+  absl::StatusOr<CountMatrix> ExchangeCounts(int slot, std::uint64_t batch,
+                                             const ShardCounts& counts, absl::Duration timeout,
+                                             cudaStream_t stream) override;
+
   absl::Status Dispatch(Path path, int slot, const CudaTokens& tokens, const CountMatrix* counts,
                         cudaStream_t stream) override;
   absl::Status LayOutExperts(Path path, int slot, cudaStream_t stream) override;

@@ -15,7 +15,13 @@
 
 namespace epserve::runtime {
 
-enum class WaitStage : std::uint32_t { kNone = 0, kDispatch = 1, kCombine = 2, kBarrier = 3 };
+enum class WaitStage : std::uint32_t {
+  kNone = 0,
+  kDispatch = 1,
+  kCombine = 2,
+  kBarrier = 3,
+  kCounts = 4,
+};
 
 // What a wait that gave up reports; in host memory that the device can write.
 struct WaitReport {
@@ -74,6 +80,7 @@ struct CudaDispatchArgs {
 absl::Status LoadDispatchKernels();
 absl::Status LoadCombineKernels();
 absl::Status LoadBarrierKernel();
+absl::Status LoadCountsKernel();
 absl::Status LoadExpertLayoutKernels();
 
 // Sends every token once to each rank that owns any of its experts, then waits for all sources.
@@ -109,6 +116,26 @@ absl::Status LaunchCombine(const CudaCombineArgs& args, cudaStream_t stream);
 absl::Status LaunchBarrier(std::byte* const* heaps, int rank, int num_ranks,
                            std::int64_t barrier_offset, std::uint64_t* device_use,
                            const WaitControl& wait, cudaStream_t stream);
+
+// Memory of the host's that the count exchange's kernel reads from and writes to.
+struct CountsMailbox {
+  const std::int32_t* own;  // [R] rows to each rank, then [E] pairs: this rank's
+  std::int32_t* matrix;     // [R, R] rows, then [E] pairs of all shards: out
+  std::uint64_t* sequence;  // [R] batch that each source told of: out
+  std::uint64_t* done;      // raised to the batch's number when all of it is there: out
+};
+
+struct CountsArgs {
+  AreaView area;
+  std::uint64_t batch;  // number of the batch in the epoch; the slot's grow from use to use
+  std::int64_t num_experts;
+  CountsMailbox mailbox;
+  WaitControl wait;
+};
+
+// All ranks tell each other what they counted, through each other's heaps. A wait that gives up
+// leaves `done` as it was.
+absl::Status LaunchCounts(const CountsArgs& args, cudaStream_t stream);
 
 struct ExpertLayoutArgs {
   AreaView area;

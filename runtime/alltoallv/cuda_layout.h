@@ -22,6 +22,9 @@ struct AreaLayout {
   std::int64_t arrivals;   // u64 [kMaxCudaRanks], kFlagStrideBytes apart; blocks that have arrived
   std::int64_t counts;     // i32 [kMaxCudaRanks]; rows from each source (decode path)
   std::int64_t row_flags;  // u64 [partial_capacity]; use of the area that wrote the partial row
+  std::int64_t count_flags;    // u64 [kMaxCudaRanks], kFlagStrideBytes apart; batch counted
+  std::int64_t count_records;  // [kMaxCudaRanks] what each source counted (see DeviceCountRecord)
+  std::int64_t count_record_bytes;
   std::int64_t source_token;  // i32 [row_capacity]; token index at the source
   std::int64_t topk_ids;      // i32 [row_capacity, K]; expert local to the receiver, -1: elsewhere
   std::int64_t topk_weights;  // f32 [row_capacity, K]
@@ -41,6 +44,13 @@ struct CudaHeapShape {
   std::int64_t max_batch_tokens;   // over all ranks, prefill path
   std::int64_t max_decode_tokens;  // a rank, decode path
   int max_element_bytes;           // 4 where FP32 batches are served, else 2
+  std::int64_t num_experts;        // E; 0: ranks do not exchange counts
+};
+
+// What a source tells every rank of its shard. Behind it: i32 [R] rows to each rank, then i32 [E]
+// token-expert pairs.
+struct DeviceCountRecord {
+  std::uint64_t sequence;  // of the batch
 };
 
 constexpr std::int64_t AlignUp(std::int64_t value, std::int64_t to) {
@@ -61,6 +71,12 @@ constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row
   a.arrivals = take(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes);
   a.counts = take(std::int64_t{kMaxCudaRanks} * 4);
   a.row_flags = take(partial_capacity * 8);
+  a.count_flags = take(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes);
+  a.count_record_bytes =
+      AlignUp(static_cast<std::int64_t>(sizeof(DeviceCountRecord)) +
+                  (static_cast<std::int64_t>(shape.num_ranks) + shape.num_experts) * 4,
+              kFlagStrideBytes);
+  a.count_records = take(kMaxCudaRanks * a.count_record_bytes);
   a.source_token = take(row_capacity * 4);
   a.topk_ids = take(row_capacity * shape.max_topk * 4);
   a.topk_weights = take(row_capacity * shape.max_topk * 4);
@@ -94,8 +110,9 @@ constexpr CudaHeapLayout MakeCudaHeapLayout(const CudaHeapShape& shape) {
   return layout;
 }
 
-static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2}).slot.rows % 256 == 0);
-static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2}).slot.partial_capacity == 4096 * 4);
+static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2, 256}).slot.rows % 256 == 0);
+static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2, 256}).slot.partial_capacity ==
+              4096 * 4);
 
 }  // namespace epserve::runtime
 

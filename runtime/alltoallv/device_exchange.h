@@ -5,9 +5,10 @@
 // caller's stream and return before they run, so every error of the device's own shows in
 // CheckWaits() or in the stream's synchronisation.
 //
-// A batch on a slot: Dispatch ─► LayOutExperts ─► Gather ─► (experts) ─► Combine, on one stream.
-// Thread safety: one thread at a time for a slot (the decode path counts as one slot), different
-// slots at once; Abort() from any thread. The current device must be the same in every call.
+// A batch on a slot: [ExchangeCounts ─►] Dispatch ─► LayOutExperts ─► Gather ─► (experts) ─►
+// Combine, on one stream. Thread safety: one thread at a time for a slot (the decode path counts as
+// one slot), different slots at once; Abort() from any thread. The current device must be the same
+// in every call.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_DEVICE_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_DEVICE_EXCHANGE_H_
 
@@ -19,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "runtime/alltoallv/cuda_layout.h"
 #include "runtime/base/dtype.h"
@@ -56,6 +58,20 @@ class DeviceExchange {
   virtual absl::Status OpenPeers(std::span<const std::string> handles, absl::Duration timeout) = 0;
   // Every peer has opened this rank: takes back what the handle grants.
   virtual void Seal() = 0;
+
+  // Whether ExchangeCounts is to be had.
+  virtual bool exchanges_counts() const { return false; }
+  // The count matrix of a batch, which the ranks gather among themselves on the device; the same on
+  // all. `batch` is its number in the epoch, above that of the slot's last. Blocks until it is
+  // there, but no longer than `timeout`, which must exceed the peer timeout: DEADLINE_EXCEEDED, as
+  // where a peer's counts do not come, which CheckWaits() then names, too. ABORTED: after Abort().
+  virtual absl::StatusOr<CountMatrix> ExchangeCounts(int /*slot*/, std::uint64_t /*batch*/,
+                                                     const ShardCounts& /*counts*/,
+                                                     absl::Duration /*timeout*/,
+                                                     cudaStream_t /*stream*/) {
+    return absl::UnimplementedError(absl::StrCat("counts: ranks of handle type ", handle_type(),
+                                                 " do not exchange them on the device"));
+  }
 
   // `slot` is the batch's slot; of no meaning on the decode path. `counts` is read on the prefill
   // path alone, during the call.

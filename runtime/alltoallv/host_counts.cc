@@ -7,17 +7,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/host_exchange.h"
+#include "runtime/alltoallv/shard_counts.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
-namespace {
-
-template <typename... Parts>
-absl::Status Refuse(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat("counts: ", parts...));
-}
-
-}  // namespace
 
 void CountRecords::Initialize() const {
   for (int source = 0; source < num_ranks_; ++source) new (&record(source)) CountRecord{};
@@ -67,36 +60,10 @@ absl::Status HostExchange::ValidateCounts(int slot, std::uint64_t sequence,
   if (heaps_.empty()) {
     return absl::FailedPreconditionError("counts: peers are not open; call OpenPeers first");
   }
-  if (slot < 0 || slot >= config_.num_slots) {
-    return Refuse("slot ", slot, " is outside [0, ", config_.num_slots, ")");
-  }
+  EPS_RETURN_IF_ERROR(ValidateCountsSlot(config_, slot));
   const Slot& used = slots_[static_cast<std::size_t>(slot)];
-  const std::uint64_t last = std::max(used.counted_sequence, used.sequence);
-  if (sequence <= last) {
-    return Refuse("sequence ", sequence, " does not exceed ", last, ", the last one of slot ",
-                  slot);
-  }
-  const auto num_experts = static_cast<std::size_t>(config_.placement.num_experts());
-  if (counts.rows_to_rank.size() != static_cast<std::size_t>(config_.num_ranks) ||
-      counts.rows_per_expert.size() != num_experts) {
-    return Refuse(counts.rows_to_rank.size(), " ranks and ", counts.rows_per_expert.size(),
-                  " experts are not the ", config_.num_ranks, " and ", num_experts,
-                  " of this epoch");
-  }
-  const std::int64_t max_tokens = MaxShardTokens(config_.max_batch_tokens, config_.num_ranks);
-  for (std::size_t rank = 0; rank < counts.rows_to_rank.size(); ++rank) {
-    const std::int32_t rows = counts.rows_to_rank[rank];
-    if (rows >= 0 && rows <= max_tokens) continue;
-    return Refuse("rows_to_rank[", rank, "] ", rows, " is outside [0, ", max_tokens,
-                  "], a rank's share of max_batch_tokens ", config_.max_batch_tokens);
-  }
-  const std::int64_t max_pairs = max_tokens * config_.max_topk;
-  for (std::size_t expert = 0; expert < num_experts; ++expert) {
-    const std::int64_t pairs = counts.rows_per_expert[expert];
-    if (pairs >= 0 && pairs <= max_pairs) continue;
-    return Refuse("rows_per_expert[", expert, "] ", pairs, " is outside [0, ", max_pairs, "]");
-  }
-  return absl::OkStatus();
+  return ValidateShardCounts(config_, slot, sequence,
+                             std::max(used.counted_sequence, used.sequence), counts);
 }
 
 absl::StatusOr<CountMatrix> HostExchange::ExchangeCounts(int slot, std::uint64_t sequence,

@@ -54,9 +54,14 @@ std::uint64_t DigestOf(const NcclExchangeConfig& config) {
 // batch's tokens that come from all ranks, and a shard's that go to all.
 AreaLayout LayoutOf(const NcclExchangeConfig& config, bool decode) {
   const ExchangeConfig& base = config.base;
-  const CudaHeapShape shape{
-      base.num_ranks,        base.num_slots,           base.max_topk,           base.hidden,
-      base.max_batch_tokens, config.max_decode_tokens, config.max_element_bytes};
+  const CudaHeapShape shape{base.num_ranks,
+                            base.num_slots,
+                            base.max_topk,
+                            base.hidden,
+                            base.max_batch_tokens,
+                            config.max_decode_tokens,
+                            config.max_element_bytes,
+                            /*num_experts=*/0};
   const std::int64_t shard =
       decode ? config.max_decode_tokens : MaxShardTokens(base.max_batch_tokens, base.num_ranks);
   return MakeAreaLayout(shape, shard * base.num_ranks, shard * base.num_ranks);

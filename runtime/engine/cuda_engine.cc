@@ -77,6 +77,8 @@ class CudaEngine final : public EngineBase {
   absl::StatusOr<std::vector<float>> ReferenceExpert(std::int64_t layer, std::int64_t expert,
                                                      std::span<const float> x) const override;
 
+  bool exchanges_counts() const override { return !options_.cuda.use_nccl; }
+  absl::StatusOr<CountMatrix> ExchangeCounts(int slot) override;
   absl::Status Dispatch(int slot, const CountMatrix& counts) override;
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
@@ -316,6 +318,17 @@ absl::StatusOr<CudaSlot*> CudaEngine::BatchIn(const char* operation, int slot,
 absl::Status CudaEngine::StageSlot(ShardSlot& slot) {
   EPS_RETURN_IF_ERROR(UseDevice());
   return static_cast<CudaSlot&>(slot).EnqueueStage();
+}
+
+absl::StatusOr<CountMatrix> CudaEngine::ExchangeCounts(int index) {
+  if (!exchanges_counts()) return Engine::ExchangeCounts(index);
+  EPS_ASSIGN_OR_RETURN(CudaSlot * slot,
+                       BatchIn("exchange counts", index, CudaSlot::State::kStaged));
+  EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("exchange counts"));
+  EPS_RETURN_IF_ERROR(exchange->CheckWaits());
+  EPS_ASSIGN_OR_RETURN(CountMatrix counts, slot->ExchangeCounts(*exchange, index, BatchTimeout()));
+  slot->SetState(CudaSlot::State::kStaged);
+  return counts;
 }
 
 // Places in the peers' memory follow from the matrix, so what it says of this rank must be true.

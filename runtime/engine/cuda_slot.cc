@@ -1,11 +1,10 @@
 #include "runtime/engine/cuda_slot.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
-#include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/device_poll.h"
 #include "runtime/base/status.h"
 #include "runtime/engine/cuda_convert.h"
 
@@ -47,15 +46,6 @@ absl::StatusOr<bool> IsPageable(const void* memory) {
   cudaPointerAttributes attributes;
   EPS_CUDA_RETURN_IF_ERROR(cudaPointerGetAttributes(&attributes, memory));
   return attributes.type == cudaMemoryTypeUnregistered;
-}
-
-// How long to sleep before the next look at a stream that has been awaited for `waited`: late by an
-// eighth of the wait at most, and by 0.2 ms. A thread that waits so takes a few per cent of a core
-// and, unlike cudaEventSynchronize, can stop waiting.
-std::chrono::nanoseconds PauseAfter(std::chrono::nanoseconds waited) {
-  constexpr std::chrono::nanoseconds kLeast = std::chrono::microseconds(2);
-  constexpr std::chrono::nanoseconds kMost = std::chrono::microseconds(200);
-  return std::clamp(waited / 8, kLeast, kMost);
 }
 
 }  // namespace
@@ -132,6 +122,13 @@ absl::Status CudaSlot::EnqueueStage() {
                       stream_.get());
 }
 
+absl::StatusOr<CountMatrix> CudaSlot::ExchangeCounts(DeviceExchange& exchange, int index,
+                                                     absl::Duration timeout) {
+  engaged_ = true;
+  return exchange.ExchangeCounts(index, intake().input().sequence, counts(), timeout,
+                                 stream_.get());
+}
+
 absl::Status CudaSlot::EnqueueDispatch(DeviceExchange& exchange, int index,
                                        const CountMatrix& counts, std::int64_t first_expert) {
   // Every rank refuses what does not fit any of them, so that none waits for another.
@@ -197,9 +194,8 @@ absl::Status CudaSlot::Drain(absl::Duration timeout) {
 }
 
 absl::Status CudaSlot::WaitForDone(DeviceExchange* exchange, absl::Duration timeout) {
-  const auto start = std::chrono::steady_clock::now();
   const auto limit = absl::ToChronoNanoseconds(timeout);
-  for (;;) {
+  for (const DevicePoll poll;; poll.Pause()) {
     const cudaError_t state = cudaEventQuery(marks_[kDone].get());
     if (state == cudaSuccess) return absl::OkStatus();
     if (state != cudaErrorNotReady) {
@@ -207,13 +203,11 @@ absl::Status CudaSlot::WaitForDone(DeviceExchange* exchange, absl::Duration time
     }
     // One wait has given up: the others of the batch, one a row, need not run out one by one.
     if (exchange != nullptr && !exchange->CheckWaits().ok()) exchange->Abort();
-    const std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - start;
-    if (waited > limit) {
+    if (poll.waited() > limit) {
       return absl::DeadlineExceededError(
           absl::StrCat("finish: the GPU has not ended a batch within ",
                        absl::ToInt64Milliseconds(timeout), " ms; it hangs, restart the worker"));
     }
-    std::this_thread::sleep_for(PauseAfter(waited));
   }
 }
 

@@ -34,8 +34,11 @@ class CudaSlot final : public ShardSlot {
   // What a slot of `config` takes from the device.
   static std::uint64_t PlanBytes(const CudaSlotConfig& config);
 
-  // Each enqueues and returns. `index` is this slot's.
+  // Each enqueues and returns, but for the count exchange. `index` is this slot's.
   absl::Status EnqueueStage();
+  // Waits for the peers, but no longer than `timeout`.
+  absl::StatusOr<CountMatrix> ExchangeCounts(DeviceExchange& exchange, int index,
+                                             absl::Duration timeout);
   absl::Status EnqueueDispatch(DeviceExchange& exchange, int index, const CountMatrix& counts,
                                std::int64_t first_expert);
   absl::Status EnqueueExperts(DeviceExchange& exchange, int index, const std::byte* layer);
@@ -49,7 +52,7 @@ class CudaSlot final : public ShardSlot {
   // the device hangs, and nothing that this slot uses may be freed.
   absl::Status Drain(absl::Duration timeout);
 
-  // True from Dispatch on, when peers count on this rank's part in the batch.
+  // True from ExchangeCounts or Dispatch on, when peers count on this rank's part in the batch.
   bool engaged() const { return engaged_; }
   void Disengage() { engaged_ = false; }
   const std::vector<std::int64_t>& local_expert_rows() const { return local_expert_rows_; }

@@ -137,6 +137,15 @@ class CudaExchangeTest : public ::testing::Test {
     return counts;
   }
 
+  static ShardCounts ShardCountsOf(const Case& c, const HostTokens& tokens) {
+    ShardCounts counts;
+    counts.rows_to_rank.resize(c.num_ranks);
+    counts.rows_per_expert.resize(c.experts);
+    CountShard(tokens.ids, c.topk, EvenPlacement(c.experts, c.num_ranks), counts.rows_to_rank,
+               counts.rows_per_expert);
+    return counts;
+  }
+
   // Runs `rounds` batches on every rank, checks each against the reference, returns all output
   // bytes.
   std::vector<std::vector<std::byte>> Run(Case c, int rounds, unsigned seed) {
@@ -207,6 +216,13 @@ class CudaExchangeTest : public ::testing::Test {
       const DeviceBuffer& out = buffers[round].out;
       const int slot = static_cast<int>(round) % 2;
       const CountMatrix counts = Counts(c, rounds[round]);
+      if (exchange.exchanges_counts() && c.path == Path::kPrefill) {
+        const auto told = exchange.ExchangeCounts(slot, round + 1, ShardCountsOf(c, mine),
+                                                  2 * config.base.peer_timeout, stream);
+        ASSERT_TRUE(told.ok()) << told.status();
+        EXPECT_EQ(told->rows, counts.rows);
+        EXPECT_EQ(told->rows_per_expert, counts.rows_per_expert);
+      }
       ASSERT_TRUE(exchange.Dispatch(c.path, slot, t, &counts, stream).ok());
       ASSERT_TRUE(exchange.LayOutExperts(c.path, slot, stream).ok());
       ASSERT_TRUE(exchange.Gather(c.path, slot, t, rows->as<void>(), stream).ok());
@@ -372,6 +388,37 @@ TEST_F(CudaExchangeTest, SilentPeerTimesOutNamingIt) {
 #ifndef EPSERVE_TEST_NCCL  // NCCL does not say which.
   EXPECT_NE(status.message().find("for rank 1"), std::string::npos) << status;
 #endif
+}
+
+TEST_F(CudaExchangeTest, PeerThatNeverTellsItsCountsTimesOutNamingIt) {
+  Case c;
+  c.num_ranks = 2;
+  c.tokens = {4, 4};
+  if (NoPlaceFor(c.num_ranks)) GTEST_SKIP() << "two ranks need two GPUs over NCCL";
+  std::mt19937 rng(17);
+  const HostTokens tokens = MakeTokens(c, 4, &rng);
+  std::vector<CudaExchangeConfig> configs = {Config(c, 0, 1500), Config(c, 1, 1500)};
+  for (CudaExchangeConfig& config : configs) config.base.peer_timeout = absl::Milliseconds(50);
+  const auto ranks = OpenAll(configs, num_devices_);
+  ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
+  const auto told =
+      ranks[0]->ExchangeCounts(0, 1, ShardCountsOf(c, tokens), absl::Seconds(10), nullptr);
+  ASSERT_FALSE(told.ok());
+  if (!ranks[0]->exchanges_counts()) {
+    EXPECT_EQ(told.status().code(), absl::StatusCode::kUnimplemented) << told.status();
+    return;
+  }
+  EXPECT_EQ(told.status().code(), absl::StatusCode::kDeadlineExceeded) << told.status();
+  EXPECT_NE(told.status().message().find("counts: rank 0 waited"), std::string::npos)
+      << told.status();
+  EXPECT_NE(told.status().message().find("for rank 1"), std::string::npos) << told.status();
+  // A batch's number is used once in a slot.
+  EXPECT_EQ(ranks[0]
+                ->ExchangeCounts(0, 1, ShardCountsOf(c, tokens), absl::Seconds(10), nullptr)
+                .status()
+                .code(),
+            absl::StatusCode::kInvalidArgument);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
 }
 
 TEST_F(CudaExchangeTest, AbortEndsADeviceWait) {

@@ -224,6 +224,8 @@ def write_request(path, options):
 def silent_peer_is_named(options, directory):
     """Past --peer-timeout-ms the request fails, saying who waited for whom; then all is well."""
     options.up_flag += ["--peer-timeout-ms=300", "--lease-ms=4000"]
+    if options.backend == "cuda":  # Counts over NVLink: the first that ranks wait for each other.
+        options.up_flag.append("--count-exchange=device")
     write_request(directory / "request", options)
     with serving(options, directory, "impatient") as service:
         silent = service.worker_pids()[-1]

@@ -44,9 +44,14 @@ Batch RandomBatch(const CheckpointSpec& spec, std::int64_t tokens, int topk, std
   return batch;
 }
 
-class CountExchangeTest : public ::testing::Test {
+constexpr std::int64_t kMaxTokens = 64;  // of an EngineCluster's batch
+
+class CountExchangeTest : public testing::EngineBackendTest {
  protected:
-  void SetUp() override { testing::WriteCheckpoint(path(), spec_); }
+  void SetUp() override {
+    EngineBackendTest::SetUp();
+    testing::WriteCheckpoint(path(), spec_);
+  }
   std::filesystem::path path() const { return directory_.path() / "model"; }
 
   // Runs the batch each way, of which `ways`; all must have one matrix and one output.
@@ -89,7 +94,10 @@ TEST_F(CountExchangeTest, AllWaysGiveOneMatrixAndOneOutputForEveryTopk) {
     sequence_ = 0;
     for (int topk = 1; topk <= 16; ++topk) {
       SCOPED_TRACE(absl::StrCat("ranks ", ranks, " topk ", topk));
-      ExpectTheSame(&cluster, RandomBatch(spec_, 1 + random() % 64, topk, &random));
+      // A GPU's buffers are for the model's topk: the more experts a token, the fewer tokens.
+      const std::int64_t most =
+          testing::kCudaBackend && topk > spec_.topk ? kMaxTokens * spec_.topk / topk : kMaxTokens;
+      ExpectTheSame(&cluster, RandomBatch(spec_, 1 + random() % most, topk, &random));
     }
   }
 }
@@ -107,8 +115,8 @@ TEST_F(CountExchangeTest, AllWaysAgreeOnSkewedEmptyAndTinyBatches) {
     ExpectTheSame(&cluster, batch);
   }
   // All of one shard's tokens to nobody, the others' to one rank.
-  Batch batch = RandomBatch(spec_, 60, 4, &random);
-  for (std::size_t i = 0; i < batch.ids.size(); ++i) batch.ids[i] = i < 12 * 4 ? -1 : 1;
+  Batch batch = RandomBatch(spec_, 60, 2, &random);
+  for (std::size_t i = 0; i < batch.ids.size(); ++i) batch.ids[i] = i < 12 * 2 ? -1 : 1;
   ExpectTheSame(&cluster, batch);
 }
 
@@ -139,8 +147,8 @@ TEST_F(CountExchangeTest, BatchesInBothSlotsExchangeAtOnce) {
         for (const absl::Status& status : result.statuses) ASSERT_TRUE(status.ok()) << status;
         const CountMatrix whole =
             ComputeCountMatrix(batch.ids, batch.num_tokens, batch.topk, cluster.placement());
-        ASSERT_EQ(result.matrices[3].rows, whole.rows);
-        ASSERT_EQ(result.matrices[3].rows_per_expert, whole.rows_per_expert);
+        ASSERT_EQ(result.matrices.back().rows, whole.rows);
+        ASSERT_EQ(result.matrices.back().rows_per_expert, whole.rows_per_expert);
       }
     });
   }
