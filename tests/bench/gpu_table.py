@@ -71,7 +71,8 @@ def row(name, figures):
     both = f"{figures['pair_us_p50']:.0f}" if "pair_us_p50" in figures else ""
     return (
         f"| {name} | {figures['dispatch_us_p50']:.0f} | {figures['copy_limit_us']:.0f} "
-        f"| {figures['combine_us_p50']:.0f} | {figures['combine_copy_limit_us']:.0f} | {both} |"
+        f"| {figures['combine_us_p50']:.0f} | {figures['combine_copy_limit_us']:.0f} | {both} "
+        f"| {figures['max_relative_error']:.1e} |"
     )
 
 
@@ -85,8 +86,9 @@ def main():
     ranks = arguments.ranks or num_gpus()
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = [
-        "| p50, us | dispatch | its copy limit | combine | its copy limit | both in a row |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| p50, us | dispatch | its copy limit | combine | its copy limit | both in a row "
+        "| largest relative error |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     with (arguments.out / "alltoallv.jsonl").open("w") as log:
         for name, case in CASES[arguments.backend]:
