@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <atomic>
 #include <barrier>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <random>
@@ -116,7 +115,7 @@ class CudaExchangeTest : public ::testing::Test {
     config.comm_blocks = c.comm_blocks;
     // All ranks' blocks that wait must fit the device beside one that does not: several ranks
     // may share it.
-    config.reduce_blocks = 4;
+    config.reduce_blocks = c.reduce_blocks;
     config.decode_blocks = 8;
     config.decode_combine_blocks = 12;
     return config;
@@ -248,23 +247,6 @@ class CudaExchangeTest : public ::testing::Test {
     cudaStreamDestroy(stream);
   }
 
-  static void CheckAgainstReference(const Case& c, const HostTokens& tokens,
-                                    std::int64_t num_tokens, const std::vector<std::byte>& result) {
-    std::vector<float> got(num_tokens * c.hidden);
-    ConvertToFloat(c.dtype, result.data(), got.data(), got.size());
-    std::vector<double> want(got.size(), 0.0);
-    for (std::int64_t t = 0; t < num_tokens; ++t) {
-      double factor = 0;
-      for (int k = 0; k < c.topk; ++k) {
-        const std::int32_t id = tokens.ids[t * c.topk + k];
-        if (id >= 0) factor += static_cast<double>(tokens.weights[t * c.topk + k]) * FactorOf(id);
-      }
-      for (std::int64_t h = 0; h < c.hidden; ++h)
-        want[t * c.hidden + h] = factor * tokens.x[t * c.hidden + h];
-    }
-    EXPECT_LE(RelativeError(got, want), c.limit);
-  }
-
   int num_devices_ = 0;
 };
 
@@ -330,6 +312,24 @@ TEST_F(CudaExchangeTest, PrefillRowsOfManyLengthsMatchReference) {
   }
 }
 
+TEST_F(CudaExchangeTest, PrefillRowsOfUnequalPiecesMatchReference) {
+  Case c;
+  c.dtype = DataType::kFp32;
+  c.limit = 1e-5;
+  for (const std::int64_t hidden : {1796, 5380}) {  // 449 vectors: two pieces; 1345: four
+    c.hidden = hidden;
+    Run(c, 2, 17);
+  }
+}
+
+TEST_F(CudaExchangeTest, PrefillTokensOfOneExpertOrNoneMatchReference) {
+  Case c;
+  c.topk = 1;
+  c.experts = 4;  // A fifth of the tokens has none; of the others some are local, some not.
+  c.tokens = {400, 90, 0, 129};
+  Run(c, 3, 18);
+}
+
 TEST_F(CudaExchangeTest, DecodeWithMoreTokensThanALookMatchesReference) {
   Case c;
   c.path = Path::kDecode;
@@ -364,6 +364,22 @@ TEST_F(CudaExchangeTest, SameInputsGiveSameBits) {
   Case c;
   c.tokens = {500, 300, 0, 129};
   EXPECT_EQ(Run(c, 2, 12), Run(c, 2, 12));
+}
+
+// Blocks decide who adds what, and whether a block or a team's ring does; never in what order.
+TEST_F(CudaExchangeTest, AnyNumberOfBlocksGivesSameBits) {
+  for (const std::int64_t hidden : {512, 7168}) {
+    Case c;
+    c.hidden = hidden;
+    c.tokens = {40, 37, 0, 33};
+    const auto many_rows_a_block = Run(c, 2, 19);
+    c.comm_blocks = 1;
+    c.reduce_blocks = 1;
+    EXPECT_EQ(Run(c, 2, 19), many_rows_a_block);
+    c.comm_blocks = 16;
+    c.reduce_blocks = 5;
+    EXPECT_EQ(Run(c, 2, 19), many_rows_a_block);  // Eight rows a block or fewer.
+  }
 }
 
 TEST_F(CudaExchangeTest, SilentPeerTimesOutNamingIt) {

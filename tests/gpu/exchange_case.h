@@ -30,6 +30,7 @@ struct Case {
   RowPayload payload = RowPayload::kCopy;
   DeviceExchange::Path path = DeviceExchange::Path::kPrefill;
   int comm_blocks = 6;
+  int reduce_blocks = 4;
   double limit = 1e-2;
   bool one_expert = false;  // all tokens on one expert
 };
@@ -127,6 +128,23 @@ inline double RelativeError(const std::vector<float>& got, const std::vector<dou
     norm += want[i] * want[i];
   }
   return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+}
+
+inline void CheckAgainstReference(const Case& c, const HostTokens& tokens, std::int64_t num_tokens,
+                                  const std::vector<std::byte>& result) {
+  std::vector<float> got(num_tokens * c.hidden);
+  ConvertToFloat(c.dtype, result.data(), got.data(), got.size());
+  std::vector<double> want(got.size(), 0.0);
+  for (std::int64_t t = 0; t < num_tokens; ++t) {
+    double factor = 0;
+    for (int k = 0; k < c.topk; ++k) {
+      const std::int32_t id = tokens.ids[t * c.topk + k];
+      if (id >= 0) factor += static_cast<double>(tokens.weights[t * c.topk + k]) * FactorOf(id);
+    }
+    for (std::int64_t h = 0; h < c.hidden; ++h)
+      want[t * c.hidden + h] = factor * tokens.x[t * c.hidden + h];
+  }
+  EXPECT_LE(RelativeError(got, want), c.limit);
 }
 
 }  // namespace epserve::runtime
