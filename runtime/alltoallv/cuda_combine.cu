@@ -18,6 +18,7 @@
 #include "runtime/alltoallv/cuda_combine_stream.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
+#include "runtime/alltoallv/device_limits.h"
 #include "runtime/base/cuda_status.h"
 
 namespace epserve::runtime {
@@ -39,6 +40,7 @@ struct SourceList {
 struct CombineShared {
   SourceList list;
   int rows_from[kMaxCudaRanks];  // that each rank sent to this one
+  bool gave_up;
 };
 
 // Lists the present lanes' rows behind the first `size` of the list, in the lanes' order, and
@@ -197,7 +199,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (block < args.push_blocks) {
     PeerRows rows(args, use, block, args.push_blocks);
     LoadRowsFrom(args, use, shared.rows_from);
+    if (threadIdx.x == 0) shared.gave_up = GaveUp(args.wait);
     __syncthreads();
+    if (shared.gave_up) return;  // What would be sent is made of rows that never came.
     rows.Begin(shared.rows_from);
     Push<Element>(args, use, num_vectors, &rows, &shared.list);
   }
@@ -273,6 +277,7 @@ absl::Status LaunchCombine(const CudaCombineArgs& args, cudaStream_t stream) {
                                                    args.push_blocks, " must equal reduce_blocks ",
                                                    args.reduce_blocks));
   }
+  EPS_RETURN_IF_ERROR(CheckRowBytes("combine", args.hidden, args.dtype));
   if (args.topk < 1 || args.topk > kMaxCudaTopk) {
     return absl::InvalidArgumentError(
         absl::StrCat("combine: topk ", args.topk, " outside [1, ", kMaxCudaTopk, "]"));

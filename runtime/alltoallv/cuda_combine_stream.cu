@@ -59,6 +59,7 @@ struct StreamShared {
   alignas(128) uint4 slots[kTeams][kRingBytes / sizeof(uint4)];
   Ring ring[kTeams];
   int rows_from[kMaxCudaRanks];  // that each rank sent to this one
+  bool gave_up;
 };
 static_assert(sizeof(StreamShared) <= 227 * 1024, "a block's limit on sm_90");
 
@@ -354,7 +355,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const AreaUse use = BeginUse(args.area, 1);
   InitRings(&shared);
   LoadRowsFrom(args, use, shared.rows_from);
+  if (threadIdx.x == 0) shared.gave_up = GaveUp(args.wait);
   __syncthreads();
+  if (shared.gave_up) return;  // What would be sent is made of rows that never came.
   const Pieces pieces(args.hidden / Vector16<Element>::kElements);
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int block = static_cast<int>(blockIdx.x);

@@ -25,9 +25,14 @@ __device__ inline std::uint64_t* FlagOf(std::byte* flags, int index) {
 inline constexpr unsigned kEagerPolls = 32;  // about 20 us
 inline constexpr unsigned kPauseNs = 200;
 
-// Waits until *flag >= target. False where the wait gave up, with the reason in the report; the
-// caller carries on without touching what it waited for, and the host turns the report into a
-// Status.
+// True once a wait of this rank has given up. Nothing that the kernels behind it would read can be
+// trusted then, and nothing they make may reach a peer: they return at once, and raise no flag.
+__device__ inline bool GaveUp(const WaitControl& control) {
+  return *const_cast<const volatile std::uint32_t*>(control.report_claim) != 0;
+}
+
+// Waits until *flag >= target. False where the wait gave up, with the reason in the report, or
+// another wait of this rank has; the host turns the report into a Status.
 __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, int peer,
                                    WaitStage stage, const WaitControl& control) {
   // acquire: what the peer wrote before its release is visible after. system: the writer is another
@@ -42,6 +47,7 @@ __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, in
     if (spin > kEagerPolls) __nanosleep(kPauseNs);
     // The abort word lies in host memory, a PCIe read away: look at it, and at the clock, rarely.
     if (spin % 1024 != 0) continue;
+    if (GaveUp(control)) return false;
     const std::uint64_t waited = GlobalTimerNs() - start;
     const bool aborted = *const_cast<const volatile std::uint32_t*>(control.abort_word) != 0;
     if (!aborted && waited < static_cast<std::uint64_t>(control.timeout_ns)) continue;

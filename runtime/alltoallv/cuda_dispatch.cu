@@ -9,6 +9,8 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
+#include "runtime/alltoallv/device_limits.h"
+#include "runtime/base/cuda_fp8.cuh"
 #include "runtime/base/cuda_status.h"
 
 namespace epserve::runtime {
@@ -276,13 +278,13 @@ __device__ void StoreScales(float scale, std::int64_t group, std::int64_t num_gr
 }
 
 // Casts the row on its way: each thread takes 16 elements, so that eight neighbours share a scale
-// and every store is 16 bytes. A group of zeros has scale 1; NaN elements stay NaN.
+// and every store is 16 bytes. NaN elements stay NaN, and an
+// infinite one makes its group NaN.
 template <RowTeam kTeam>
 __device__ void CastRow(const uint4* row, std::int64_t hidden, bool has_head, const RowHead& head,
                         const DispatchShared& shared) {
   using T = Team<kTeam>;
   constexpr int kLanesPerGroup = kFp8GroupElements / 16;
-  constexpr float kLargestFp8 = 448.0f;
   constexpr int kUnroll = 2;
   const int num_destinations = shared.num_destinations[T::index()];
   const std::int64_t num_pieces = hidden / 16;
@@ -309,9 +311,8 @@ __device__ void CastRow(const uint4* row, std::int64_t hidden, bool has_head, co
       for (int step = 1; step < kLanesPerGroup; step *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
       }
-      const bool usable = largest > 0.0f && largest < INFINITY;
-      const float scale = usable ? largest / kLargestFp8 : 1.0f;
-      const uint4 packed = CastToFp8(low[u], high[u], usable ? kLargestFp8 / largest : 1.0f);
+      const float scale = Fp8Scale(largest);
+      const uint4 packed = CastToFp8(low[u], high[u], 1.0f / scale);
       if (p < num_pieces) {
         for (int d = 0; d < num_destinations; ++d) shared.destination[T::index()][d][p] = packed;
       }
@@ -417,12 +418,7 @@ absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
     return absl::InvalidArgumentError(absl::StrCat("dispatch: num_ranks ", args.area.num_ranks,
                                                    " outside [1, ", kMaxCudaRanks, "]"));
   }
-  const std::int64_t input_bytes =
-      args.hidden * static_cast<std::int64_t>(DataTypeBytes(args.dtype));
-  if (args.hidden < 1 || input_bytes % 16 != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("dispatch: a row of ", input_bytes,
-                                                   " bytes is not a positive multiple of 16"));
-  }
+  EPS_RETURN_IF_ERROR(CheckRowBytes("dispatch", args.hidden, args.dtype));
   if (args.payload == RowPayload::kFp8 &&
       (args.dtype != DataType::kBf16 || args.hidden % kFp8GroupElements != 0)) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <thread>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "runtime/alltoallv/counts_mailbox.h"
@@ -163,6 +164,11 @@ absl::Status CudaExchange::ShareHeap() {
     EPS_ASSIGN_OR_RETURN(own_.secret, RandomSecret());
     own_.address =
         HandleSocketAddress(config_.socket_directory, base.cluster_id, base.epoch, base.rank);
+    // Anybody may bind an abstract name: one that cannot be guessed is nobody else's already.
+    if (config_.socket_directory.empty()) {
+      EPS_ASSIGN_OR_RETURN(const std::string suffix, RandomSecret());
+      absl::StrAppend(&own_.address, "-", absl::BytesToHexString(suffix.substr(0, 8)));
+    }
     EPS_ASSIGN_OR_RETURN(UniqueFd descriptor, heap_.allocation().Export());
     EPS_ASSIGN_OR_RETURN(server_, HandleServer::Start(own_.address, own_.secret,
                                                       std::move(descriptor), heap_.bytes()));
@@ -182,7 +188,7 @@ absl::Status CudaExchange::OpenPeers(std::span<const std::string> handles, absl:
                                                    " handles are not one for each of the ",
                                                    base.num_ranks, " ranks"));
   }
-  const absl::Time deadline = absl::Now() + timeout;
+  const Deadline deadline(timeout);
   peers_.resize(base.num_ranks);
   for (int r = 0; r < base.num_ranks; ++r) {
     if (r == base.rank) continue;
@@ -196,11 +202,11 @@ absl::Status CudaExchange::OpenPeers(std::span<const std::string> handles, absl:
 }
 
 absl::StatusOr<DeviceAllocation> CudaExchange::OpenPeer(const CudaHeapHandle& peer,
-                                                        absl::Time deadline) const {
+                                                        const Deadline& deadline) const {
   if (peer.type == HandleType::kFabric) return DeviceAllocation::Import(peer.fabric, peer.bytes);
   auto fetched = FetchHandle(peer.address, peer.secret, absl::Seconds(1));
   // A socket that answers nobody now may be busy with another rank, or belong to a dead one.
-  while (absl::IsUnavailable(fetched.status()) && absl::Now() < deadline) {
+  while (absl::IsUnavailable(fetched.status()) && !deadline.passed()) {
     if (aborted_) {
       return absl::AbortedError(
           absl::StrCat("open peers: the epoch ended while rank ", peer.rank, " was awaited"));
@@ -334,6 +340,7 @@ absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& token
 absl::Status CudaExchange::LayOutExperts(Path path, int slot, cudaStream_t stream) {
   Local& local = LocalOf(path, slot);
   ExpertLayoutArgs args{};
+  args.wait = Wait();
   args.area = ViewOf(path, slot);
   std::copy_n(local.recv_base, kMaxCudaRanks, args.recv_base);
   std::copy_n(local.recv_rows, kMaxCudaRanks, args.recv_rows);
@@ -349,6 +356,7 @@ absl::Status CudaExchange::Gather(Path path, int slot, const CudaTokens& tokens,
                                   void* expert_inputs, cudaStream_t stream) {
   Local& local = LocalOf(path, slot);
   GatherArgs args{};
+  args.wait = Wait();
   args.area = ViewOf(path, slot);
   std::copy_n(local.recv_base, kMaxCudaRanks, args.recv_base);
   std::copy_n(local.recv_rows, kMaxCudaRanks, args.recv_rows);
@@ -410,7 +418,11 @@ std::byte* CudaExchange::PeerRows(int rank) const {
 absl::Status CudaExchange::CheckWaits() const {
   const auto* report = reinterpret_cast<const volatile WaitReport*>(host_words_.as<std::byte>() +
                                                                     sizeof(std::uint64_t));
-  const std::uint32_t stage = report->stage;
+  // acquire: pairs with the device's release in WaitAtLeast, the other fields come after.
+  const std::uint32_t stage =
+      std::atomic_ref(
+          reinterpret_cast<WaitReport*>(host_words_.as<std::byte>() + sizeof(std::uint64_t))->stage)
+          .load(std::memory_order_acquire);
   if (stage == 0) return absl::OkStatus();
   const double waited_ms = static_cast<double>(report->waited_ns) / 1e6;
   if (report->aborted != 0) {

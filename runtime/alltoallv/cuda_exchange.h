@@ -21,6 +21,7 @@
 #include "runtime/alltoallv/device_exchange.h"
 #include "runtime/alltoallv/exchange.h"
 #include "runtime/base/cuda_memory.h"
+#include "runtime/base/deadline.h"
 #include "runtime/symmetric/cuda_heap.h"
 #include "runtime/symmetric/handle_socket.h"
 
@@ -86,7 +87,8 @@ class CudaExchange final : public DeviceExchange {
   absl::Status Initialize();
   absl::Status AllocateLocals();
   absl::Status ShareHeap();
-  absl::StatusOr<DeviceAllocation> OpenPeer(const CudaHeapHandle& peer, absl::Time deadline) const;
+  absl::StatusOr<DeviceAllocation> OpenPeer(const CudaHeapHandle& peer,
+                                            const Deadline& deadline) const;
   AreaView ViewOf(Path path, int slot) const;
   Local& LocalOf(Path path, int slot);
   const Local& LocalOf(Path path, int slot) const;

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
+#include "runtime/alltoallv/device_limits.h"
 #include "runtime/base/cuda_status.h"
 
 namespace epserve::runtime {
@@ -54,7 +55,12 @@ __global__ void __launch_bounds__(kLayoutThreads)
     ExpertLayoutKernel(const __grid_constant__ ExpertLayoutArgs args) {
   __shared__ int scratch[kLayoutWarps];
   const int expert = static_cast<int>(blockIdx.x);  // num_local_experts: the block of the total
-  const AreaUse use = CurrentUse(args.area, 1);     // the dispatch counter has moved on already
+  if (__syncthreads_or(GaveUp(args.wait)) !=
+      0) {  // A late peer may still be writing what is read here.
+    if (threadIdx.x == 0) args.expert_offset[expert] = 0;
+    return;
+  }
+  const AreaUse use = CurrentUse(args.area, 1);  // the dispatch counter has moved on already
   const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
   const auto* ids = reinterpret_cast<const std::int32_t*>(own + args.area.layout.topk_ids);
   int below = 0;
@@ -97,6 +103,8 @@ __device__ uint4 CastFromFp8(const uint2& packed, float scale) {
 }
 
 __global__ void __launch_bounds__(512) GatherKernel(const __grid_constant__ GatherArgs args) {
+  // One lane's look, so that a warp stays together.
+  if (__shfl_sync(0xffffffffu, GaveUp(args.wait) ? 1 : 0, 0) != 0) return;
   const AreaUse use = CurrentUse(args.area, 1);
   const AreaLayout& layout = args.area.layout;
   const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
@@ -161,6 +169,7 @@ absl::Status LaunchGather(const GatherArgs& args, cudaStream_t stream) {
     return absl::InvalidArgumentError(
         absl::StrCat("gather: num_blocks ", args.num_blocks, " must be at least 1"));
   }
+  EPS_RETURN_IF_ERROR(CheckRowBytes("gather", args.hidden, args.dtype));
   GatherKernel<<<args.num_blocks, 512, 0, stream>>>(args);
   EPS_CUDA_RETURN_IF_ERROR(cudaGetLastError());
   return absl::OkStatus();

@@ -145,9 +145,11 @@ struct ExpertLayoutArgs {
   int num_local_experts;
   std::int32_t* expert_index;   // [row_capacity, K] out: row in expert-major order, -1 = none
   std::int32_t* expert_offset;  // [E_local + 1] out: first row of each expert
+  WaitControl wait;             // of the dispatch before
 };
 
-// Orders the received rows by expert, then by source and token. Deterministic.
+// Orders the received rows by expert, then by source and token. Deterministic. No rows where the
+// dispatch's wait has given up.
 absl::Status LaunchExpertLayout(const ExpertLayoutArgs& args, cudaStream_t stream);
 
 struct GatherArgs {
@@ -162,6 +164,7 @@ struct GatherArgs {
   DataType dtype;
   RowPayload payload;
   int num_blocks;
+  WaitControl wait;  // of the dispatch before
 };
 
 // Copies the received rows into expert-major order.

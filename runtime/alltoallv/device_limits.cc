@@ -43,6 +43,13 @@ Digest DigestOfDeviceConfig(const ExchangeConfig& config) {
       .Add(config.max_batch_tokens);
 }
 
+absl::Status CheckRowBytes(const char* operation, std::int64_t hidden, DataType dtype) {
+  const std::int64_t bytes = hidden * static_cast<std::int64_t>(DataTypeBytes(dtype));
+  if (hidden > 0 && bytes % 16 == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(operation, ": a row of ", bytes, " bytes is not a positive multiple of 16"));
+}
+
 absl::Status CheckDeviceTokens(const CudaTokens& tokens, const DeviceTokenLimits& limits) {
   if (tokens.num_tokens < 0 || tokens.num_tokens > limits.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("dispatch: num_tokens ", tokens.num_tokens,

@@ -18,6 +18,10 @@ absl::Status CheckDeviceConfig(const char* name, const ExchangeConfig& config);
 // Of what every rank must set alike, to be gone on with by what the backend adds.
 Digest DigestOfDeviceConfig(const ExchangeConfig& config);
 
+// Kernels move rows in pieces of 16 bytes. INVALID_ARGUMENT where rows of `hidden` elements are not
+// a positive number of them. `operation` opens the message.
+absl::Status CheckRowBytes(const char* operation, std::int64_t hidden, DataType dtype);
+
 struct DeviceTokenLimits {
   std::int64_t max_tokens = 0;  // of this rank
   int max_topk = 0;

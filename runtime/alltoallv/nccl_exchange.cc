@@ -185,7 +185,7 @@ absl::Status NcclExchange::Initialize() {
 
 absl::Status NcclExchange::OpenPeers(std::span<const std::string> handles, absl::Duration timeout) {
   const ExchangeConfig& base = config_.base;
-  const absl::Time deadline = absl::Now() + timeout;
+  const Deadline deadline(timeout);
   if (handles.size() != static_cast<std::size_t>(base.num_ranks)) {
     return absl::InvalidArgumentError(absl::StrCat("open peers: ", handles.size(),
                                                    " handles are not one for each of the ",
@@ -209,7 +209,7 @@ absl::Status NcclExchange::OpenPeers(std::span<const std::string> handles, absl:
 }
 
 // NCCL connects two ranks, and takes memory for it, at their first transfer: which is this one.
-absl::Status NcclExchange::Connect(absl::Time deadline) {
+absl::Status NcclExchange::Connect(const Deadline& deadline) {
   const ExchangeConfig& base = config_.base;
   Stream stream;
   EPS_RETURN_IF_ERROR(stream.Create());
@@ -223,7 +223,7 @@ absl::Status NcclExchange::Connect(absl::Time deadline) {
           {peer, lane.sending() + at, kGreetingBytes, lane.receiving() + at, kGreetingBytes});
     }
     EPS_RETURN_IF_ERROR(
-        lanes_.Exchange(static_cast<int>(i), greetings, stream.get(), deadline - absl::Now()));
+        lanes_.Exchange(static_cast<int>(i), greetings, stream.get(), deadline.left()));
   }
   for (;;) {
     const cudaError_t state = cudaStreamQuery(stream.get());
@@ -232,7 +232,7 @@ absl::Status NcclExchange::Connect(absl::Time deadline) {
     if (state != cudaErrorNotReady) {
       return CudaStatus(state, "cudaStreamQuery", __FILE__, __LINE__);
     }
-    if (absl::Now() >= deadline) {
+    if (deadline.passed()) {
       return absl::UnavailableError(absl::StrCat("open peers: rank ", base.rank,
                                                  " waited in vain for its peers' first bytes"));
     }
@@ -401,6 +401,7 @@ absl::Status NcclExchange::Dispatch(Path path, int slot, const CudaTokens& token
 absl::Status NcclExchange::LayOutExperts(Path path, int slot, cudaStream_t stream) {
   EPS_ASSIGN_OR_RETURN(Lane * lane, LaneFor("lay out experts", path, slot));
   ExpertLayoutArgs args{};
+  args.wait = NoWait();
   args.area = ViewOf(*lane);
   lane->CopyArrived(args.recv_base, args.recv_rows);
   args.topk = lane->topk;
@@ -415,6 +416,7 @@ absl::Status NcclExchange::Gather(Path path, int slot, const CudaTokens& tokens,
                                   void* expert_inputs, cudaStream_t stream) {
   EPS_ASSIGN_OR_RETURN(const Lane* lane, LaneFor("gather", path, slot));
   GatherArgs args{};
+  args.wait = NoWait();
   args.area = ViewOf(*lane);
   lane->CopyArrived(args.recv_base, args.recv_rows);
   args.x = tokens.x;

@@ -31,6 +31,7 @@
 #include "runtime/alltoallv/nccl_lanes.h"
 #include "runtime/alltoallv/nccl_watch.h"
 #include "runtime/base/cuda_memory.h"
+#include "runtime/base/deadline.h"
 
 namespace epserve::runtime {
 
@@ -79,7 +80,7 @@ class NcclExchange final : public DeviceExchange {
 
   NcclExchange(const NcclApi& api, const NcclExchangeConfig& config);
   absl::Status Initialize();
-  absl::Status Connect(absl::Time deadline);
+  absl::Status Connect(const Deadline& deadline);
   absl::StatusOr<Lane*> LaneFor(const char* operation, Path path, int slot) const;
   int LaneIndex(Path path, int slot) const;
   void PlaceRows(const CountMatrix* counts, Lane& lane) const;

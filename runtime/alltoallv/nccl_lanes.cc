@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <string>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -49,7 +50,7 @@ absl::Status NcclLanes::Aborted(const char* call) const {
       absl::StrCat("nccl: ", call, ": rank ", config_.rank, " was told to stop"));
 }
 
-absl::Status NcclLanes::Open(const ncclUniqueId& id, absl::Time deadline) {
+absl::Status NcclLanes::Open(const ncclUniqueId& id, const Deadline& deadline) {
   absl::Status status = Join(id, deadline);
   for (std::size_t lane = 1; status.ok() && lane < lanes_.size(); ++lane) {
     status = Split(*lanes_[lane], deadline);
@@ -60,7 +61,7 @@ absl::Status NcclLanes::Open(const ncclUniqueId& id, absl::Time deadline) {
                                              " waited in vain for the others: ", status.message()));
 }
 
-absl::Status NcclLanes::Join(const ncclUniqueId& id, absl::Time deadline) {
+absl::Status NcclLanes::Join(const ncclUniqueId& id, const Deadline& deadline) {
   constexpr char kCall[] = "ncclCommInitRankConfig";
   Lane& first = *lanes_.front();
   {
@@ -74,7 +75,7 @@ absl::Status NcclLanes::Join(const ncclUniqueId& id, absl::Time deadline) {
   return Settle(first, kCall, deadline);
 }
 
-absl::Status NcclLanes::Split(Lane& to, absl::Time deadline) {
+absl::Status NcclLanes::Split(Lane& to, const Deadline& deadline) {
   constexpr char kCall[] = "ncclCommSplit";
   Lane& first = *lanes_.front();
   {
@@ -121,11 +122,11 @@ absl::Status NcclLanes::Exchange(int lane, std::span<const NcclTransfer> transfe
   EPS_RETURN_IF_ERROR(EnqueueGroup(used, transfers, stream, &in_progress));
   if (!in_progress) return absl::OkStatus();
   // What the caller enqueues next must come after the transfers, so they have to be there.
-  return Settle(used, "ncclGroupEnd", absl::Now() + timeout);
+  return Settle(used, "ncclGroupEnd", Deadline(timeout));
 }
 
-absl::Status NcclLanes::Settle(Lane& lane, const char* call, absl::Time deadline) {
-  const absl::Time start = absl::Now();
+absl::Status NcclLanes::Settle(Lane& lane, const char* call, const Deadline& deadline) {
+  const Deadline started(absl::ZeroDuration());
   for (;;) {
     {
       const std::lock_guard lock(lane.mutex);
@@ -135,13 +136,12 @@ absl::Status NcclLanes::Settle(Lane& lane, const char* call, absl::Time deadline
       if (Failed(asked)) return NcclStatus(api_, asked, "ncclCommGetAsyncError", lane.comm);
       if (state != ncclInProgress) return NcclStatus(api_, state, call, lane.comm);
     }
-    const absl::Time now = absl::Now();
-    if (now >= deadline) {
+    if (deadline.passed()) {
       return absl::DeadlineExceededError(absl::StrCat("nccl: ", call, " has not ended within ",
-                                                      absl::ToDoubleMilliseconds(now - start),
+                                                      absl::ToDoubleMilliseconds(started.waited()),
                                                       " ms on rank ", config_.rank));
     }
-    PauseAfter(now - start);
+    PauseAfter(started.waited());
   }
 }
 
@@ -167,11 +167,18 @@ void NcclLanes::Abort() {
   }
   if (comms.empty()) return;
   // In one group, so that every communicator's kernels are told to end before the memory of any is
-  // given back, which waits for the whole device. What the calls return says nothing that could
-  // still be acted on: the communicators are gone in any case.
-  (void)api_.GroupStart();
-  for (ncclComm_t comm : comms) (void)api_.CommAbort(comm);
-  (void)api_.GroupEnd();
+  // given back, which waits for the whole device. What the calls return cannot be acted on, for the
+  // communicators are gone in any case; but whoever looks for memory that was not ready to go finds
+  // it in the log.
+  const auto call = [this](const char* name, ncclResult_t result) {
+    if (result == ncclSuccess) return;
+    LogWarning("nccl_abort", {{"call", name},
+                              {"rank", config_.rank},
+                              {"result", std::string(api_.GetErrorString(result))}});
+  };
+  call("ncclGroupStart", api_.GroupStart());
+  for (ncclComm_t comm : comms) call("ncclCommAbort", api_.CommAbort(comm));
+  call("ncclGroupEnd", api_.GroupEnd());
 }
 
 }  // namespace epserve::runtime

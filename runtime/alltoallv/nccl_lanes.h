@@ -20,6 +20,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "runtime/alltoallv/nccl_api.h"
+#include "runtime/base/deadline.h"
 
 namespace epserve::runtime {
 
@@ -50,7 +51,7 @@ class NcclLanes {
 
   // Joins the other ranks, on the current device; all call it at once, with rank 0's id.
   // UNAVAILABLE: one of them has not come by `deadline`. ABORTED: Abort() was called.
-  absl::Status Open(const ncclUniqueId& id, absl::Time deadline);
+  absl::Status Open(const ncclUniqueId& id, const Deadline& deadline);
 
   // Enqueues all transfers as one. DEADLINE_EXCEEDED: NCCL has not taken them within `timeout`.
   absl::Status Exchange(int lane, std::span<const NcclTransfer> transfers, cudaStream_t stream,
@@ -69,12 +70,12 @@ class NcclLanes {
     ncclComm_t comm = nullptr;  // null before Open and after Abort
   };
 
-  absl::Status Join(const ncclUniqueId& id, absl::Time deadline);
-  absl::Status Split(Lane& to, absl::Time deadline);
+  absl::Status Join(const ncclUniqueId& id, const Deadline& deadline);
+  absl::Status Split(Lane& to, const Deadline& deadline);
   absl::Status EnqueueGroup(Lane& lane, std::span<const NcclTransfer> transfers,
                             cudaStream_t stream, bool* in_progress);
   // Waits until NCCL has finished what it was last told. DEADLINE_EXCEEDED at the deadline.
-  absl::Status Settle(Lane& lane, const char* call, absl::Time deadline);
+  absl::Status Settle(Lane& lane, const char* call, const Deadline& deadline);
   absl::Status Aborted(const char* call) const;
   ncclConfig_t CommConfig() const;
 

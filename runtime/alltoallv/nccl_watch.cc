@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 
 namespace epserve::runtime {
 namespace {
@@ -44,11 +43,11 @@ void NcclWatch::Abort() {
 }
 
 absl::Status NcclWatch::Look(std::vector<Seen>& seen) const {
-  const absl::Time now = absl::Now();
+  const auto now = std::chrono::steady_clock::now();
   for (std::size_t i = 0; i < seen.size(); ++i) {
     const std::uint64_t count = config_.words[i];
     if (count != seen[i].count) seen[i] = {count, now};
-    const absl::Duration waited = now - seen[i].since;
+    const absl::Duration waited = absl::FromChrono(now - seen[i].since);
     if (count % 2 == 0 || waited < config_.timeout) continue;
     return absl::DeadlineExceededError(absl::StrCat(
         config_.stages[i], ": rank ", config_.rank, " waited ", absl::ToDoubleMilliseconds(waited),
@@ -59,7 +58,7 @@ absl::Status NcclWatch::Look(std::vector<Seen>& seen) const {
 }
 
 void NcclWatch::Run() {
-  std::vector<Seen> seen(config_.words.size(), Seen{0, absl::Now()});
+  std::vector<Seen> seen(config_.words.size(), Seen{0, std::chrono::steady_clock::now()});
   const auto period = PeriodFor(config_.timeout);
   std::unique_lock lock(mutex_);
   for (;;) {

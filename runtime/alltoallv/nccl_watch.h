@@ -6,6 +6,7 @@
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_NCCL_WATCH_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_NCCL_WATCH_H_
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -48,7 +49,7 @@ class NcclWatch {
   // Where a word was when it last moved.
   struct Seen {
     std::uint64_t count = 0;
-    absl::Time since;
+    std::chrono::steady_clock::time_point since;
   };
 
   void Run();

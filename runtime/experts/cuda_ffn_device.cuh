@@ -102,10 +102,6 @@ __device__ inline float SwiGlu(float gate, float up) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
-// The scale of values of which `largest` is the largest magnitude: it becomes e4m3's largest. Below
-// the bound the scale's reciprocal would overflow; such values round to 0.
-__device__ inline float Fp8Scale(float largest) { return fmaxf(largest, 1e-30f) / 448.0f; }
-
 __device__ inline std::uint32_t PackBf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const std::uint32_t*>(&pair);

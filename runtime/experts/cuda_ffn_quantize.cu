@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
+#include "runtime/base/cuda_fp8.cuh"
 #include "runtime/base/cuda_status.h"
 #include "runtime/experts/cuda_ffn_device.cuh"
 #include "runtime/experts/cuda_ffn_kernels.h"

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -33,6 +34,9 @@ struct Case {
   int reduce_blocks = 4;
   double limit = 1e-2;
   bool one_expert = false;  // all tokens on one expert
+  // The first groups of 128 of every token are hard to cast: zeros, zeros around one value whose
+  // scale's reciprocal would overflow, and one large among small.
+  bool odd_groups = false;
 };
 
 // What expert e makes of a row: a factor that tells experts apart.
@@ -51,6 +55,15 @@ inline HostTokens MakeTokens(const Case& c, std::int64_t num_tokens, std::mt1993
   std::uniform_int_distribution<int> expert(-1, static_cast<int>(c.experts) - 1);
   std::vector<float> raw(num_tokens * c.hidden);
   for (float& v : raw) v = normal(*rng);
+  if (c.odd_groups) {
+    constexpr std::int64_t kGroup = kFp8GroupElements;
+    for (std::int64_t t = 0; t < num_tokens; ++t) {
+      float* const row = raw.data() + t * c.hidden;
+      std::fill_n(row, 2 * kGroup, 0.0f);
+      row[kGroup + 3] = 1e-37f;
+      row[2 * kGroup] = 3e4f;
+    }
+  }
   h.packed.resize(raw.size() * DataTypeBytes(c.dtype));
   h.x.resize(raw.size());
   ConvertFromFloat(c.dtype, raw.data(), h.packed.data(), raw.size());

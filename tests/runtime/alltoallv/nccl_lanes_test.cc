@@ -27,9 +27,7 @@ class NcclLanesTest : public ::testing::Test {
 
   NcclLanesTest() { std::strcpy(id_.internal, "the id"); }
 
-  absl::Status Open(absl::Duration timeout = kLong) {
-    return lanes_.Open(id_, absl::Now() + timeout);
-  }
+  absl::Status Open(absl::Duration timeout = kLong) { return lanes_.Open(id_, Deadline(timeout)); }
   void OpenWell() {
     ASSERT_TRUE(Open().ok());
     nccl_.TakeCalls();
