@@ -15,11 +15,11 @@ using Json = nlohmann::ordered_json;
 
 constexpr int kClientProcess = 1;
 constexpr int kServiceProcess = 2;
-constexpr std::pair<const char*, const char*> kPhases[] = {{"assign", "assign_ns"},
-                                                           {"counts", "counts_ns"},
-                                                           {"dispatch", "dispatch_ns"},
-                                                           {"experts", "ffn_ns"},
-                                                           {"combine", "combine_ns"}};
+constexpr std::pair<const char*, const char*> kTracedPhases[] = {{"assign", "assign_ns"},
+                                                                 {"counts", "counts_ns"},
+                                                                 {"dispatch", "dispatch_ns"},
+                                                                 {"experts", "ffn_ns"},
+                                                                 {"combine", "combine_ns"}};
 
 Json Name(const char* what, int process, std::int64_t thread, const std::string& name) {
   return {
@@ -47,7 +47,7 @@ void AddWorkers(const Json& trace, std::int64_t origin_us, const std::string& re
   for (const Json& worker : trace.at("workers")) {
     const std::int64_t rank = worker.at("rank");
     double at_us = worker.at("start_ns").get<double>() / 1e3 - static_cast<double>(origin_us);
-    for (const auto& [name, key] : kPhases) {
+    for (const auto& [name, key] : kTracedPhases) {
       const double duration_us = worker.at(key).get<double>() / 1e3;
       if (duration_us > 0) {
         Json slice = Slice(name, kServiceProcess, rank, at_us, duration_us);

@@ -23,11 +23,6 @@
 namespace epserve::runtime {
 namespace {
 
-template <typename... Parts>
-absl::Status Refuse(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
-
 std::int64_t ElapsedNs(std::chrono::steady_clock::time_point since) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() -
                                                               since)
@@ -267,8 +262,8 @@ void HostEngine::Discard(int slot_index) {
 
 absl::StatusOr<std::unique_ptr<Engine>> CreateHostEngine(const EngineOptions& options) {
   if (options.compute_threads < 1 || options.compute_threads > 256) {
-    return Refuse("create engine: compute_threads ", options.compute_threads,
-                  " is outside [1, 256]");
+    return absl::InvalidArgumentError(absl::StrCat(
+        "create engine: compute_threads ", options.compute_threads, " is outside [1, 256]"));
   }
   EPS_ASSIGN_OR_RETURN(const int reclaimed, ReclaimStaleHeaps(options.cluster_id));
   if (reclaimed > 0) {

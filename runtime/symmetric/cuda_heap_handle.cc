@@ -12,13 +12,13 @@
 namespace epserve::runtime {
 namespace {
 
-constexpr std::uint64_t kMagic = 0x3168637573737065;  // "epssuch1" in memory
-constexpr std::size_t kMaxAddressBytes = 108;         // of sockaddr_un
-constexpr std::size_t kMaxSecretBytes = 64;           // of the handle socket
-constexpr std::size_t kSecretBytes = 32;
+constexpr std::uint64_t kHandleMagic = 0x3168637573737065;  // "epssuch1" in memory
+constexpr std::size_t kMaxAddressBytes = 108;               // of sockaddr_un
+constexpr std::size_t kMaxSecretBytes = 64;                 // of the handle socket
+constexpr std::size_t kHandleSecretBytes = 32;
 
 struct Encoded {
-  std::uint64_t magic = kMagic;
+  std::uint64_t magic = kHandleMagic;
   std::uint32_t type = 0;
   std::int32_t rank = 0;
   std::uint64_t epoch = 0;
@@ -71,8 +71,8 @@ absl::StatusOr<CudaHeapHandle> DecodeHandle(std::string_view encoded) {
     return Differs("size", encoded.size(), sizeof(raw), "run the same version everywhere");
   }
   std::memcpy(&raw, encoded.data(), sizeof(raw));
-  if (raw.magic != kMagic) {
-    return Differs("magic", raw.magic, kMagic, "run the same version and backend everywhere");
+  if (raw.magic != kHandleMagic) {
+    return Differs("magic", raw.magic, kHandleMagic, "run the same version and backend everywhere");
   }
   if (raw.type != static_cast<std::uint32_t>(HandleType::kFd) &&
       raw.type != static_cast<std::uint32_t>(HandleType::kFabric)) {
@@ -115,7 +115,7 @@ absl::Status CheckHandle(const CudaHeapHandle& handle, int rank, const CudaHeapH
 }
 
 absl::StatusOr<std::string> RandomSecret() {
-  std::string secret(kSecretBytes, '\0');
+  std::string secret(kHandleSecretBytes, '\0');
   if (::getrandom(secret.data(), secret.size(), 0) != static_cast<ssize_t>(secret.size())) {
     return absl::InternalError(
         absl::StrCat("heap handle: getrandom failed: ", std::strerror(errno)));

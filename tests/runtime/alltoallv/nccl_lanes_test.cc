@@ -17,7 +17,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-constexpr absl::Duration kLong = absl::Seconds(60);
+constexpr absl::Duration kNoTimeout = absl::Seconds(60);
 constexpr absl::Duration kShort = absl::Milliseconds(5);
 
 class NcclLanesTest : public ::testing::Test {
@@ -27,12 +27,14 @@ class NcclLanesTest : public ::testing::Test {
 
   NcclLanesTest() { std::strcpy(id_.internal, "the id"); }
 
-  absl::Status Open(absl::Duration timeout = kLong) { return lanes_.Open(id_, Deadline(timeout)); }
+  absl::Status Open(absl::Duration timeout = kNoTimeout) {
+    return lanes_.Open(id_, Deadline(timeout));
+  }
   void OpenWell() {
     ASSERT_TRUE(Open().ok());
     nccl_.TakeCalls();
   }
-  absl::Status Exchange(int lane, absl::Duration timeout = kLong) {
+  absl::Status Exchange(int lane, absl::Duration timeout = kNoTimeout) {
     const NcclTransfer transfers[] = {
         {.peer = 2, .send_bytes = 16, .recv_bytes = 32},
         {.peer = 3, .send_bytes = 0, .recv_bytes = 8},
