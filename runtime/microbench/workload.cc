@@ -9,9 +9,9 @@ namespace epserve::runtime {
 namespace {
 
 // Streams of one seed that must not coincide.
-enum class Stream : std::uint32_t { kIds, kRows };
+enum class RandomStream : std::uint32_t { kIds, kRows };
 
-std::mt19937 MakeRandom(const BenchParams& params, int rank, Stream stream) {
+std::mt19937 MakeRandom(const BenchParams& params, int rank, RandomStream stream) {
   std::seed_seq seed{params.seed, static_cast<std::uint32_t>(rank),
                      static_cast<std::uint32_t>(stream)};
   return std::mt19937(seed);
@@ -24,7 +24,7 @@ double ExpertFactor(const BenchParams& params, std::int64_t expert) {
 }  // namespace
 
 std::vector<std::int32_t> RandomIds(const BenchParams& params, int rank) {
-  std::mt19937 random = MakeRandom(params, rank, Stream::kIds);
+  std::mt19937 random = MakeRandom(params, rank, RandomStream::kIds);
   std::uniform_int_distribution<std::int32_t> expert(
       0, static_cast<std::int32_t>(params.num_experts) - 1);
   std::vector<std::int32_t> ids;
@@ -51,7 +51,7 @@ CountMatrix CountAll(const BenchParams& params, const Placement& placement) {
 Workload MakeWorkload(const BenchParams& params, int rank) {
   Workload workload;
   workload.topk_ids = RandomIds(params, rank);
-  std::mt19937 random = MakeRandom(params, rank, Stream::kRows);
+  std::mt19937 random = MakeRandom(params, rank, RandomStream::kRows);
   std::uniform_real_distribution<float> weight(0.1f, 1.0f);
   for (std::int64_t t = 0; t < params.tokens_per_rank; ++t) {
     float sum = 0.0f;

@@ -12,6 +12,9 @@ from docker_daemon import run
 
 BASE = "epserve-test-base:bookworm"
 EPSERVE = "epserve-test:prebuilt"
+CUDA_DEVEL = "epserve-test-cuda:devel"
+CUDA_RUNTIME = "epserve-test-cuda:runtime"
+EPSERVE_CUDA = "epserve-test:cuda"
 PROMETHEUS = "epserve-test-prometheus:debian"
 PROGRAMS = ("epserve", "epserve-coordinator", "epserve-worker")
 
@@ -52,6 +55,45 @@ def context_in(cache):
         yield context
     finally:
         shutil.rmtree(context)
+
+
+# What compiling needs of a CUDA toolkit: no library of mathematics, none to run with.
+TOOLKIT = (
+    "bin", "include", "nvvm", "targets",
+    "lib/libcudadevrt.a", "lib/libcudart_static.a", "lib/stubs",
+)  # fmt: skip
+
+
+def toolkit():
+    """The CUDA toolkit of this machine's nvcc; None where there is none."""
+    nvcc = shutil.which("nvcc")
+    return pathlib.Path(nvcc).resolve().parents[1] if nvcc else None
+
+
+def build_from_source_with_cuda(daemon, cache):
+    """The whole of the real Dockerfile, on stand-ins of CUDA's images: Debian and the toolkit to
+    compile on, Debian and NCCL to run on."""
+    with context_in(cache) as context:
+        for part in TOOLKIT:
+            (context / "cuda" / part).parent.mkdir(parents=True, exist_ok=True)
+            run("cp", "--archive", toolkit() / part, context / "cuda" / part)
+        run("cp", "--dereference", toolkit() / "lib" / "libnccl.so.2", context)
+        daemon.docker(
+            "build", "--network=none", "--tag", CUDA_DEVEL, "--target=devel", "--build-arg",
+            f"BASE_IMAGE={BASE}", "--file", ROOT / "tests/compose/cuda.Dockerfile", context,
+            timeout_s=300,
+        )  # fmt: skip
+        daemon.docker(
+            "build", "--network=none", "--tag", CUDA_RUNTIME, "--target=runtime", "--build-arg",
+            f"BASE_IMAGE={BASE}", "--file", ROOT / "tests/compose/cuda.Dockerfile", context,
+            timeout_s=300,
+        )  # fmt: skip
+    daemon.docker(
+        "build", "--network=host", "--tag", EPSERVE_CUDA, "--build-arg",
+        f"BUILD_IMAGE={CUDA_DEVEL}", "--build-arg", f"BASE_IMAGE={CUDA_RUNTIME}", "--build-arg",
+        "EPSERVE_CUDA=ON", "--file", ROOT / "deploy/docker/Dockerfile", ROOT,
+        timeout_s=3600,
+    )  # fmt: skip
 
 
 def build_prometheus(daemon, cache):

@@ -14,8 +14,6 @@ namespace {
 
 using absl::StatusCode;
 
-constexpr std::int64_t kInt64Max = std::numeric_limits<std::int64_t>::max();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 class BadContentsTest : public BadRequestTest {};

@@ -14,7 +14,6 @@ namespace {
 
 using absl::StatusCode;
 
-constexpr std::int64_t kInt64Max = std::numeric_limits<std::int64_t>::max();
 constexpr std::int64_t kInt64Min = std::numeric_limits<std::int64_t>::min();
 
 class BadTensorTest : public BadRequestTest {};

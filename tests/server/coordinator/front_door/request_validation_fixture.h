@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -16,6 +17,9 @@
 #include "tests/server/coordinator/front_door/test_request.h"
 
 namespace epserve::coordinator {
+
+inline constexpr std::int64_t kInt64Max = std::numeric_limits<std::int64_t>::max();
+inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 inline ShmOptions Allowed() {
   ShmOptions options;

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,8 +17,6 @@ using absl::StatusCode;
 using runtime::DataType;
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 TEST_F(RequestValidationTest, ValidRequestComesThroughWithItsValues) {
   const TestRequest request = ValidRequest();
