@@ -49,6 +49,9 @@ def daemon():
         builder = Daemon(folders)
         try:
             images.build(builder, CACHE)
+            if os.environ.get("EPSERVE_CUDA_IMAGE") == "1":
+                assert images.toolkit(), "EPSERVE_CUDA_IMAGE=1, but nvcc is not on PATH"
+                images.build_from_source_with_cuda(builder, CACHE)
         finally:
             builder.stop()
         enter_network_of_its_own()

@@ -18,7 +18,11 @@ FILES = {
     "gpu-tls": ["compose.yaml", "compose.gpu.yaml", "compose.tls.yaml"],
 }
 SUBCOMMANDS = {"epserve": ["status"]}
-DOCKERFILES = ("deploy/docker/Dockerfile", "tests/compose/prometheus.Dockerfile")
+DOCKERFILES = (
+    "deploy/docker/Dockerfile",
+    "tests/compose/cuda.Dockerfile",
+    "tests/compose/prometheus.Dockerfile",
+)
 
 
 def variables_of(program):
@@ -75,6 +79,20 @@ def test_workers_differ_in_their_names_and_devices_alone(services):
         assert service["environment"].items() <= first["environment"].items()
     assert ids == set(WORKERS)
     assert ranks in ({None}, {"0", "1", "2", "3"})
+
+
+def test_workers_on_gpus_reach_every_gpu_and_each_others_heaps(tmp_path):
+    services = compose_config(compose_environment(tmp_path), *FILES["gpu"])["services"]
+    for worker in WORKERS:
+        service = services[worker]
+        (devices,) = service["deploy"]["resources"]["reservations"]["devices"]
+        # A GPU's memory is mapped only where its device node is.
+        assert devices["driver"] == "nvidia" and devices["count"] == "all", worker
+        assert {"gpu", "compute", "utility"} <= set(devices["capabilities"])
+        assert service["environment"]["EPSERVE_BACKEND"] == "cuda"
+        shared = [v["target"] for v in service["volumes"] if isinstance(v, dict)]
+        assert shared == [service["environment"]["EPSERVE_HANDLE_DIR"]], worker
+    assert "deploy" not in services["coordinator"], "the coordinator touches no GPU"
 
 
 def test_coordinator_has_longer_to_stop_than_it_drains(services):
