@@ -308,7 +308,7 @@ TEST_F(ClientTest, MessagesBeyondGrpcsDefaultLimitPass) {
 TEST_F(ClientTest, ReadinessIsWaitedForAndReported) {
   InferenceClient client = Client();
   service_.set_ready(false);
-  const absl::Status not_ready = client.WaitUntilReady(absl::Milliseconds(120));
+  const absl::Status not_ready = client.WaitUntilReady(absl::Milliseconds(500));
   EXPECT_EQ(not_ready.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_THAT(std::string(not_ready.message()), HasSubstr("not every worker"));
   std::thread later([&] {

@@ -60,7 +60,8 @@ def context_in(cache):
 # What compiling needs of a CUDA toolkit: no library of mathematics, none to run with.
 TOOLKIT = (
     "bin", "include", "nvvm", "targets",
-    "lib/libcudadevrt.a", "lib/libcudart_static.a", "lib/stubs",
+    "lib/libcudadevrt.a", "lib/libcudart.so", "lib/libcudart.so.13", "lib/libcudart_static.a",
+    "lib/stubs",
 )  # fmt: skip
 
 
