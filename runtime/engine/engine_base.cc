@@ -11,7 +11,7 @@ namespace epserve::runtime {
 namespace {
 
 template <typename... Parts>
-absl::Status Refuse(const Parts&... parts) {
+absl::Status RefuseEngine(const Parts&... parts) {
   return absl::InvalidArgumentError(absl::StrCat(parts...));
 }
 
@@ -23,14 +23,15 @@ EngineBase::EngineBase(const EngineOptions& options, std::unique_ptr<Checkpoint>
 absl::Status EngineBase::CheckPlacement(const Placement& placement, int rank) const {
   const auto& first = placement.first_expert;
   if (first.size() < 2 || first.front() != 0 || !std::is_sorted(first.begin(), first.end())) {
-    return Refuse("load experts: placement is not ascending from 0 for at least one rank");
+    return RefuseEngine("load experts: placement is not ascending from 0 for at least one rank");
   }
   if (placement.num_experts() != model().num_experts) {
-    return Refuse("load experts: placement is for ", placement.num_experts(),
-                  " experts; the model has ", model().num_experts);
+    return RefuseEngine("load experts: placement is for ", placement.num_experts(),
+                        " experts; the model has ", model().num_experts);
   }
   if (rank < 0 || rank >= placement.num_ranks()) {
-    return Refuse("load experts: rank ", rank, " is outside [0, ", placement.num_ranks(), ")");
+    return RefuseEngine("load experts: rank ", rank, " is outside [0, ", placement.num_ranks(),
+                        ")");
   }
   return ValidateExchangeConfig(MakeExchangeConfig(placement, rank, /*epoch=*/1));
 }
@@ -115,8 +116,8 @@ absl::StatusOr<std::size_t> EngineBase::CheckReference(std::int64_t layer, std::
         absl::StrCat("reference expert: expert ", expert, " is not loaded on this rank"));
   }
   if (x.size() != static_cast<std::size_t>(model().hidden)) {
-    return Refuse("reference expert: x has ", x.size(), " values; the model's hidden size is ",
-                  model().hidden);
+    return RefuseEngine("reference expert: x has ", x.size(),
+                        " values; the model's hidden size is ", model().hidden);
   }
   return index;
 }
@@ -125,7 +126,7 @@ absl::StatusOr<ShardSlot*> EngineBase::SlotIn(const char* operation, int slot,
                                               ShardSlot::State wanted) {
   EPS_RETURN_IF_ERROR(CheckLoaded(operation));
   if (slot < 0 || slot >= options_.num_slots) {
-    return Refuse(operation, ": slot ", slot, " is outside [0, ", options_.num_slots, ")");
+    return RefuseEngine(operation, ": slot ", slot, " is outside [0, ", options_.num_slots, ")");
   }
   ShardSlot& found = SlotAt(slot);
   if (found.state() != wanted) {

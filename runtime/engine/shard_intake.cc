@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kRoutedRows = 16;
 
 template <typename... Parts>
-absl::Status RefuseShard(const Parts&... parts) {
+absl::Status Refuse(const Parts&... parts) {
   return absl::InvalidArgumentError(absl::StrCat("stage: ", parts...));
 }
 
@@ -44,32 +44,30 @@ std::uint64_t ShardIntake::PlanBytes(const Config& config) {
 absl::Status ShardIntake::Validate(const ShardInput& input, bool has_router) const {
   if (input.dtype != DataType::kFp32 && input.dtype != DataType::kFp16 &&
       input.dtype != DataType::kBf16) {
-    return RefuseShard("dtype ", std::string(DataTypeName(input.dtype)),
-                       " is none of fp32, fp16, bf16");
+    return Refuse("dtype ", std::string(DataTypeName(input.dtype)), " is none of fp32, fp16, bf16");
   }
   if (input.num_tokens < 0 || input.num_tokens > config_.max_shard_tokens) {
-    return RefuseShard("num_tokens ", input.num_tokens, " is outside [0, ",
-                       config_.max_shard_tokens, "], a rank's share of max_batch_tokens ",
-                       config_.max_batch_tokens);
+    return Refuse("num_tokens ", input.num_tokens, " is outside [0, ", config_.max_shard_tokens,
+                  "], a rank's share of max_batch_tokens ", config_.max_batch_tokens);
   }
   if (input.topk < 1 || input.topk > kMaxTopk) {
-    return RefuseShard("topk ", input.topk, " is outside [1, ", kMaxTopk, "]");
+    return Refuse("topk ", input.topk, " is outside [1, ", kMaxTopk, "]");
   }
-  if (input.num_tokens > 0 && input.hidden == nullptr) return RefuseShard("hidden is null");
+  if (input.num_tokens > 0 && input.hidden == nullptr) return Refuse("hidden is null");
   if ((input.topk_ids == nullptr) != (input.topk_weights == nullptr) && input.num_tokens > 0) {
-    return RefuseShard("topk_ids and topk_weights must be given together");
+    return Refuse("topk_ids and topk_weights must be given together");
   }
   if (input.topk_ids == nullptr && input.num_tokens > 0) {
-    if (!has_router) return RefuseShard("topk_ids are absent, and the checkpoint has no router");
+    if (!has_router) return Refuse("topk_ids are absent, and the checkpoint has no router");
     if (input.topk != config_.router.topk) {
-      return RefuseShard("topk ", input.topk, " is not the router's ", config_.router.topk);
+      return Refuse("topk ", input.topk, " is not the router's ", config_.router.topk);
     }
     return absl::OkStatus();
   }
   for (std::int64_t i = 0; i < input.num_tokens * input.topk; ++i) {
     if (input.topk_ids[i] < -1 || input.topk_ids[i] >= config_.num_experts) {
-      return RefuseShard("topk_ids[", i / input.topk, "][", i % input.topk, "] ", input.topk_ids[i],
-                         " is outside [-1, ", config_.num_experts, ")");
+      return Refuse("topk_ids[", i / input.topk, "][", i % input.topk, "] ", input.topk_ids[i],
+                    " is outside [-1, ", config_.num_experts, ")");
     }
   }
   return absl::OkStatus();
