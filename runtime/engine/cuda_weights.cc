@@ -33,10 +33,11 @@ FfnProjection ProjectionOf(Checkpoint::ExpertMatrix matrix) {
   return kMatrices[static_cast<std::size_t>(matrix)].second;
 }
 
-constexpr std::uint64_t kAlignment = 256;
+constexpr std::uint64_t kMatrixAlignment = 256;
 
 std::uint64_t StagingBytes(const Checkpoint::StoredMatrix& stored) {
-  return (stored.bytes + kAlignment - 1) / kAlignment * kAlignment + stored.scale_bytes;
+  return (stored.bytes + kMatrixAlignment - 1) / kMatrixAlignment * kMatrixAlignment +
+         stored.scale_bytes;
 }
 
 // One load, shared by its reading threads.
