@@ -1,6 +1,6 @@
 """The image with the CUDA backend, built from source by deploy/docker/Dockerfile to its end.
 
-It compiles everything, kernels too, which takes several minutes, so it is run where it is asked for:
+It compiles everything, kernels too, which takes minutes, so it runs where it is asked for:
 EPSERVE_CUDA_IMAGE=1, on a machine with nvcc. NVIDIA's images are stood in for by Debian's with this
 machine's toolkit, without any library of mathematics, and with NCCL."""
 
