@@ -50,7 +50,8 @@ TEST_F(InferServiceTest, ServerMetadataNamesItsExtensions) {
   EXPECT_EQ(response.name(), "epserve");
   EXPECT_THAT(response.version(), Not(IsEmpty()));
   EXPECT_THAT(response.extensions(),
-              ElementsAre("model_configuration", "statistics", "system_shared_memory"));
+              ElementsAre("model_configuration", "statistics", "system_shared_memory",
+                          "cuda_shared_memory"));
 }
 
 TEST_F(InferServiceTest, ModelMetadataGivesFullShapes) {
