@@ -274,7 +274,10 @@ class BatchStoreRegionTest : public BatchStoreArenaTest {
     first_.source = {};
     first_.output = {};
     released_ = std::make_shared<bool>(false);
-    EXPECT_TRUE(registry_.Unregister("", [released = released_] { *released = true; }).ok());
+    EXPECT_TRUE(registry_
+                    .Unregister(ShmKind::kSystem, "",
+                                [released = released_](const auto&) { *released = true; })
+                    .ok());
     return *released_;
   }
 
