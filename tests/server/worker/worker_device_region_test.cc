@@ -12,8 +12,6 @@ class WorkerDeviceRegionTest : public WorkerTest {
   void SetUp() override {
     memory_.Share("handle", &bytes_);
     engine_->set_device_regions(&memory_);
-    StartCoordinator();
-    StartWorker();
   }
 
   static void Fill(v1::DeviceRegion* region, std::uint64_t id, const std::string& handle) {
@@ -56,6 +54,8 @@ TEST_F(WorkerDeviceRegionTest, RegionIsOpenedAndClosedOnRequestAndAnErrorTellsWh
 }
 
 TEST_F(WorkerDeviceRegionTest, RegionsComeWithTheHeapAndGoWithTheEpoch) {
+  StartCoordinator();
+  StartWorker();
   const auto session = GreetAndLoad();
   v1::CoordinatorMessage create = CreateHeapMessage(7);
   Fill(create.mutable_create_heap()->add_device_regions(), 1, "handle");
