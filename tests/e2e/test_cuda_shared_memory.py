@@ -71,7 +71,8 @@ def test_region_that_is_not_registered_is_not_found(cluster, rng):
     )
     tensor.parameters["shared_memory_region"].string_param = "gpu"
     tensor.parameters["shared_memory_byte_size"].int64_param = batch[0].nbytes
-    for name, datatype, array in (("topk_ids", "INT32", batch[1]), ("topk_weights", "FP32", batch[2])):
+    for name, array in (("topk_ids", batch[1]), ("topk_weights", batch[2])):
+        datatype = "FP32" if array.dtype.kind == "f" else "INT32"
         request.inputs.add(name=name, datatype=datatype, shape=list(array.shape))
         request.raw_input_contents.append(array.tobytes())
     with pytest.raises(grpc.RpcError) as caught:

@@ -1,5 +1,5 @@
-"""CUDA shared memory against a whole service on GPUs: tensors in a client's GPU memory, in every mix
-with inline ones, give the same bits; bad uses fail alone; clients and workers may die.
+"""CUDA shared memory against a whole service on GPUs: tensors in a client's GPU memory, in every
+mix with inline ones, give the same bits; bad uses fail alone; clients and workers may die.
 
 Needs python3 with grpcio and numpy, libcudart, and our own programs. Where there is no GPU it exits
 with 77, saying so, which ctest takes for skipped:
@@ -8,9 +8,6 @@ with 77, saying so, which ctest takes for skipped:
 """
 
 import argparse
-import contextlib
-import ctypes
-import itertools
 import os
 import pathlib
 import signal
@@ -23,189 +20,11 @@ import time
 import grpc
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from serve_on_gpu import SKIPPED, check, make_checkpoint, num_gpus, serving  # noqa: E402
+from cuda_client import Client, Cuda, Place, Region
+from serve_on_gpu import SKIPPED, check, make_checkpoint, num_gpus, serving
 
 TOPK = 4
 MIB = 1 << 20
-_names = itertools.count(1)
-
-
-# ---- memory of a GPU
-
-
-class Cuda:
-    """What is needed of libcudart."""
-
-    def __init__(self):
-        for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12"):
-            with contextlib.suppress(OSError):
-                self.lib = ctypes.CDLL(name)
-                return
-        raise SystemExit("FAILED: libcudart is not on LD_LIBRARY_PATH")
-
-    def call(self, function, *arguments):
-        code = getattr(self.lib, function)(*arguments)
-        if code != 0:
-            raise RuntimeError(f"{function} failed with {code}")
-
-    def use(self, device):
-        self.call("cudaSetDevice", ctypes.c_int(device))
-
-    def malloc(self, byte_size):
-        pointer = ctypes.c_void_p()
-        self.call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(byte_size))
-        return pointer.value
-
-    def free(self, address):
-        self.call("cudaFree", ctypes.c_void_p(address))
-
-    def handle(self, address):
-        handle = (ctypes.c_char * 64)()
-        self.call("cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(address))
-        return bytes(handle)
-
-    def copy_in(self, address, data):
-        self.call("cudaMemcpy", ctypes.c_void_p(address), ctypes.c_char_p(data),
-                  ctypes.c_size_t(len(data)), ctypes.c_int(1))
-        self.call("cudaDeviceSynchronize")
-
-    def copy_out(self, address, byte_size):
-        buffer = ctypes.create_string_buffer(byte_size)
-        self.call("cudaMemcpy", buffer, ctypes.c_void_p(address), ctypes.c_size_t(byte_size),
-                  ctypes.c_int(2))
-        return buffer.raw
-
-    def free_bytes(self):
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value
-
-
-# ---- the few messages of the protocol, without generated code
-
-
-def varint(value):
-    out = bytearray()
-    value &= (1 << 64) - 1
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def field(number, value):
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def fields(data):
-    at = 0
-
-    def read_varint():
-        nonlocal at
-        shift = value = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = read_varint()
-        if key & 7 == 0:
-            yield key >> 3, read_varint()
-        else:
-            size = read_varint()
-            yield key >> 3, data[at:at + size]
-            at += size
-
-
-class Place:
-    """Bytes of a region."""
-
-    def __init__(self, region, offset, byte_size):
-        self.region, self.offset, self.byte_size = region, offset, byte_size
-
-    def parameters(self, number):
-        values = (("shared_memory_region", field(3, self.region)),
-                  ("shared_memory_offset", field(2, self.offset)),
-                  ("shared_memory_byte_size", field(2, self.byte_size)))
-        return b"".join(field(number, field(1, key) + field(2, value)) for key, value in values)
-
-
-class Client:
-    def __init__(self, service):
-        self.target = service.facts()["grpc"]
-        self.channel = grpc.insecure_channel(
-            self.target, options=[("grpc.max_receive_message_length", -1)])
-
-    def call(self, method, message, timeout=30):
-        stub = self.channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
-        return stub(message, timeout=timeout)
-
-    def register(self, name, handle, device, byte_size):
-        self.call("CudaSharedMemoryRegister",
-                  field(1, name) + field(2, handle) + field(3, device) + field(4, byte_size))
-
-    def unregister(self, name):
-        self.call("CudaSharedMemoryUnregister", field(1, name))
-
-    def listed(self):
-        reply = self.call("CudaSharedMemoryStatus", b"")
-        return {dict(fields(entry))[1].decode() for _, entry in fields(reply)}
-
-    def infer(self, model, inputs, output=None, timeout=30):
-        """inputs: [(name, datatype, shape, bytes or Place)]. The output's bytes, b"" in a region."""
-        message, raw = field(1, model), b""
-        for name, datatype, shape, content in inputs:
-            tensor = field(1, name) + field(2, datatype)
-            tensor += b"".join(field(3, size) for size in shape)
-            if isinstance(content, Place):
-                tensor += content.parameters(4)
-            else:
-                raw += field(7, content)
-            message += field(5, tensor)
-        wanted = field(1, "hidden_states")
-        if output is not None:
-            wanted += output.parameters(2)
-        reply = self.call("ModelInfer", message + field(6, wanted) + raw, timeout)
-        return next(value for number, value in fields(reply) if number == 6)
-
-
-class Region:
-    """Memory of a GPU, registered. A context manager: leaving it unregisters and frees."""
-
-    def __init__(self, cuda, client, byte_size, device=0):
-        self.cuda, self.client, self.device = cuda, client, device
-        self.byte_size = byte_size
-        self.name = f"region-{os.getpid()}-{next(_names)}"
-        cuda.use(device)
-        self.address = cuda.malloc(byte_size)
-        self.handle = cuda.handle(self.address)
-        client.register(self.name, self.handle, device, byte_size)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.client.unregister(self.name)
-        self.cuda.use(self.device)
-        self.cuda.free(self.address)
-
-    def put(self, offset, data):
-        self.cuda.use(self.device)
-        self.cuda.copy_in(self.address + offset, data)
-        return Place(self.name, offset, len(data))
-
-    def get(self, offset, byte_size):
-        self.cuda.use(self.device)
-        return self.cuda.copy_out(self.address + offset, byte_size)
 
 
 # ---- batches
@@ -219,7 +38,8 @@ class Batch:
     def __init__(self, options, tokens, datatype="BF16", seed=1):
         random = np.random.default_rng(seed)
         rows = random.standard_normal((tokens, options.hidden), dtype=np.float32)
-        rows = {"BF16": to_bf16, "FP16": lambda v: v.astype(np.float16)}.get(datatype, np.copy)(rows)
+        if datatype != "FP32":
+            rows = to_bf16(rows) if datatype == "BF16" else rows.astype(np.float16)
         self.ids = np.stack([random.permutation(options.experts)[:TOPK] for _ in range(tokens)])
         self.ids = self.ids.astype(np.int32).reshape(tokens, TOPK)
         weights = random.random((tokens, TOPK), dtype=np.float32)
@@ -247,7 +67,7 @@ class Batch:
 
 
 ALL = ("hidden_states", "topk_ids", "topk_weights")
-MIXES = [ALL, ("hidden_states",), ("topk_ids",), ("topk_weights",), ("topk_ids", "topk_weights"), ()]
+MIXES = [ALL, ALL[:1], ALL[1:2], ALL[2:], ALL[1:], ()]
 
 
 def same_bits(options, model, cuda, client):
@@ -275,7 +95,8 @@ def same_bits(options, model, cuda, client):
         check(True, "unaligned tensors and ids of 64 bits give the same")
         inputs, _ = batch.placed(region, ("hidden_states",))
         client.infer(model, inputs, Place(region.name, 0, batch.output_bytes))
-        check(region.get(0, batch.output_bytes) == expected, "the output may take the input's place")
+        got = region.get(0, batch.output_bytes)
+        check(got == expected, "the output may take the input's place")
         routed = client.infer(model, batch.tensors[:1])
         inputs, _ = batch.placed(region, ("hidden_states",))
         check(client.infer(model, inputs[:1]) == routed, "the service routes rows in CUDA memory")
@@ -295,12 +116,14 @@ def refused(call, code, *texts):
 def bad_uses(options, model, cuda, client):
     batch = Batch(options, 20)
     with Region(cuda, client, 4 * MIB) as region:
-        refused(lambda: client.register("short", region.handle[:63], 0, 64), "INVALID_ARGUMENT", "63")
-        refused(lambda: client.register("empty", region.handle, 0, 0), "INVALID_ARGUMENT")
-        refused(lambda: client.register("long", region.handle, 0, 4 * MIB + 4096),
-                "INVALID_ARGUMENT", "exceeds", "rank")
-        refused(lambda: client.register("stale", bytes(64), 0, 64), "FAILED_PRECONDITION", "rank 0")
-        refused(lambda: client.register("far", region.handle, 99, 64), "FAILED_PRECONDITION", "99")
+        for handle, device, byte_size, code, text in (
+            (region.handle[:63], 0, 64, "INVALID_ARGUMENT", "63"),
+            (region.handle, 0, 0, "INVALID_ARGUMENT", "byte_size 0"),
+            (region.handle, 0, 4 * MIB + 4096, "INVALID_ARGUMENT", "exceeds"),
+            (bytes(64), 0, 64, "FAILED_PRECONDITION", "rank 0"),
+            (region.handle, 99, 64, "FAILED_PRECONDITION", "device_id 99"),
+        ):
+            refused(lambda: client.register("bad", handle, device, byte_size), code, text)
         refused(lambda: client.register(region.name, region.handle, 0, 64), "ALREADY_EXISTS")
         check(client.listed() == {region.name}, "what was refused is not registered")
         client.register("again", region.handle, 0, 64)
