@@ -131,6 +131,7 @@ TEST_F(CudaRegionTest, RegionThatAWorkerRefusesIsNotRegisteredAndItsNameIsFree) 
 }
 
 TEST_F(CudaRegionTest, NobodyFindsARegionBeforeTheWorkersHaveItButItsNameIsTaken) {
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) { request->Complete(Ok()); });
   devices_.Keep();
   std::thread registering([this] { EXPECT_TRUE(RegisterCuda(Region("gpu")).ok()); });
   ASSERT_TRUE(Await([this] { return devices_.holds(); }));
