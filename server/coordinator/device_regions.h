@@ -6,10 +6,10 @@
 //   Close: hold batches ─► CloseDeviceRegions to all that may have it ─► all have answered ─►
 //   answer
 //
-// Unmapping waits for the device, and holds up a worker's other calls into it (measured: as long as
-// a kernel of a second ran, launches on other streams included), while kernels there may wait for
-// peers that are held up likewise: so no batch is in flight meanwhile. Mapping was not seen to wait;
-// it may have to enable access between two GPUs.
+// Unmapping waits for the device and holds up the worker's other calls into it: beside a kernel of
+// one second, a launch on another stream took as long. And kernels there may wait for peers that
+// are held up likewise: so no batch is in flight meanwhile. Mapping was not seen to wait; it may
+// have to enable access between two GPUs.
 //
 // A worker gets the regions of an epoch with CreateHeap, and loses them with the epoch. One that
 // refuses a region then leaves it registered, and of no use until an epoch where all have it.
