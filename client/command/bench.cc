@@ -30,11 +30,13 @@ constexpr int kInputs = 16;
 constexpr std::int64_t kSharedBytes = std::int64_t{512} << 20;
 
 int NumInputs(const BenchOptions& options, std::int64_t hidden) {
-  if (!options.system_shared_memory) return kInputs;
+  if (options.memory == BenchMemory::kMessages) return kInputs;
   const auto element = static_cast<std::int64_t>(ElementSize(RowType(options.dtype)));
   const std::int64_t bytes = 2 * options.tokens * hidden * element;
-  return static_cast<int>(
+  const auto fitting = static_cast<int>(
       std::clamp<std::int64_t>(kSharedBytes / std::max<std::int64_t>(bytes, 1), 2, kInputs));
+  // Each has a region of its own, which no two requests under way are to share.
+  return options.memory == BenchMemory::kCuda ? std::max(fitting, options.concurrency) : fitting;
 }
 
 absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options,
@@ -115,8 +117,11 @@ absl::Status RunBench(const BenchOptions& options) {
   InferenceClient client(client_options);
   EPC_ASSIGN_OR_RETURN(std::vector<InferRequest> inputs, MakeInputs(options, client));
   std::unique_ptr<SharedRegion> region;  // until every request has ended
-  if (options.system_shared_memory) {
+  std::vector<std::unique_ptr<CudaRegion>> cuda_regions;
+  if (options.memory == BenchMemory::kSystem) {
     EPC_ASSIGN_OR_RETURN(region, MoveToRegion(&client, options.shm_key_prefix, &inputs));
+  } else if (options.memory == BenchMemory::kCuda) {
+    EPC_ASSIGN_OR_RETURN(cuda_regions, MoveToCudaRegions(&client, options.cuda_device, &inputs));
   }
   // One request first: what is wrong with all of them is said once, and at once.
   const auto first = client.Infer(inputs.front());

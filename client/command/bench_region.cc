@@ -37,22 +37,27 @@ void ForEachInput(InferRequest& request, const Use& use) {
   if (request.topk_weights) use(*request.topk_weights);
 }
 
+// Unlike any other client's.
+std::string RegionName() {
+  return absl::StrCat("bench-", ::getpid(), "-", absl::Hex(std::random_device()()));
+}
+
+void PlaceIn(const std::string& region, Places& places, InferRequest& request) {
+  const std::uint64_t output_bytes = request.hidden_states.bytes.size();
+  ForEachInput(request, [&](Tensor& tensor) {
+    tensor.place = RegionPlace{region, places.Take(tensor.bytes.size())};
+  });
+  request.output_place = RegionPlace{region, places.Take(output_bytes)};
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<SharedRegion>> MoveToRegion(InferenceClient* client,
                                                            const std::string& key_prefix,
                                                            std::vector<InferRequest>* requests) {
-  // Unlike any other client's.
-  const std::string name =
-      absl::StrCat("bench-", ::getpid(), "-", absl::Hex(std::random_device()()));
+  const std::string name = RegionName();
   Places places;
-  for (InferRequest& request : *requests) {
-    const std::uint64_t output_bytes = request.hidden_states.bytes.size();
-    ForEachInput(request, [&](Tensor& tensor) {
-      tensor.place = RegionPlace{name, places.Take(tensor.bytes.size())};
-    });
-    request.output_place = RegionPlace{name, places.Take(output_bytes)};
-  }
+  for (InferRequest& request : *requests) PlaceIn(name, places, request);
   EPC_ASSIGN_OR_RETURN(
       std::unique_ptr<SharedRegion> region,
       SharedRegion::Create(client, name, places.taken(), {.key_prefix = key_prefix}));
@@ -64,6 +69,26 @@ absl::StatusOr<std::unique_ptr<SharedRegion>> MoveToRegion(InferenceClient* clie
     });
   }
   return region;
+}
+
+absl::StatusOr<std::vector<std::unique_ptr<CudaRegion>>> MoveToCudaRegions(
+    InferenceClient* client, int device, std::vector<InferRequest>* requests) {
+  std::vector<std::unique_ptr<CudaRegion>> regions;
+  for (InferRequest& request : *requests) {
+    Places places;
+    const std::string name = RegionName();
+    PlaceIn(name, places, request);
+    EPC_ASSIGN_OR_RETURN(std::unique_ptr<CudaRegion> region,
+                         CudaRegion::Create(client, name, places.taken(), device));
+    absl::Status written;
+    ForEachInput(request, [&](Tensor& tensor) {
+      written.Update(region->memory().Write(tensor.place->offset_bytes, tensor.bytes));
+      tensor.bytes = std::string();
+    });
+    EPC_RETURN_IF_ERROR(written);
+    regions.push_back(std::move(region));
+  }
+  return regions;
 }
 
 }  // namespace epserve::client

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "client/cpp/client.h"
+#include "client/cpp/cuda_region.h"
 #include "client/cpp/shared_region.h"
 
 namespace epserve::client {
@@ -18,6 +19,11 @@ namespace epserve::client {
 absl::StatusOr<std::unique_ptr<SharedRegion>> MoveToRegion(InferenceClient* client,
                                                            const std::string& key_prefix,
                                                            std::vector<InferRequest>* requests);
+
+// Each request's tensors and its output get a region of their own in memory of that GPU. REQUIRES:
+// as above.
+absl::StatusOr<std::vector<std::unique_ptr<CudaRegion>>> MoveToCudaRegions(
+    InferenceClient* client, int device, std::vector<InferRequest>* requests);
 
 }  // namespace epserve::client
 

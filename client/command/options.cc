@@ -132,7 +132,7 @@ void AddUp(CLI::App& app, Parsed& parsed) {
       ->check(CLI::IsMember({"text", "json"}))
       ->capture_default_str();
   up->add_flag("--allow-client-shm", parsed.allow_client_shm,
-               "Let clients pass tensors in system shared memory");
+               "Let clients pass tensors in system and CUDA shared memory");
   up->add_flag("--insecure", parsed.insecure,
                "Allow listening beyond this machine without TLS and secrets");
   up->add_flag("--plaintext-metrics", parsed.plaintext_metrics,
@@ -251,12 +251,15 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   bench
       ->add_option("--shared-memory", parsed.bench_shared_memory,
                    "Where tensors lie: none (in the messages), system (shared memory of this "
-                   "machine, which the service must allow)")
-      ->check(CLI::IsMember({"none", "system"}))
+                   "machine, which the service must allow), cuda (memory of a GPU, likewise)")
+      ->check(CLI::IsMember({"none", "system", "cuda"}))
       ->capture_default_str();
   bench
       ->add_option("--shm-key-prefix", options.shm_key_prefix,
                    "What the key of that memory begins with, as the service asks for")
+      ->capture_default_str();
+  bench->add_option("--cuda-device", options.cuda_device, "GPU of --shared-memory=cuda")
+      ->check(AtLeast(0))
       ->capture_default_str();
   bench->add_option("--trace", options.trace_path,
                     "Write a timeline of the requests and of every worker's phases to this file, "
@@ -424,10 +427,12 @@ absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command,
   }
   if (name == "bench") {
     parsed.bench.server_routes = parsed.bench_routing == "server";
-    parsed.bench.system_shared_memory = parsed.bench_shared_memory == "system";
-    if (parsed.bench.system_shared_memory && parsed.bench.tokens == 0) {
+    if (parsed.bench_shared_memory == "system") parsed.bench.memory = BenchMemory::kSystem;
+    if (parsed.bench_shared_memory == "cuda") parsed.bench.memory = BenchMemory::kCuda;
+    if (parsed.bench.memory != BenchMemory::kMessages && parsed.bench.tokens == 0) {
       return absl::InvalidArgumentError(
-          "--shared-memory: system needs tensors with bytes in them; give --tokens of at least 1");
+          absl::StrCat("--shared-memory: ", parsed.bench_shared_memory,
+                       " needs tensors with bytes in them; give --tokens of at least 1"));
     }
     return Command(parsed.bench);
   }

@@ -60,6 +60,8 @@ struct VerifyOptions {
   bool json = false;
 };
 
+enum class BenchMemory { kMessages, kSystem, kCuda };
+
 struct BenchOptions {
   std::string server;
   ChannelSecurity security;
@@ -80,7 +82,8 @@ struct BenchOptions {
   bool allow_errors = false;
   bool json = false;
   std::string trace_path;  // empty: none
-  bool system_shared_memory = false;
+  BenchMemory memory = BenchMemory::kMessages;
+  int cuda_device = 0;
   std::string shm_key_prefix = "client-";
 };
 

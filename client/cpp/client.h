@@ -132,6 +132,14 @@ struct RegionDescription {
   std::uint64_t size_bytes = 0;
 };
 
+// CUDA memory, under the name that requests use.
+struct CudaRegionDescription {
+  std::string name;
+  std::string handle;  // cudaIpcMemHandle_t, 64 bytes; empty in what ListCudaRegions gives
+  std::int64_t device = 0;
+  std::uint64_t size_bytes = 0;  // from the beginning of the allocation that the handle leads to
+};
+
 class InferenceClient {
  public:
   explicit InferenceClient(const ClientOptions& options);
@@ -165,6 +173,13 @@ class InferenceClient {
   // Returns once nobody uses the region any more; OK where there is none of that name.
   absl::Status UnregisterRegion(const std::string& name, absl::Duration timeout);
   absl::StatusOr<std::vector<RegionDescription>> ListRegions(absl::Duration timeout);  // by name
+
+  // CUDA memory of the workers' machine; cuda_region.h has memory that registers itself. As above,
+  // and FAILED_PRECONDITION: a worker cannot open it, and says why.
+  absl::Status RegisterCudaRegion(const CudaRegionDescription& region, absl::Duration timeout);
+  // Returns once no worker has the memory mapped; OK where there is none of that name.
+  absl::Status UnregisterCudaRegion(const std::string& name, absl::Duration timeout);
+  absl::StatusOr<std::vector<CudaRegionDescription>> ListCudaRegions(absl::Duration timeout);
 
  private:
   struct Core;

@@ -8,6 +8,15 @@
 #include "client/cpp/status.h"
 
 namespace epserve::client {
+namespace {
+
+// To the service an empty name means every region, other clients' too.
+absl::Status CheckNamed(const std::string& name) {
+  if (!name.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError("unregister region: name is empty; name one");
+}
+
+}  // namespace
 
 absl::Status InferenceClient::RegisterRegion(const RegionDescription& region,
                                              absl::Duration timeout) {
@@ -23,10 +32,7 @@ absl::Status InferenceClient::RegisterRegion(const RegionDescription& region,
 }
 
 absl::Status InferenceClient::UnregisterRegion(const std::string& name, absl::Duration timeout) {
-  if (name.empty()) {
-    // To the service an empty name means every region, other clients' too.
-    return absl::InvalidArgumentError("unregister region: name is empty; name one");
-  }
+  EPC_RETURN_IF_ERROR(CheckNamed(name));
   grpc::ClientContext context;
   StartCall(*core_->channel, context, timeout);
   inference::SystemSharedMemoryUnregisterRequest request;
@@ -47,6 +53,46 @@ absl::StatusOr<std::vector<RegionDescription>> InferenceClient::ListRegions(
     by_name[name] = {region.name(), region.key(), region.offset(), region.byte_size()};
   }
   std::vector<RegionDescription> regions;
+  for (auto& [name, region] : by_name) regions.push_back(std::move(region));
+  return regions;
+}
+
+absl::Status InferenceClient::RegisterCudaRegion(const CudaRegionDescription& region,
+                                                 absl::Duration timeout) {
+  grpc::ClientContext context;
+  StartCall(*core_->channel, context, timeout);
+  inference::CudaSharedMemoryRegisterRequest request;
+  request.set_name(region.name);
+  request.set_raw_handle(region.handle);
+  request.set_device_id(region.device);
+  request.set_byte_size(region.size_bytes);
+  inference::CudaSharedMemoryRegisterResponse response;
+  return FromGrpcStatus(core_->stub->CudaSharedMemoryRegister(&context, request, &response));
+}
+
+absl::Status InferenceClient::UnregisterCudaRegion(const std::string& name,
+                                                   absl::Duration timeout) {
+  EPC_RETURN_IF_ERROR(CheckNamed(name));
+  grpc::ClientContext context;
+  StartCall(*core_->channel, context, timeout);
+  inference::CudaSharedMemoryUnregisterRequest request;
+  request.set_name(name);
+  inference::CudaSharedMemoryUnregisterResponse response;
+  return FromGrpcStatus(core_->stub->CudaSharedMemoryUnregister(&context, request, &response));
+}
+
+absl::StatusOr<std::vector<CudaRegionDescription>> InferenceClient::ListCudaRegions(
+    absl::Duration timeout) {
+  grpc::ClientContext context;
+  StartCall(*core_->channel, context, timeout);
+  inference::CudaSharedMemoryStatusResponse response;
+  EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->CudaSharedMemoryStatus(&context, {}, &response)));
+  std::map<std::string, CudaRegionDescription> by_name;
+  for (const auto& [name, region] : response.regions()) {
+    by_name[name] = {region.name(), "", static_cast<std::int64_t>(region.device_id()),
+                     region.byte_size()};
+  }
+  std::vector<CudaRegionDescription> regions;
   for (auto& [name, region] : by_name) regions.push_back(std::move(region));
   return regions;
 }

@@ -21,6 +21,7 @@
 #include "runtime/base/cuda_status.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "runtime/engine/cuda_regions.h"
 #include "runtime/engine/cuda_slot.h"
 #include "runtime/engine/cuda_weights.h"
 #include "runtime/engine/device_transport.h"
@@ -56,7 +57,8 @@ class CudaEngine final : public EngineBase {
              const cudaDeviceProp& device)
       : EngineBase(options, std::move(checkpoint)),
         device_name_(absl::StrCat("GPU ", options.cuda.device, " (", device.name, ")")),
-        transport_(TransportOf(options, device)) {}
+        transport_(TransportOf(options, device)),
+        regions_(options.cuda.device) {}
   ~CudaEngine() override;
 
   std::string_view backend() const override { return transport_.backend(); }
@@ -70,6 +72,8 @@ class CudaEngine final : public EngineBase {
   absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
   absl::Status OpenPeers(std::span<const std::string> handles) override;
   absl::Status UseHostRows(std::span<std::byte> memory) override;
+  DeviceRegions* device_regions() override { return &regions_; }
+  absl::Status ReadDevice(int slot, std::span<const DeviceRead> reads) override;
   void SealHeap() override;
   void Abort() override { exchange_.Abort(); }
   void CloseEpoch() override;
@@ -106,6 +110,7 @@ class CudaEngine final : public EngineBase {
 
   const std::string device_name_;
   const DeviceTransport transport_;
+  CudaRegions regions_;
 
   // Set by LoadExperts, read by batches.
   CudaWeights weights_;
@@ -264,6 +269,14 @@ absl::Status CudaEngine::UseHostRows(std::span<std::byte> memory) {
   EPS_RETURN_IF_ERROR(UseDevice());
   EPS_ASSIGN_OR_RETURN(host_rows_, PinnedRange::Pin(memory));
   return absl::OkStatus();
+}
+
+absl::Status CudaEngine::ReadDevice(int slot, std::span<const DeviceRead> reads) {
+  EPS_RETURN_IF_ERROR(SlotIn("read device", slot, CudaSlot::State::kFree).status());
+  EPS_RETURN_IF_ERROR(UseDevice());
+  const absl::Status read = slots_[static_cast<std::size_t>(slot)]->Read(reads, kComputeTimeout);
+  if (absl::IsDeadlineExceeded(read)) GiveUp("read device", read);
+  return read;
 }
 
 void CudaEngine::SealHeap() {

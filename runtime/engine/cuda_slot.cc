@@ -7,6 +7,7 @@
 #include "runtime/base/device_poll.h"
 #include "runtime/base/status.h"
 #include "runtime/engine/cuda_convert.h"
+#include "runtime/engine/cuda_regions.h"
 
 namespace epserve::runtime {
 namespace {
@@ -86,6 +87,45 @@ absl::Status CudaSlot::Initialize() {
   return absl::OkStatus();
 }
 
+std::size_t CudaSlot::RowBytes() const {
+  return static_cast<std::size_t>(config_.intake.hidden) * DataTypeBytes(intake().input().dtype);
+}
+
+absl::Status CudaSlot::Read(std::span<const DeviceRead> reads, absl::Duration timeout) {
+  auto* const staging = staging_.as<std::byte>();
+  std::size_t bytes = 0;
+  for (const DeviceRead& read : reads) {
+    if (read.bytes > InputBytes(config_) - bytes) {
+      return absl::InvalidArgumentError(absl::StrCat("read device: ", bytes, " and ", read.bytes,
+                                                     " bytes exceed the ", InputBytes(config_),
+                                                     " of a shard"));
+    }
+    EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(staging + bytes, read.source, read.bytes,
+                                             cudaMemcpyDefault, stream_.get()));
+    bytes += read.bytes;
+  }
+  EPS_RETURN_IF_ERROR(Drain(timeout));
+  const std::byte* from = staging;
+  for (const DeviceRead& read : reads) {
+    std::memcpy(read.destination, from, read.bytes);
+    from += read.bytes;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> CudaSlot::EnqueueHostRows() {
+  const ShardInput& input = intake().input();
+  if (NumHiddenIn(input.device_rows) == input.num_tokens) return false;
+  EPS_ASSIGN_OR_RETURN(const bool pageable, IsPageable(input.hidden));
+  if (pageable) {
+    std::memcpy(staging_.as<void>(), input.hidden, intake().row_bytes());
+    return true;
+  }
+  EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(input_.as<void>(), input.hidden, intake().row_bytes(),
+                                           cudaMemcpyDefault, stream_.get()));
+  return false;
+}
+
 absl::Status CudaSlot::EnqueueStage() {
   const ShardInput& input = intake().input();
   const std::size_t row_bytes = intake().row_bytes();
@@ -94,7 +134,10 @@ absl::Status CudaSlot::EnqueueStage() {
   const std::size_t weights_at = ids_at + Aligned(index_bytes);
   auto* const device = input_.as<std::byte>();
   const bool converted = input.dtype != DataType::kBf16;
-  tokens_ = {.x = converted ? x_.as<void>() : input_.as<void>(),
+  // Used where they lie, or brought together in input_.
+  const std::byte* const in_place = WholeHidden(input.device_rows, input.num_tokens);
+  const std::byte* const rows = in_place != nullptr ? in_place : device;
+  tokens_ = {.x = converted ? x_.as<void>() : static_cast<const void*>(rows),
              .topk_ids = reinterpret_cast<const std::int32_t*>(device + ids_at),
              .topk_weights = reinterpret_cast<const float*>(device + weights_at),
              .num_tokens = input.num_tokens,
@@ -105,20 +148,16 @@ absl::Status CudaSlot::EnqueueStage() {
   auto* const staging = staging_.as<std::byte>();
   std::memcpy(staging + ids_at, intake().topk_ids(), index_bytes);
   std::memcpy(staging + weights_at, intake().topk_weights(), index_bytes);
-  EPS_ASSIGN_OR_RETURN(const bool pageable, IsPageable(input.hidden));
-  std::size_t staged_from = ids_at;
-  if (pageable) {
-    std::memcpy(staging, input.hidden, row_bytes);
-    staged_from = 0;
-  } else {
-    EPS_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(device, input.hidden, row_bytes, cudaMemcpyDefault, stream_.get()));
-  }
+  EPS_ASSIGN_OR_RETURN(const bool staged, EnqueueHostRows());
+  const std::size_t staged_from = staged ? 0 : ids_at;
   EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device + staged_from, staging + staged_from,
                                            weights_at + index_bytes - staged_from,
                                            cudaMemcpyHostToDevice, stream_.get()));
+  if (in_place == nullptr) {
+    EPS_RETURN_IF_ERROR(GatherHidden(input.device_rows, RowBytes(), device, stream_.get()));
+  }
   if (!converted) return absl::OkStatus();
-  return LaunchToBf16(input.dtype, device, x_.as<void>(), input.num_tokens * config_.intake.hidden,
+  return LaunchToBf16(input.dtype, rows, x_.as<void>(), input.num_tokens * config_.intake.hidden,
                       stream_.get());
 }
 
@@ -161,22 +200,35 @@ absl::Status CudaSlot::EnqueueExperts(DeviceExchange& exchange, int index, const
 
 absl::Status CudaSlot::EnqueueCombine(DeviceExchange& exchange, int index) {
   EPS_RETURN_IF_ERROR(Mark(kCombineBegin));
-  EPS_RETURN_IF_ERROR(exchange.Combine(kPath, index, tokens_, expert_rows_.as<void>(),
-                                       out_.as<void>(), stream_.get()));
   const ShardInput& input = intake().input();
-  if (input.dtype != DataType::kBf16) {
-    EPS_RETURN_IF_ERROR(LaunchFromBf16(input.dtype, out_.as<void>(), input_.as<void>(),
+  const bool converted = input.dtype != DataType::kBf16;
+  std::byte* const in_place = WholeOutput(input.device_rows, input.num_tokens);
+  std::byte* const combined = in_place != nullptr && !converted ? in_place : out_.as<std::byte>();
+  EPS_RETURN_IF_ERROR(
+      exchange.Combine(kPath, index, tokens_, expert_rows_.as<void>(), combined, stream_.get()));
+  if (converted) {
+    void* const to = in_place != nullptr ? static_cast<void*>(in_place) : input_.as<void>();
+    EPS_RETURN_IF_ERROR(LaunchFromBf16(input.dtype, combined, to,
                                        input.num_tokens * config_.intake.hidden, stream_.get()));
+  }
+  if (in_place == nullptr) {
+    EPS_RETURN_IF_ERROR(ScatterOutput(input.device_rows, RowBytes(),
+                                      converted ? input_.as<std::byte>() : combined,
+                                      stream_.get()));
   }
   return Mark(kCombineEnd);
 }
 
 absl::Status CudaSlot::Finish(DeviceExchange& exchange, void* output, absl::Duration timeout) {
   const std::size_t bytes = intake().row_bytes();
-  const bool converted = intake().input().dtype != DataType::kBf16;
+  const ShardInput& input = intake().input();
+  const bool converted = input.dtype != DataType::kBf16;
   const void* result = converted ? input_.as<void>() : out_.as<void>();
   bool pageable = false;
-  if (bytes > 0) {
+  if (output == nullptr && NumOutputIn(input.device_rows) < input.num_tokens) {
+    return absl::InvalidArgumentError("finish: output is null, and rows have no other place");
+  }
+  if (bytes > 0 && output != nullptr) {
     EPS_ASSIGN_OR_RETURN(pageable, IsPageable(output));
     void* const to = pageable ? staging_.as<void>() : output;
     EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to, result, bytes, cudaMemcpyDefault, stream_.get()));

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -44,8 +45,13 @@ class CudaSlot final : public ShardSlot {
   absl::Status EnqueueExperts(DeviceExchange& exchange, int index, const std::byte* layer);
   absl::Status EnqueueCombine(DeviceExchange& exchange, int index);
 
-  // Copies the output to `output` (memory of the host or of the device) and waits for all of it.
-  // DEADLINE_EXCEEDED or ABORTED: a device wait gave up; the exchange is aborted then.
+  // Copies parts of device memory, no more than a shard has, to the host, and waits. Before
+  // EnqueueStage. DEADLINE_EXCEEDED: the device hangs.
+  absl::Status Read(std::span<const DeviceRead> reads, absl::Duration timeout);
+
+  // Copies the output to `output` (memory of the host or of the device; null: all rows have gone to
+  // device regions) and waits for all of it. DEADLINE_EXCEEDED or ABORTED: a device wait gave up;
+  // the exchange is aborted then.
   absl::Status Finish(DeviceExchange& exchange, void* output, absl::Duration timeout);
 
   // Waits until nothing of this slot is on the device any more. DEADLINE_EXCEEDED after `timeout`:
@@ -64,6 +70,9 @@ class CudaSlot final : public ShardSlot {
 
   explicit CudaSlot(const CudaSlotConfig& config);
   absl::Status Initialize();
+  // The rows that come from the host go to input_; true where they are staged for a copy.
+  absl::StatusOr<bool> EnqueueHostRows();
+  std::size_t RowBytes() const;  // of the request's type
   absl::Status Mark(Mark mark) { return marks_[mark].Record(stream_.get()); }
   absl::Status WaitForDone(DeviceExchange* exchange, absl::Duration timeout);
   absl::StatusOr<std::int64_t> ElapsedNs(enum Mark begin, enum Mark end) const;

@@ -30,6 +30,7 @@
 #include "absl/time/time.h"
 #include "runtime/base/dtype.h"
 #include "runtime/checkpoint/model_info.h"
+#include "runtime/engine/device_regions.h"
 #include "runtime/routing/count_matrix.h"
 
 namespace epserve::runtime {
@@ -81,8 +82,11 @@ struct ShardInput {
   DataType dtype = DataType::kFp32;  // kFp32, kFp16, kBf16
   std::int64_t num_tokens = 0;       // T
   int topk = 0;                      // K
-  // [T, H] dtype; stays valid until Finish. A device backend takes memory of its device, too.
+  // [T, H] dtype, memory of the host; stays valid until Finish. Null: all rows are of device_rows.
   const void* hidden = nullptr;
+  // Stay valid until Finish, too. Only for an engine that has device_regions(); rows whose hidden
+  // states lie there must have ids.
+  std::span<const ShardDeviceRows> device_rows;
   const std::int32_t* topk_ids = nullptr;  // [T, K], null: the router decides
   const float* topk_weights = nullptr;     // [T, K], null where topk_ids is
 };
@@ -122,6 +126,14 @@ class Engine {
   // CloseEpoch. A device backend pins it, and then copies straight from and to it. A failure says
   // why that is not to be had; batches are served all the same.
   virtual absl::Status UseHostRows(std::span<std::byte> /*memory*/) { return absl::OkStatus(); }
+  // Opens what shards' device_rows lie in; null: this backend reaches no other process's memory.
+  virtual DeviceRegions* device_regions() { return nullptr; }
+  // Copies small parts of device regions to the host, and waits: no more than a shard's tensors.
+  // Before the slot's Stage. UNIMPLEMENTED: without device_regions().
+  virtual absl::Status ReadDevice(int /*slot*/, std::span<const DeviceRead> /*reads*/) {
+    return absl::UnimplementedError(absl::StrCat("read device: the ", std::string(backend()),
+                                                 " backend has no device regions"));
+  }
   // Every peer has opened this heap: takes its name out of the system, so that a crash leaves
   // nothing behind.
   virtual void SealHeap() = 0;
@@ -156,7 +168,8 @@ class Engine {
   // it on from Finish; it stays until Finish. Null: not where the host can read it.
   virtual const std::byte* CombinedRows(int /*slot*/) const { return nullptr; }
   // Waits until the slot's work is done. `output` is [T, H] in the input's type, overwritten; it
-  // may be the place of the input's rows, and null after CombinedRows was taken instead;
+  // may be the place of the input's rows, and null after CombinedRows was taken instead, or where
+  // all rows go to device memory;
   // `local_expert_rows` [E_local] receives the rows each local expert took. Frees the slot.
   virtual absl::Status Finish(int slot, void* output, BatchTimes* times,
                               std::vector<std::int64_t>* local_expert_rows) = 0;

@@ -53,11 +53,16 @@ absl::Status ShardIntake::Validate(const ShardInput& input, bool has_router) con
   if (input.topk < 1 || input.topk > kMaxTopk) {
     return Refuse("topk ", input.topk, " is outside [1, ", kMaxTopk, "]");
   }
-  if (input.num_tokens > 0 && input.hidden == nullptr) return Refuse("hidden is null");
+  if (input.hidden == nullptr && NumHiddenIn(input.device_rows) < input.num_tokens) {
+    return Refuse("hidden is null");
+  }
   if ((input.topk_ids == nullptr) != (input.topk_weights == nullptr) && input.num_tokens > 0) {
     return Refuse("topk_ids and topk_weights must be given together");
   }
   if (input.topk_ids == nullptr && input.num_tokens > 0) {
+    if (NumHiddenIn(input.device_rows) > 0) {
+      return Refuse("topk_ids are absent, and rows in device memory are not routed");
+    }
     if (!has_router) return Refuse("topk_ids are absent, and the checkpoint has no router");
     if (input.topk != config_.router.topk) {
       return Refuse("topk ", input.topk, " is not the router's ", config_.router.topk);

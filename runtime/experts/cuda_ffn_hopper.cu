@@ -11,6 +11,7 @@
 #include <cuda_fp8.h>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/cuda_fp8.cuh"
 #include "runtime/base/cuda_status.h"
 #include "runtime/experts/cuda_ffn_device.cuh"
 #include "runtime/experts/cuda_ffn_hopper_device.cuh"

@@ -3,7 +3,9 @@
 #define EPSERVE_SERVER_COMMON_REGION_ROWS_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 
@@ -15,6 +17,46 @@ struct RegionRows {
   std::uint64_t object_offset = 0;
   std::int64_t first_row = 0;  // among the shard's
   std::int64_t num_rows = 0;
+};
+
+// CUDA memory of a client.
+struct DeviceRegionInfo {
+  std::uint64_t region = 0;  // its number
+  std::string label;
+  std::string handle;  // cudaIpcMemHandle_t
+  std::int64_t device_id = 0;
+  std::uint64_t size_bytes = 0;
+};
+
+struct DevicePlace {
+  std::uint64_t region = 0;
+  std::uint64_t offset_bytes = 0;
+};
+
+// Rows of a shard in device regions; what of them lies there has a place.
+struct DeviceRows {
+  std::int64_t first_row = 0;  // among the shard's
+  std::int64_t num_rows = 0;
+  std::int64_t request_row = 0;  // of the first among its request's
+  std::optional<DevicePlace> hidden;
+  std::optional<DevicePlace> topk_ids;
+  std::optional<DevicePlace> topk_weights;
+  std::optional<DevicePlace> output;
+  bool wide_ids = false;  // int64
+};
+
+// How many of the rows have their `place` in device memory.
+inline std::int64_t NumRowsWith(std::optional<DevicePlace> DeviceRows::*place,
+                                const std::vector<DeviceRows>& rows) {
+  std::int64_t count = 0;
+  for (const DeviceRows& part : rows) count += (part.*place).has_value() ? part.num_rows : 0;
+  return count;
+}
+
+// Whether a region is open at a worker.
+struct DeviceRegionState {
+  std::uint64_t region = 0;
+  absl::Status status;
 };
 
 // Rows of one request that a worker could not read from its region, or not write to it; the batch

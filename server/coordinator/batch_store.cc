@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
@@ -17,6 +18,13 @@ void Append(std::span<const T> values, std::int64_t begin, std::int64_t end, cha
   const auto bytes = static_cast<std::size_t>(end - begin) * sizeof(T);
   if (bytes > 0) std::memcpy(*out, values.data() + begin, bytes);
   *out += bytes;
+}
+
+// Values that are not here leave their place as it is.
+template <typename T>
+void AppendOrSkip(std::span<const T> values, std::int64_t begin, std::int64_t end, char** out) {
+  if (!values.empty()) return Append(values, begin, end, out);
+  *out += static_cast<std::size_t>(end - begin) * sizeof(T);
 }
 
 void KeepMost(const WorkerTimes& times, WorkerTimes& most) {
@@ -73,16 +81,60 @@ RegionRows RowsIn(const RegionWindow& window, const PartRows& rows, std::int64_t
           rows.first_row, rows.num};
 }
 
-// Tells the worker where to find the rows and where to leave them, or reads them to `hidden`.
+bool InCuda(const RegionWindow& window) {
+  return window.region != nullptr && window.region->is_cuda();
+}
+
+// How many of the rows lie in CUDA memory, or go there.
+std::int64_t NumRowsIn(RegionWindow KeptPart::*window, runtime::RowRange rows,
+                       const KeptBatch& batch) {
+  std::int64_t count = 0;
+  for (const KeptPart& part : batch.parts) {
+    if (!InCuda(part.*window)) continue;
+    count += std::max<std::int64_t>(
+        std::min(rows.end, part.rows.end) - std::max(rows.begin, part.rows.begin), 0);
+  }
+  return count;
+}
+
+std::optional<server::DevicePlace> PlaceIn(const RegionWindow& window, std::int64_t from,
+                                           std::int64_t row_bytes) {
+  if (!InCuda(window)) return std::nullopt;
+  return server::DevicePlace{window.region->info().id,
+                             window.offset_bytes + static_cast<std::uint64_t>(from * row_bytes)};
+}
+
+// Tells the worker what of the rows lies in CUDA memory, or goes there.
+void PlaceOnDevice(const PartRows& rows, KeptBatch& batch, const KeptPart& part,
+                   ShardMessage& shard) {
+  DeviceRows on_device;
+  on_device.first_row = rows.first_row;
+  on_device.num_rows = rows.num;
+  on_device.request_row = rows.from;
+  on_device.hidden = PlaceIn(part.source, rows.from, batch.row_bytes);
+  on_device.output = PlaceIn(part.output, rows.from, batch.row_bytes);
+  on_device.topk_ids = PlaceIn(part.ids, rows.from, shard.topk * (part.wide_ids ? 8 : 4));
+  on_device.topk_weights = PlaceIn(part.weights, rows.from, std::int64_t{shard.topk} * 4);
+  on_device.wide_ids = part.wide_ids;
+  batch.device_bytes += rows.num * batch.row_bytes *
+                        (int{on_device.hidden.has_value()} + int{on_device.output.has_value()});
+  if (on_device.hidden || on_device.output || on_device.topk_ids || on_device.topk_weights) {
+    shard.device_rows.push_back(std::move(on_device));
+  }
+}
+
+// Tells the worker where to find the rows and where to leave them, or reads them to `hidden`, which
+// is null where none are.
 void PlaceRows(const PartRows& rows, bool direct, KeptBatch& batch, KeptPart& part, char* hidden,
                ShardMessage& shard) {
   const std::int64_t bytes = rows.num * batch.row_bytes;
   std::int64_t& counted = direct ? batch.direct_bytes : batch.copied_bytes;
-  if (part.output.region != nullptr) {
+  PlaceOnDevice(rows, batch, part, shard);
+  if (part.output.region != nullptr && !InCuda(part.output)) {
     counted += bytes;
     if (direct) shard.targets.push_back(RowsIn(part.output, rows, batch.row_bytes));
   }
-  if (part.source.region == nullptr) return;
+  if (part.source.region == nullptr || InCuda(part.source)) return;
   counted += bytes;
   if (direct) {
     shard.sources.push_back(RowsIn(part.source, rows, batch.row_bytes));
@@ -161,13 +213,16 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   batch.taken.assign(plans.size(), false);
   batch.ended.assign(plans.size(), false);
   batch.direct.assign(plans.size(), false);
+  batch.on_device.assign(plans.size(), false);
   batch.in_arena.assign(plans.size(), false);
+  batch.answers_rows.assign(plans.size(), true);
   batch.times_of_rank.resize(plans.size());
   batch.started_us = now_us;
   if (arena_ == nullptr || epoch != arena_epoch_) return batch;
   batch.arena = arena_;
   for (std::size_t i = 0; i < plans.size(); ++i) {
     batch.in_arena[i] = arena_streams_.contains(plans[i].stream);
+    batch.answers_rows[i] = !batch.in_arena[i];
     batch.direct[i] = batch.in_arena[i] && regions_.IsReachable(plans[i].stream);
   }
   return batch;
@@ -189,10 +244,14 @@ void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, K
     weights = reinterpret_cast<char*>(batch.arena->topk_weights(batch.slot) + first * topk);
   } else {
     const auto index_bytes = static_cast<std::size_t>(plan.rows.size() * topk) * 4;
-    shard.hidden.resize(static_cast<std::size_t>(plan.rows.size() * row_bytes));
+    if (NumRowsIn(&KeptPart::source, plan.rows, batch) < plan.rows.size()) {
+      shard.hidden.resize(static_cast<std::size_t>(plan.rows.size() * row_bytes));
+    }
+    batch.answers_rows[index] =
+        plan.rows.size() == 0 || NumRowsIn(&KeptPart::output, plan.rows, batch) < plan.rows.size();
     shard.topk_ids.resize(index_bytes);
     shard.topk_weights.resize(index_bytes);
-    hidden = shard.hidden.data();
+    hidden = shard.hidden.empty() ? nullptr : shard.hidden.data();
     ids = shard.topk_ids.data();
     weights = shard.topk_weights.data();
   }
@@ -212,13 +271,14 @@ void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, K
       segment.pieces->Copy(static_cast<std::size_t>(from * row_bytes), place);
       hidden += place.size();
     } else if (segment.hidden.empty()) {
-      hidden += (to - from) * row_bytes;
+      if (hidden != nullptr) hidden += (to - from) * row_bytes;
     } else {
       Append(segment.hidden, from * row_bytes, to * row_bytes, &hidden);
     }
-    Append(segment.topk_ids, from * topk, to * topk, &ids);
-    Append(segment.topk_weights, from * topk, to * topk, &weights);
+    AppendOrSkip(segment.topk_ids, from * topk, to * topk, &ids);
+    AppendOrSkip(segment.topk_weights, from * topk, to * topk, &weights);
   }
+  batch.on_device[index] = !shard.device_rows.empty();
 }
 
 std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, KeptBatch& batch,
@@ -234,8 +294,9 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
     CutRows(segments, i, batch, shard);
   }
   for (const KeptPart& part : batch.parts) {
-    if (part.source.region != nullptr) regions_.Named(part.source.region);
-    if (part.output.region != nullptr) regions_.Named(part.output.region);
+    for (const RegionWindow* window : {&part.source, &part.output}) {
+      if (window->region != nullptr && !InCuda(*window)) regions_.Named(window->region);
+    }
   }
   return shards;
 }
@@ -255,8 +316,14 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
     segments.push_back({start.requests[i].rows, requests[i]->hidden, requests[i]->topk_ids,
                         requests[i]->topk_weights, pieces.size() > 0 ? &pieces : nullptr});
     ids.push_back(segments.back().topk_ids);
-    batch.parts.push_back({start.requests[i].request, start.requests[i].rows, requests[i]->source,
-                           requests[i]->output, absl::OkStatus()});
+    batch.parts.push_back({.request = start.requests[i].request,
+                           .rows = start.requests[i].rows,
+                           .source = requests[i]->source,
+                           .output = requests[i]->output,
+                           .ids = requests[i]->ids_source,
+                           .weights = requests[i]->weights_source,
+                           .wide_ids = requests[i]->wide_ids,
+                           .fault = absl::OkStatus()});
   }
   ShardMessage common;
   common.epoch = start.epoch;
@@ -313,7 +380,8 @@ absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
   if (plan == batch->shards.end()) return absl::OkStatus();
   const std::size_t index = static_cast<std::size_t>(plan - batch->shards.begin());
   if (batch->taken[index]) return absl::OkStatus();
-  const std::int64_t expected = batch->in_arena[index] ? 0 : plan->rows.size() * batch->row_bytes;
+  const std::int64_t expected =
+      batch->answers_rows[index] ? plan->rows.size() * batch->row_bytes : 0;
   if (static_cast<std::int64_t>(output.size()) != expected) {
     return absl::InternalError(absl::StrCat("batch: output of rank ", plan->rank, " has ",
                                             output.size(), " bytes, which differs from the ",
@@ -347,6 +415,7 @@ absl::Status BatchStore::Deliver(const KeptBatch& batch, const KeptPart& part,
                                  std::span<char> out) {
   if (!part.fault.ok()) return part.fault;
   if (part.output.region == nullptr) return CopyRows(batch, part.rows, out);
+  if (InCuda(part.output)) return absl::OkStatus();
   return ForEachPiece(batch, part.rows,
                       [&](std::size_t rank, std::int64_t at, std::span<const char> rows) {
                         if (batch.direct[rank]) return absl::OkStatus();
@@ -381,11 +450,12 @@ void BatchStore::Drop(EpochId epoch, BatchId id, const std::function<bool(Stream
   std::set<StreamId> at_it;
   for (std::size_t i = 0; i < batch->shards.size(); ++i) {
     const StreamId stream = batch->shards[i].stream;
-    if (batch->direct[i] && !batch->ended[i] && is_open(stream)) at_it.insert(stream);
+    const bool touches = batch->direct[i] || batch->on_device[i];
+    if (touches && !batch->ended[i] && is_open(stream)) at_it.insert(stream);
   }
   RegionUse::Regions regions;
   for (const KeptPart& part : batch->parts) {
-    for (const RegionWindow* window : {&part.source, &part.output}) {
+    for (const RegionWindow* window : {&part.source, &part.output, &part.ids, &part.weights}) {
       if (window->region != nullptr) regions.push_back(window->region);
     }
   }

@@ -2,7 +2,7 @@
 // output rows, and puts them together again. Rows go through the epoch's arena to the workers that
 // have it mapped, and within the messages to the others. Rows in a client's shared memory are read
 // there by the workers, and written there, where those can get its descriptors (directly); for the
-// others the rows are copied here.
+// others the rows are copied here. Tensors in CUDA memory are the workers' alone.
 //
 // Thread safety: none; whoever has the host's turn.
 // Invariants: a batch is kept from its start until Erase(); a shard's rows are taken once and only
@@ -37,7 +37,10 @@ struct KeptPart {
   runtime::RowRange rows;
   RegionWindow source;  // of the hidden states, where they lie in a region
   RegionWindow output;  // where it goes to one
-  absl::Status fault;   // not OK: some of its rows could not be read or written
+  RegionWindow ids;     // where they lie in CUDA memory, as the weights
+  RegionWindow weights;
+  bool wide_ids = false;
+  absl::Status fault;  // not OK: some of its rows could not be read or written
 };
 
 struct KeptBatch {
@@ -48,10 +51,13 @@ struct KeptBatch {
   std::vector<bool> taken;           // by rank
   std::vector<bool> ended;           // by rank: nothing of it touches a client's region any more
   std::vector<bool> in_arena;        // by rank
-  std::vector<bool> direct;          // by rank: reads and writes clients' regions itself
+  std::vector<bool> direct;          // by rank: reads and writes clients' system regions itself
+  std::vector<bool> on_device;       // by rank: reads or writes clients' CUDA memory
+  std::vector<bool> answers_rows;    // by rank: its output comes in a message
   std::vector<KeptPart> parts;       // in batch order
   std::int64_t direct_bytes = 0;     // in clients' regions, read and written by workers
   std::int64_t copied_bytes = 0;     // in clients' regions, read and written here
+  std::int64_t device_bytes = 0;     // in clients' CUDA memory
   int slot = 0;
   std::shared_ptr<runtime::RowArena> arena;  // null where no rank's rows are in one
   WorkerTimes times;  // of each phase the most that any worker took; counts: or the matrix here

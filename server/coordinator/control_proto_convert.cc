@@ -18,6 +18,18 @@ absl::StatusCode CodeOf(std::int32_t code) {
   return static_cast<absl::StatusCode>(code);
 }
 
+// Never OK where `code` is not 0, nor without a message.
+absl::Status ConvertError(std::int32_t code, const std::string& message) {
+  const absl::StatusCode known = CodeOf(code);
+  return absl::Status(known == absl::StatusCode::kOk ? absl::StatusCode::kUnknown : known,
+                      message.empty() ? "worker gave no reason" : message);
+}
+
+DeviceRegionState ConvertState(const v1::DeviceRegionOpened& in) {
+  if (in.code() == 0) return {in.region(), absl::OkStatus()};
+  return {in.region(), ConvertError(in.code(), in.message())};
+}
+
 BatchDone ConvertBatchDone(StreamId stream, v1::BatchDone& in, WorkerReport& report) {
   report.output = std::move(*in.mutable_output());
   const v1::PhaseTimes& times = in.times();
@@ -29,11 +41,8 @@ BatchDone ConvertBatchDone(StreamId stream, v1::BatchDone& in, WorkerReport& rep
   report.times.combine_ns = std::max<std::int64_t>(times.combine_ns(), 0);
   report.local_expert_rows.assign(in.local_expert_rows().begin(), in.local_expert_rows().end());
   for (const v1::RegionFault& fault : in.region_faults()) {
-    const absl::StatusCode code = CodeOf(fault.code());
     report.region_faults.push_back(
-        {fault.first_row(),
-         absl::Status(code == absl::StatusCode::kOk ? absl::StatusCode::kUnknown : code,
-                      fault.message().empty() ? "worker gave no reason" : fault.message())});
+        {fault.first_row(), ConvertError(fault.code(), fault.message())});
   }
   BatchDone out;
   out.stream = stream;
@@ -102,11 +111,22 @@ void Fill(SendStandby& in, v1::CoordinatorMessage& out) {
   out.mutable_standby()->set_reason(std::move(in.reason));
 }
 
+void FillRegion(DeviceRegionInfo& in, v1::DeviceRegion* out) {
+  out->set_region(in.region);
+  out->set_label(std::move(in.label));
+  out->set_handle(std::move(in.handle));
+  out->set_device_id(in.device_id);
+  out->set_size_bytes(in.size_bytes);
+}
+
 void Fill(CreateHeapMessage& in, v1::CoordinatorMessage& out) {
   out.mutable_create_heap()->set_epoch(in.epoch);
   out.mutable_create_heap()->set_row_arena(std::move(in.row_arena));
   out.mutable_create_heap()->set_region_socket(std::move(in.regions.socket));
   out.mutable_create_heap()->set_region_secret(std::move(in.regions.secret));
+  for (DeviceRegionInfo& region : in.device_regions) {
+    FillRegion(region, out.mutable_create_heap()->add_device_regions());
+  }
 }
 
 void Fill(SendOpenPeers& in, v1::CoordinatorMessage& out) {
@@ -146,6 +166,23 @@ void FillRows(RegionRows& in, v1::RegionRows* out) {
   out->set_num_rows(in.num_rows);
 }
 
+void FillRows(const DeviceRows& in, v1::DeviceRows* out) {
+  const auto fill = [](const std::optional<server::DevicePlace>& place, auto mutable_place) {
+    if (!place.has_value()) return;
+    v1::DevicePlace* const filled = mutable_place();
+    filled->set_region(place->region);
+    filled->set_offset(place->offset_bytes);
+  };
+  out->set_first_row(in.first_row);
+  out->set_num_rows(in.num_rows);
+  out->set_request_row(in.request_row);
+  fill(in.hidden, [out] { return out->mutable_hidden(); });
+  fill(in.topk_ids, [out] { return out->mutable_topk_ids(); });
+  fill(in.topk_weights, [out] { return out->mutable_topk_weights(); });
+  fill(in.output, [out] { return out->mutable_output(); });
+  out->set_wide_ids(in.wide_ids);
+}
+
 void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   v1::Shard* shard = out.mutable_shard();
   shard->set_epoch(in.epoch);
@@ -163,6 +200,7 @@ void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   shard->set_first_row(in.first_row);
   for (RegionRows& rows : in.sources) FillRows(rows, shard->add_sources());
   for (RegionRows& rows : in.targets) FillRows(rows, shard->add_targets());
+  for (const DeviceRows& rows : in.device_rows) FillRows(rows, shard->add_device_rows());
   shard->set_trigger(ToProto(in.trigger));
   shard->set_device_counts(in.device_counts);
   if (in.counts != nullptr) FillCounts(in.epoch, in.batch, *in.counts, shard->mutable_counts());
@@ -184,6 +222,15 @@ void Fill(CombineTriggerMessage& in, v1::CoordinatorMessage& out) {
 
 void Fill(ForgetRegionsMessage& in, v1::CoordinatorMessage& out) {
   out.mutable_forget_regions()->mutable_regions()->Assign(in.regions.begin(), in.regions.end());
+}
+
+void Fill(OpenDeviceRegionMessage& in, v1::CoordinatorMessage& out) {
+  FillRegion(in.region, out.mutable_open_device_region()->mutable_region());
+}
+
+void Fill(CloseDeviceRegionsMessage& in, v1::CoordinatorMessage& out) {
+  out.mutable_close_device_regions()->mutable_regions()->Assign(in.regions.begin(),
+                                                                in.regions.end());
 }
 
 }  // namespace
@@ -233,6 +280,9 @@ absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& messa
       report.event = HeapCreated{stream, in.epoch(), std::move(*in.mutable_handle())};
       report.row_arena_mapped = in.row_arena_mapped();
       report.regions_reachable = in.regions_reachable();
+      for (const v1::DeviceRegionOpened& refused : in.refused_regions()) {
+        report.refused.push_back(ConvertState(refused));
+      }
       return report;
     }
     case v1::WorkerMessage::kPeersOpened: {
@@ -259,6 +309,14 @@ absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& messa
     case v1::WorkerMessage::kLeaving:
       report.event = WorkerLeaving{stream, message.leaving().reason()};
       return report;
+    case v1::WorkerMessage::kDeviceRegionOpened:
+      report.answer = {stream, ConvertState(message.device_region_opened()), {}};
+      return report;
+    case v1::WorkerMessage::kDeviceRegionsClosed: {
+      const auto& closed = message.device_regions_closed().regions();
+      report.answer = {stream, std::nullopt, {closed.begin(), closed.end()}};
+      return report;
+    }
     case v1::WorkerMessage::kFailure:
       report.event = ConvertFailure(stream, message.failure());
       return report;

@@ -253,8 +253,9 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   }
   parts->host = std::make_unique<Host>(MakeConfig(options, model, pace), model.hidden,
                                        std::move(rows), parts->metrics.get(), std::move(hooks));
-  parts->infer = std::make_unique<InferService>(MakeFrontDoorOptions(options, model),
-                                                parts->regions.get(), parts->host.get());
+  parts->infer =
+      std::make_unique<InferService>(MakeFrontDoorOptions(options, model), parts->regions.get(),
+                                     parts->host.get(), parts->host.get());
   parts->infer->AddTo(&parts->server);
   AddControlService(parts->host.get(), MakeHelloPolicy(options, model, pace), &parts->server);
   AddAdminService(parts->host.get(), {options.cluster_id, EPSERVE_VERSION, options.model_name},

@@ -217,6 +217,9 @@ void Host::Shut() {
     record.pending->Complete({absl::UnavailableError(kStopped), {}, 0});
   }
   requests_.clear();
+  // Whoever waits for regions to be released is told while there is a server to tell them.
+  batches_ = nullptr;
+  device_regions_.Stop(absl::UnavailableError(kStopped));
   for (auto& [token, done] : worker_drains_) done(absl::UnavailableError(kStopped));
   worker_drains_.clear();
   for (auto& [id, record] : streams_) {
@@ -228,6 +231,8 @@ void Host::Shut() {
 
 void Host::ApplyEvent(Event event) {
   raised_.push_back(std::move(event));
+  if (applying_) return;
+  applying_ = true;
   while (!raised_.empty()) {
     std::vector<Command> commands = machine_->Apply(raised_.front(), NowUs());
     raised_.pop_front();
@@ -235,17 +240,22 @@ void Host::ApplyEvent(Event event) {
       std::visit([this](auto& content) { Execute(content); }, command);
     }
   }
+  applying_ = false;
 }
 
 void Host::Handle(std::unique_ptr<PendingRequest>& request) {
   const RequestId id = request->id;
   const ValidatedRequest& validated = request->request;
+  if (absl::Status usable = device_regions_.CheckUsable(validated); !usable.ok()) {
+    return request->Complete({std::move(usable), {}, 0});
+  }
   RequestArrived event;
   event.request = id;
   event.caller = request->caller;
   event.layer = validated.layer;
   event.row_type = RowTypeOf(validated.dtype);
   event.routed = validated.routed;
+  event.ids_hidden = validated.ids_source.region != nullptr;
   event.num_tokens = validated.num_tokens;
   event.deadline_us = ToUs(request->deadline);
   const TimeUs arrived_us = ToUs(request->arrival);
@@ -287,10 +297,12 @@ void Host::Handle(Query& query) { query(/*stopped=*/false); }
 void Host::Handle(Drain&) { ApplyEvent(coordinator::DrainCluster{}); }
 
 void Host::Handle(WorkerReport& report) {
+  if (report.answer.has_value()) return device_regions_.OnAnswer(*report.answer);
   if (auto* done = std::get_if<BatchDone>(&report.event)) return HandleBatchDone(report, *done);
   if (auto* created = std::get_if<HeapCreated>(&report.event)) {
     if (report.row_arena_mapped) batches_->UseArena(created->epoch, created->stream);
     if (report.regions_reachable) batches_->UseRegions(created->epoch, created->stream);
+    device_regions_.OnRefused(created->epoch, created->stream, report.refused);
   }
   if (auto* opened = std::get_if<PeersOpened>(&report.event)) {
     const auto it = streams_.find(opened->stream);
@@ -303,10 +315,10 @@ void Host::Handle(WorkerReport& report) {
   ApplyEvent(report.event);
   // After the event, which may drop batches that the worker was at.
   if (auto* quiesced = std::get_if<EpochQuiesced>(&report.event)) {
-    batches_->regions().Leave(quiesced->stream);
+    LeaveRegions(quiesced->stream);
   }
   if (auto* closed = std::get_if<StreamClosed>(&report.event)) {
-    batches_->regions().Leave(closed->stream);
+    LeaveRegions(closed->stream);
     streams_.erase(closed->stream);
   }
 }

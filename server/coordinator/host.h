@@ -36,6 +36,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "server/coordinator/batch_store.h"
+#include "server/coordinator/device_regions.h"
+#include "server/coordinator/front_door/device_region_host.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/metrics.h"
 #include "server/coordinator/state_machine/state_machine.h"
@@ -74,7 +76,7 @@ struct HostHooks {
 // The word for a worker's state in the admin service and the metrics.
 const char* WorkerStateName(const WorkerSnapshot& worker);
 
-class Host : public RequestSink {
+class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionActions {
  public:
   using Clock = std::chrono::steady_clock;
 
@@ -93,6 +95,9 @@ class Host : public RequestSink {
   void Cancel(std::uint64_t id) override;
   bool ready() const override { return ready_.load(std::memory_order_acquire); }
   void OnAnswered(absl::StatusCode code, std::chrono::nanoseconds server_time) override;
+
+  void OpenDeviceRegion(std::shared_ptr<const ShmRegion> region, Done done) override;
+  void CloseDeviceRegions(std::vector<std::uint64_t> regions, Done done) override;
 
   // ---- control service
   StreamId NewStreamId() { return next_stream_.fetch_add(1, std::memory_order_relaxed); }
@@ -157,9 +162,16 @@ class Host : public RequestSink {
   void AddExpertRows(std::int64_t layer, int rank, StreamId stream,
                      const std::vector<std::int64_t>& local_rows);
 
-  // Applies the event and carries out its commands, then the events that those gave rise to.
+  // Applies the event and carries out its commands, then the events that those gave rise to. From
+  // within one of those commands: leaves the event for then.
   void ApplyEvent(Event event);
   void Send(StreamId stream, StreamMessage message);
+
+  void SendTo(StreamId stream, StreamMessage message) override;
+  void HoldBatches(bool hold) override;
+  std::string NameOf(StreamId stream) const override;
+  // Nothing of a client is in use, or open, at the worker any more.
+  void LeaveRegions(StreamId stream);
   bool TakesPart(const ShardMessage& shard, const ShardPlan& plan) const;
   void SendShards(const std::vector<ShardPlan>& plans, std::vector<ShardMessage> shards);
 
@@ -181,6 +193,7 @@ class Host : public RequestSink {
   void Execute(DropBatch& command);
   void Execute(CompleteRequest& command);
   void Execute(SetServing& command);
+  void Execute(BatchesHeld& command);
   void Execute(DrainWorkerDone& command);
   void Execute(ClusterDrained& command);
   void Execute(Notice& command);
@@ -218,12 +231,14 @@ class Host : public RequestSink {
   std::vector<Item> taken_;
   std::unique_ptr<StateMachine> machine_;
   std::unique_ptr<BatchStore> batches_;
+  DeviceRegions device_regions_{this};
   std::unordered_map<StreamId, StreamRecord> streams_;
   std::atomic<int> large_requests_{0};  // of requests_; read by those who post
   std::unordered_map<RequestId, RequestRecord> requests_;
   std::unordered_map<std::uint64_t, std::function<void(absl::Status)>> worker_drains_;
   std::uint64_t next_drain_token_ = 1;
   std::deque<Event> raised_;  // by commands; applied once the commands before are carried out
+  bool applying_ = false;     // within ApplyEvent
   std::vector<std::vector<std::uint64_t>> expert_rows_;  // [layers][E]
 
   std::thread timer_;

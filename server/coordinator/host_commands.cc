@@ -94,7 +94,8 @@ void Host::Execute(SendCreateHeap& command) {
   if (command.epoch != arena_epoch_) OpenArena(command.epoch);
   Send(command.stream,
        CreateHeapMessage{command.epoch, arena_handle_,
-                         arena_handle_.empty() ? RegionAccess() : row_transport_.regions});
+                         arena_handle_.empty() ? RegionAccess() : row_transport_.regions,
+                         device_regions_.JoinEpoch(command.epoch, command.stream)});
 }
 
 void Host::Execute(SendEpochStarted& command) {
@@ -120,8 +121,8 @@ void Host::Execute(CloseStream& command) {
   if (it == streams_.end()) return;
   it->second.stream->Close(absl::AbortedError(absl::StrCat("control: ", command.reason)),
                            /*flush=*/false);
-  batches_->regions().Leave(command.stream);
-  streams_.erase(it);
+  LeaveRegions(command.stream);
+  streams_.erase(command.stream);
 }
 
 void Host::Execute(StartProbe& command) {
@@ -239,6 +240,7 @@ void Host::ObserveBatch(const KeptBatch& batch) {
   observe(PhaseMetric::kCombine, batch.times.combine_ns);
   metrics_->AddRegionBytes(RegionWay::kDirect, batch.direct_bytes);
   metrics_->AddRegionBytes(RegionWay::kCopied, batch.copied_bytes);
+  metrics_->AddRegionBytes(RegionWay::kDevice, batch.device_bytes);
   metrics_->ObservePhase(PhaseMetric::kReply,
                          static_cast<double>(NowUs() - batch.last_done_us) * kSecondsPerUs);
 }
@@ -305,6 +307,7 @@ void Host::Execute(CompleteRequest& command) {
 void Host::Execute(SetServing& command) {
   ready_.store(command.serving, std::memory_order_release);
   runtime::LogInfo(command.serving ? "serving" : "not_serving", {{"epoch", command.epoch}});
+  device_regions_.SetServing(command.serving);
   if (hooks_.on_serving) hooks_.on_serving(command.serving);
 }
 

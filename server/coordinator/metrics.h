@@ -20,8 +20,8 @@ enum class PhaseMetric { kQueue, kAssign, kCounts, kDispatch, kFfn, kCombine, kR
 inline constexpr int kNumPhaseMetrics = 7;
 
 // How bytes got from or to clients' shared memory: by the workers, or through the coordinator.
-enum class RegionWay { kDirect, kCopied };
-inline constexpr int kNumRegionWays = 2;
+enum class RegionWay { kDirect, kCopied, kDevice };
+inline constexpr int kNumRegionWays = 3;
 
 class Metrics {
  public:

@@ -74,7 +74,7 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->check(CLI::Range(1, 1'000'000))
       ->capture_default_str();
   app.add_flag("--allow-client-shm", options.allow_client_shm,
-               "Let clients pass tensors in system shared memory")
+               "Let clients pass tensors in system and CUDA shared memory")
       ->envname("EPSERVE_ALLOW_CLIENT_SHM");
   app.add_option("--shm-key-prefix", options.shm_key_prefixes,
                  "Prefix that a client's shared-memory key must have; may be repeated "

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -30,8 +31,12 @@ struct CreateHeapMessage {
   EpochId epoch = 0;
   std::string row_arena;  // handle; empty: none
   RegionAccess regions;
+  std::vector<server::DeviceRegionInfo> device_regions;
 };
 
+using server::DeviceRegionInfo;
+using server::DeviceRegionState;
+using server::DeviceRows;
 using server::RegionFault;
 using server::RegionRows;
 
@@ -52,6 +57,7 @@ struct ShardMessage {
   std::int64_t first_row = 0;
   std::vector<RegionRows> sources;  // rows to read into the arena first
   std::vector<RegionRows> targets;  // rows to write from there, and not to leave there
+  std::vector<DeviceRows> device_rows;
   TriggerMode trigger = TriggerMode::kTogether;
   std::shared_ptr<const runtime::CountMatrix> counts;  // for CountExchange::kCoordinator
   bool device_counts = false;                          // CountExchange::kDevice
@@ -77,11 +83,19 @@ struct ForgetRegionsMessage {
   std::vector<std::uint64_t> regions;
 };
 
+struct OpenDeviceRegionMessage {
+  DeviceRegionInfo region;
+};
+
+struct CloseDeviceRegionsMessage {
+  std::vector<std::uint64_t> regions;
+};
+
 using StreamMessage =
     std::variant<AssignRank, SendStandby, CreateHeapMessage, SendOpenPeers, SendEpochStarted,
                  SendEpochEnded, GrantLease, SendShutdown, RejectWorker, ShardMessage,
                  CountMatrixMessage, DispatchTriggerMessage, CombineTriggerMessage,
-                 ForgetRegionsMessage>;
+                 ForgetRegionsMessage, OpenDeviceRegionMessage, CloseDeviceRegionsMessage>;
 
 // Thread-safe. No call blocks.
 class WorkerStream {
@@ -125,9 +139,18 @@ struct WorkerTimes {
   std::int64_t combine_ns = 0;
 };
 
+// What a worker says of device regions, which the state machine does not know.
+struct DeviceRegionAnswer {
+  StreamId stream = 0;
+  std::optional<DeviceRegionState> opened;
+  std::vector<std::uint64_t> closed;
+};
+
 // One message of a worker: what the state machine is told, and the payload that it is not.
 struct WorkerReport {
   Event event;                                  // never WorkerHello
+  std::optional<DeviceRegionAnswer> answer;     // in place of `event`
+  std::vector<DeviceRegionState> refused;       // HeapCreated: device regions that are not open
   bool row_arena_mapped = false;                // HeapCreated
   bool regions_reachable = false;               // HeapCreated
   std::vector<float> probe_output;              // PeersOpened: [H]

@@ -1,31 +1,21 @@
 #include "server/worker/batch_executor.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
-#include "server/common/region_io.h"
 #include "server/worker/clock.h"
+#include "server/worker/shard_check.h"
 
 namespace epserve::worker {
 namespace {
-
-// The widest routing that any supported layout has; bounds the sizes computed from a shard.
-constexpr int kMaxTopk = 16;
 
 std::int64_t RowsWantedInRegions(const Shard& shard) {
   std::int64_t num_rows = 0;
   for (const RegionRows& target : shard.targets) num_rows += target.num_rows;
   return num_rows;
-}
-
-absl::Status CheckBytes(std::string_view name, std::size_t got, std::int64_t expected) {
-  if (got == static_cast<std::size_t>(expected)) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("shard: ", std::string(name), " has ", got, " bytes, expected ", expected));
 }
 
 }  // namespace
@@ -51,10 +41,12 @@ BatchExecutor::~BatchExecutor() {
 
 void BatchExecutor::OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank,
                               std::shared_ptr<runtime::RowArena> row_arena,
-                              std::shared_ptr<RegionFiles> regions) {
+                              std::shared_ptr<RegionFiles> regions,
+                              std::shared_ptr<const OpenDeviceRegions> device_regions) {
   std::lock_guard<std::mutex> lock(mutex_);
   row_arena_ = std::move(row_arena);
   regions_ = std::move(regions);
+  device_regions_ = std::move(device_regions);
   epoch_ = epoch;
   placement_ = placement;
   rank_ = rank;
@@ -97,6 +89,7 @@ void BatchExecutor::Drain() {
   epoch_ = 0;
   row_arena_ = nullptr;
   regions_ = nullptr;
+  device_regions_ = nullptr;
 }
 
 bool BatchExecutor::Idle() const {
@@ -240,86 +233,44 @@ void BatchExecutor::Execute(int index, Batch& batch) {
     // Whatever failed: without a lease this worker is of no use to the epoch any more.
     lease_expired = !CheckLease("batch").ok();
   }
+  slots_[index]->on_device.Release();
   const std::uint64_t epoch = shard.epoch;
   if (ReportUnlessAborted(epoch, std::move(done)) && lease_expired && AbortEpoch(epoch)) {
     reporter_->OnLeaseExpired(epoch);
   }
 }
 
-absl::Status BatchExecutor::CheckShard(const Shard& shard) const {
-  const std::int64_t max_tokens =
-      runtime::MaxShardTokens(config_.max_batch_tokens, placement_.num_ranks());
-  if (shard.num_tokens < 0 || shard.num_tokens > max_tokens) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shard: num_tokens ", shard.num_tokens, " is not in [0, ", max_tokens,
-                     "]; give coordinator and workers the same --max-batch-tokens"));
-  }
-  if (shard.topk < 1 || shard.topk > kMaxTopk) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
-  }
-  if (shard.device_counts && shard.counts.has_value()) {
-    return absl::InvalidArgumentError(
-        "shard: a count matrix came, and the ranks are to exchange the counts, too");
-  }
-  if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard));
-  EPS_RETURN_IF_ERROR(CheckRegions(shard));
-  const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
-  EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), in_message * RowBytes(shard)));
-  const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
-  EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
-  return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
-}
-
-absl::Status BatchExecutor::CheckInArena(const Shard& shard) const {
-  if (row_arena_ == nullptr) {
-    return absl::InternalError("shard: its rows are in an arena, but this worker has none mapped");
-  }
-  if (shard.first_row < 0 || shard.first_row > config_.max_batch_tokens - shard.num_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("shard: first_row ", shard.first_row, " with ",
-                                                   shard.num_tokens, " rows passes the arena's ",
-                                                   config_.max_batch_tokens, " rows"));
-  }
-  if (shard.topk != engine_->model().topk) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shard: topk ", shard.topk, " is not the arena's ", engine_->model().topk));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status BatchExecutor::CheckRegions(const Shard& shard) const {
-  if (shard.sources.empty() && shard.targets.empty()) return absl::OkStatus();
-  if (!shard.in_arena || regions_ == nullptr) {
-    return absl::InternalError(
-        "shard: its rows are in clients' regions, but this worker cannot reach any");
-  }
-  constexpr auto kFileEnd = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
-  const auto row_bytes = static_cast<std::uint64_t>(RowBytes(shard));
-  for (const auto* list : {&shard.sources, &shard.targets}) {
-    for (const RegionRows& rows : *list) {
-      const bool inside = rows.num_rows >= 0 && rows.num_rows <= shard.num_tokens &&
-                          rows.first_row >= 0 && rows.first_row <= shard.num_tokens - rows.num_rows;
-      if (!inside ||
-          !server::Fits(rows.object_offset, static_cast<std::uint64_t>(rows.num_rows) * row_bytes,
-                        kFileEnd)) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "shard: ", rows.num_rows, " rows from row ", rows.first_row, " at offset ",
-            rows.object_offset, " of region ", rows.label, " do not fit its ", shard.num_tokens));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
-std::int64_t BatchExecutor::RowBytes(const Shard& shard) const {
-  return static_cast<std::int64_t>(runtime::DataTypeBytes(shard.dtype)) * engine_->model().hidden;
+absl::Status BatchExecutor::Check(const Shard& shard) const {
+  return CheckShard(shard, {.max_batch_tokens = config_.max_batch_tokens,
+                            .max_shard_tokens = runtime::MaxShardTokens(config_.max_batch_tokens,
+                                                                        placement_.num_ranks()),
+                            .model = &engine_->model(),
+                            .has_arena = row_arena_ != nullptr,
+                            .has_regions = regions_ != nullptr});
 }
 
 std::byte* BatchExecutor::ArenaRows(const Shard& shard) const {
-  return row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard);
+  return row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard, engine_->model());
 }
 
-runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
+// What lies in device regions is found, and what the host has to see of it comes here.
+absl::Status BatchExecutor::TakeDeviceRows(int index, Shard& shard, BatchDone& done) {
+  DeviceShard& on_device = slots_[index]->on_device;
+  const std::int64_t row_bytes = RowBytes(shard, engine_->model());
+  EPS_RETURN_IF_ERROR(on_device.Locate(shard, row_bytes, device_regions_.get()));
+  if (on_device.rows().empty()) return absl::OkStatus();
+  if (shard.routed) {
+    const runtime::ShardInput on_host = InputOf(index, shard);
+    return on_device.TakeRouting(shard, *engine_, on_host.topk_ids, on_host.topk_weights,
+                                 done.region_faults);
+  }
+  if (!shard.in_arena) shard.hidden.resize(static_cast<std::size_t>(shard.num_tokens * row_bytes));
+  std::byte* const rows =
+      shard.in_arena ? ArenaRows(shard) : reinterpret_cast<std::byte*>(shard.hidden.data());
+  return on_device.FetchHidden(shard, *engine_, row_bytes, rows);
+}
+
+runtime::ShardInput BatchExecutor::InputOf(int index, const Shard& shard) const {
   runtime::ShardInput input{.slot = shard.slot,
                             .sequence = shard.batch,
                             .layer = shard.layer,
@@ -327,9 +278,14 @@ runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
                             .num_tokens = shard.num_tokens,
                             .topk = shard.topk,
                             .hidden = shard.hidden.data()};
+  const DeviceShard& on_device = slots_[index]->on_device;
+  input.device_rows = on_device.rows();
   if (shard.in_arena) input.hidden = ArenaRows(shard);
   if (!shard.routed) return input;
-  if (shard.in_arena) {
+  if (on_device.topk_ids() != nullptr) {
+    input.topk_ids = on_device.topk_ids();
+    input.topk_weights = on_device.topk_weights();
+  } else if (shard.in_arena) {
     input.topk_ids = row_arena_->topk_ids(shard.slot) + shard.first_row * shard.topk;
     input.topk_weights = row_arena_->topk_weights(shard.slot) + shard.first_row * shard.topk;
   } else {
@@ -341,12 +297,16 @@ runtime::ShardInput BatchExecutor::InputOf(const Shard& shard) const {
 
 // The output takes the place of the shard's rows in the arena, or goes into the message. Rows that
 // are wanted in clients' regions go on from the arena, or, where no others are there, straight from
-// where the engine has them.
+// where the engine has them. To device regions the engine has brought them itself.
 absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
   void* output = shard.in_arena ? ArenaRows(shard) : nullptr;
   const std::byte* combined = nullptr;
-  if (!shard.in_arena) {
-    done.output.resize(shard.hidden.size());
+  if (shard.num_tokens > 0 &&
+      NumRowsWith(&DeviceRows::output, shard.device_rows) == shard.num_tokens) {
+    output = nullptr;
+  } else if (!shard.in_arena) {
+    done.output.resize(
+        static_cast<std::size_t>(shard.num_tokens * RowBytes(shard, engine_->model())));
     output = done.output.data();
   } else if (shard.num_tokens > 0 && RowsWantedInRegions(shard) == shard.num_tokens) {
     combined = engine_->CombinedRows(shard.slot);
@@ -365,8 +325,8 @@ absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
 absl::Status BatchExecutor::WriteRegions(const Shard& shard, const std::byte* rows,
                                          BatchDone& done) {
   return regions_->WriteRows(
-      shard.targets, RowBytes(shard), rows, [this] { return CheckMayWriteRegions(); },
-      done.region_faults);
+      shard.targets, RowBytes(shard, engine_->model()), rows,
+      [this] { return CheckMayWriteRegions(); }, done.region_faults);
 }
 
 // A client that was told of a failure may use its region again: nothing is written there for an
@@ -444,13 +404,15 @@ absl::Status BatchExecutor::ObtainCounts(int index, Batch& batch,
 absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   const Shard& shard = batch.shard;
   Slot& slot = *slots_[index];
-  EPS_RETURN_IF_ERROR(CheckShard(shard));
+  EPS_RETURN_IF_ERROR(Check(shard));
   if (!shard.sources.empty()) {
-    done.region_faults = regions_->ReadRows(shard.sources, RowBytes(shard), ArenaRows(shard));
+    done.region_faults =
+        regions_->ReadRows(shard.sources, RowBytes(shard, engine_->model()), ArenaRows(shard));
   }
+  EPS_RETURN_IF_ERROR(TakeDeviceRows(index, batch.shard, done));
   // Asked once: the coordinator may send the matrix unasked, while this thread is staging.
   const bool counts_came_along = CountsKnownNow(batch);
-  EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(shard)));
+  EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(index, shard)));
   const std::int64_t staged_ns = SteadyNowNs();
   done.times.assign_ns = staged_ns - shard.received_ns;
   EPS_RETURN_IF_ERROR(ObtainCounts(index, batch, staged, counts_came_along));

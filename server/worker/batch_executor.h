@@ -27,7 +27,9 @@
 #include "runtime/engine/engine.h"
 #include "runtime/symmetric/row_arena.h"
 #include "server/worker/control_messages.h"
+#include "server/worker/device_shard.h"
 #include "server/worker/lease.h"
+#include "server/worker/open_device_regions.h"
 #include "server/worker/region_files.h"
 
 namespace epserve::worker {
@@ -61,10 +63,12 @@ class BatchExecutor {
   BatchExecutor& operator=(const BatchExecutor&) = delete;
 
   // `row_arena`: where shards that say so have their rows; null: none may say so. `regions`: where
-  // rows of such shards may come from and go to; null: they may not. REQUIRES: closed.
+  // rows of such shards may come from and go to; null: they may not. `device_regions`: what device
+  // rows lie in; null: no shard may have any. REQUIRES: closed.
   void OpenEpoch(std::uint64_t epoch, const runtime::Placement& placement, int rank,
                  std::shared_ptr<runtime::RowArena> row_arena,
-                 std::shared_ptr<RegionFiles> regions = nullptr);
+                 std::shared_ptr<RegionFiles> regions = nullptr,
+                 std::shared_ptr<const OpenDeviceRegions> device_regions = nullptr);
   void StartEpoch(std::uint64_t epoch);
   // Ends every wait here and in the engine. False, and nothing done, where `epoch` is not the
   // present one.
@@ -100,6 +104,7 @@ class BatchExecutor {
     std::condition_variable changed;
     std::unique_ptr<Batch> queued;   // Guarded by mutex_, as all here.
     std::unique_ptr<Batch> running;  // Only its flags and counts are guarded.
+    DeviceShard on_device;           // Of the slot's thread alone.
     std::thread thread;
   };
 
@@ -107,12 +112,10 @@ class BatchExecutor {
   void Execute(int index, Batch& batch);
   absl::Status RunBatch(int index, Batch& batch, BatchDone& done);
   absl::Status CheckSlot(const Shard& shard) const;
-  absl::Status CheckShard(const Shard& shard) const;
-  absl::Status CheckInArena(const Shard& shard) const;
-  absl::Status CheckRegions(const Shard& shard) const;
-  std::int64_t RowBytes(const Shard& shard) const;
+  absl::Status Check(const Shard& shard) const;
   std::byte* ArenaRows(const Shard& shard) const;
-  runtime::ShardInput InputOf(const Shard& shard) const;
+  absl::Status TakeDeviceRows(int index, Shard& shard, BatchDone& done);
+  runtime::ShardInput InputOf(int index, const Shard& shard) const;
   absl::Status Finish(const Shard& shard, BatchDone& done);
   absl::Status WriteRegions(const Shard& shard, const std::byte* rows, BatchDone& done);
   absl::Status CheckMayWriteRegions() const;
@@ -142,6 +145,7 @@ class BatchExecutor {
   int rank_ = 0;
   std::shared_ptr<runtime::RowArena> row_arena_;
   std::shared_ptr<RegionFiles> regions_;
+  std::shared_ptr<const OpenDeviceRegions> device_regions_;
   bool refusing_ = false;
   bool stopping_ = false;
   std::uint64_t batches_done_ = 0;

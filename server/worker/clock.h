@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cstdint>
 
+#include "absl/time/time.h"
+
 namespace epserve::worker {
 
 inline std::int64_t SteadyNowNs() {
@@ -14,6 +16,11 @@ inline std::int64_t SteadyNowNs() {
 }
 
 inline std::int64_t SteadyNowUs() { return SteadyNowNs() / 1000; }
+
+// As a time point, `delay` from now.
+inline std::chrono::steady_clock::time_point After(absl::Duration delay) {
+  return std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(delay);
+}
 
 }  // namespace epserve::worker
 

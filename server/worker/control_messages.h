@@ -29,11 +29,18 @@ struct Standby {
   std::string reason;
 };
 
+using server::DeviceRegionInfo;
+using server::DeviceRegionState;
+using server::DeviceRows;
+using server::RegionFault;
+using server::RegionRows;
+
 struct CreateHeap {
   std::uint64_t epoch = 0;
   std::string row_arena;  // handle; empty: none
   std::string region_socket;
   std::string region_secret;
+  std::vector<DeviceRegionInfo> device_regions;
 };
 
 struct OpenPeers {
@@ -56,9 +63,6 @@ struct LeaseGrant {
   std::int64_t duration_us = 0;
 };
 
-using server::RegionFault;
-using server::RegionRows;
-
 struct Shard {
   std::uint64_t epoch = 0;
   std::uint64_t batch = 0;
@@ -76,6 +80,7 @@ struct Shard {
   std::int64_t first_row = 0;
   std::vector<RegionRows> sources;  // to read into the arena first
   std::vector<RegionRows> targets;  // to write from there in the end
+  std::vector<DeviceRows> device_rows;
   bool separate_triggers = false;
   bool device_counts = false;  // the ranks exchange the counts among themselves
   std::optional<runtime::CountMatrix> counts;
@@ -110,9 +115,18 @@ struct ForgetRegions {
   std::vector<std::uint64_t> regions;
 };
 
-using CoordinatorMessage = std::variant<Assignment, Standby, CreateHeap, OpenPeers, EpochStarted,
-                                        EpochEnded, LeaseGrant, Shard, CountsKnown, DispatchTrigger,
-                                        CombineTrigger, Rejected, Shutdown, ForgetRegions>;
+struct OpenDeviceRegion {
+  DeviceRegionInfo region;
+};
+
+struct CloseDeviceRegions {
+  std::vector<std::uint64_t> regions;
+};
+
+using CoordinatorMessage =
+    std::variant<Assignment, Standby, CreateHeap, OpenPeers, EpochStarted, EpochEnded, LeaseGrant,
+                 Shard, CountsKnown, DispatchTrigger, CombineTrigger, Rejected, Shutdown,
+                 ForgetRegions, OpenDeviceRegion, CloseDeviceRegions>;
 
 // ---- worker to coordinator
 
@@ -156,6 +170,7 @@ struct HeapCreated {
   std::string handle;
   bool row_arena_mapped = false;
   bool regions_reachable = false;
+  std::vector<DeviceRegionState> refused_regions;
 };
 
 struct PeersOpened {
@@ -192,6 +207,14 @@ struct BatchDone {
   std::vector<RegionFault> region_faults;
 };
 
+struct DeviceRegionOpened {
+  DeviceRegionState state;
+};
+
+struct DeviceRegionsClosed {
+  std::vector<std::uint64_t> regions;
+};
+
 struct EpochQuiesced {
   std::uint64_t epoch = 0;
 };
@@ -204,9 +227,9 @@ struct WorkerFailure {
   absl::Status status;
 };
 
-using WorkerMessage =
-    std::variant<Hello, Heartbeat, LoadProgress, Loaded, HeapCreated, PeersOpened, CountsReport,
-                 DispatchDone, BatchDone, EpochQuiesced, Leaving, WorkerFailure>;
+using WorkerMessage = std::variant<Hello, Heartbeat, LoadProgress, Loaded, HeapCreated, PeersOpened,
+                                   CountsReport, DispatchDone, BatchDone, EpochQuiesced, Leaving,
+                                   WorkerFailure, DeviceRegionOpened, DeviceRegionsClosed>;
 
 }  // namespace epserve::worker
 

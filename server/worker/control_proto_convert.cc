@@ -56,6 +56,43 @@ std::vector<RegionRows> ToRows(google::protobuf::RepeatedPtrField<v1::RegionRows
   return rows;
 }
 
+DeviceRegionInfo ToRegion(v1::DeviceRegion& proto) {
+  return {proto.region(), std::move(*proto.mutable_label()), std::move(*proto.mutable_handle()),
+          proto.device_id(), proto.size_bytes()};
+}
+
+CreateHeap ToCreateHeap(v1::CreateHeap& proto) {
+  CreateHeap create{.epoch = proto.epoch(),
+                    .row_arena = std::move(*proto.mutable_row_arena()),
+                    .region_socket = std::move(*proto.mutable_region_socket()),
+                    .region_secret = std::move(*proto.mutable_region_secret())};
+  for (v1::DeviceRegion& region : *proto.mutable_device_regions()) {
+    create.device_regions.push_back(ToRegion(region));
+  }
+  return create;
+}
+
+std::vector<DeviceRows> ToRows(const google::protobuf::RepeatedPtrField<v1::DeviceRows>& proto) {
+  const auto place = [](bool is_there,
+                        const v1::DevicePlace& in) -> std::optional<server::DevicePlace> {
+    if (!is_there) return std::nullopt;
+    return server::DevicePlace{in.region(), in.offset()};
+  };
+  std::vector<DeviceRows> rows;
+  rows.reserve(proto.size());
+  for (const v1::DeviceRows& in : proto) {
+    rows.push_back({.first_row = in.first_row(),
+                    .num_rows = in.num_rows(),
+                    .request_row = in.request_row(),
+                    .hidden = place(in.has_hidden(), in.hidden()),
+                    .topk_ids = place(in.has_topk_ids(), in.topk_ids()),
+                    .topk_weights = place(in.has_topk_weights(), in.topk_weights()),
+                    .output = place(in.has_output(), in.output()),
+                    .wide_ids = in.wide_ids()});
+  }
+  return rows;
+}
+
 absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   Shard shard;
   shard.epoch = proto.epoch();
@@ -86,6 +123,7 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.first_row = proto.first_row();
   shard.sources = ToRows(*proto.mutable_sources());
   shard.targets = ToRows(*proto.mutable_targets());
+  shard.device_rows = ToRows(proto.device_rows());
   shard.separate_triggers = proto.trigger() == v1::TRIGGER_SEPARATE;
   shard.device_counts = proto.device_counts();
   if (proto.has_counts()) {
@@ -158,6 +196,9 @@ struct ProtoWriter {
     proto.mutable_heap_created()->set_handle(std::move(m.handle));
     proto.mutable_heap_created()->set_row_arena_mapped(m.row_arena_mapped);
     proto.mutable_heap_created()->set_regions_reachable(m.regions_reachable);
+    for (const DeviceRegionState& state : m.refused_regions) {
+      SetState(state, *proto.mutable_heap_created()->add_refused_regions());
+    }
   }
   void operator()(PeersOpened&& m) {
     proto.mutable_peers_opened()->set_epoch(m.epoch);
@@ -200,11 +241,24 @@ struct ProtoWriter {
       SetMessage(fault.status, *told.mutable_message());
     }
   }
+  void operator()(DeviceRegionOpened&& m) {
+    SetState(m.state, *proto.mutable_device_region_opened());
+  }
+  void operator()(DeviceRegionsClosed&& m) {
+    proto.mutable_device_regions_closed()->mutable_regions()->Assign(m.regions.begin(),
+                                                                     m.regions.end());
+  }
   void operator()(EpochQuiesced&& m) { proto.mutable_epoch_quiesced()->set_epoch(m.epoch); }
   void operator()(Leaving&& m) { proto.mutable_leaving()->set_reason(std::move(m.reason)); }
   void operator()(WorkerFailure&& m) {
     proto.mutable_failure()->set_code(static_cast<int>(m.status.code()));
     SetMessage(m.status, *proto.mutable_failure()->mutable_message());
+  }
+
+  static void SetState(const DeviceRegionState& state, v1::DeviceRegionOpened& out) {
+    out.set_region(state.region);
+    out.set_code(static_cast<int>(state.status.code()));
+    if (!state.status.ok()) SetMessage(state.status, *out.mutable_message());
   }
 
   // Never empty, whatever the engine said: an empty message reads as success in some clients.
@@ -223,9 +277,7 @@ absl::StatusOr<CoordinatorMessage> FromProto(v1::CoordinatorMessage& message) {
     case v1::CoordinatorMessage::kStandby:
       return Standby{message.standby().reason()};
     case v1::CoordinatorMessage::kCreateHeap:
-      return CreateHeap{message.create_heap().epoch(), message.create_heap().row_arena(),
-                        message.create_heap().region_socket(),
-                        message.create_heap().region_secret()};
+      return ToCreateHeap(*message.mutable_create_heap());
     case v1::CoordinatorMessage::kOpenPeers:
       return ToOpenPeers(*message.mutable_open_peers());
     case v1::CoordinatorMessage::kEpochStarted:
@@ -254,6 +306,12 @@ absl::StatusOr<CoordinatorMessage> FromProto(v1::CoordinatorMessage& message) {
     case v1::CoordinatorMessage::kForgetRegions:
       return ForgetRegions{
           {message.forget_regions().regions().begin(), message.forget_regions().regions().end()}};
+    case v1::CoordinatorMessage::kOpenDeviceRegion:
+      return OpenDeviceRegion{ToRegion(*message.mutable_open_device_region()->mutable_region())};
+    case v1::CoordinatorMessage::kCloseDeviceRegions: {
+      const auto& regions = message.close_device_regions().regions();
+      return CloseDeviceRegions{{regions.begin(), regions.end()}};
+    }
     case v1::CoordinatorMessage::MESSAGE_NOT_SET:
       break;
   }

@@ -22,9 +22,21 @@ void UseRowsInPlace(const runtime::RowArena& arena, runtime::Engine& engine) {
   if (!pinned.ok()) runtime::LogWarning("rows_not_pinned", {{"error", pinned}});
 }
 
+DeviceRegionState SharedRows::Open(const OpenDeviceRegion& asked) const {
+  if (device_regions != nullptr) return device_regions->Open(asked.region);
+  return {asked.region.region,
+          absl::UnavailableError("open region: the worker has left its epoch; retry")};
+}
+
+void SharedRows::Close(const CloseDeviceRegions& asked) const {
+  if (device_regions != nullptr) device_regions->Close(asked.regions);
+}
+
 SharedRows ShareRows(const CreateHeap& offered, const runtime::RowArenaSpec& spec,
                      runtime::Engine& engine) {
   SharedRows shared;
+  shared.device_regions = std::make_shared<OpenDeviceRegions>(&engine);
+  shared.refused = shared.device_regions->OpenAll(offered.device_regions);
   shared.arena = MapRowArena(offered.row_arena, spec);
   if (shared.arena == nullptr) return shared;
   UseRowsInPlace(*shared.arena, engine);

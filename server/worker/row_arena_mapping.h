@@ -1,14 +1,16 @@
-// The worker's view of what the coordinator shares with the workers of its machine in an epoch: the
-// row arena, and the descriptors of clients' regions.
+// The worker's view of what is shared with it in an epoch: by the coordinator of its machine the
+// row arena, and the descriptors of clients' regions; by clients their CUDA memory.
 #ifndef EPSERVE_SERVER_WORKER_ROW_ARENA_MAPPING_H_
 #define EPSERVE_SERVER_WORKER_ROW_ARENA_MAPPING_H_
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "runtime/engine/engine.h"
 #include "runtime/symmetric/row_arena.h"
 #include "server/worker/control_messages.h"
+#include "server/worker/open_device_regions.h"
 #include "server/worker/region_files.h"
 
 namespace epserve::worker {
@@ -26,10 +28,15 @@ void UseRowsInPlace(const runtime::RowArena& arena, runtime::Engine& engine);
 struct SharedRows {
   std::shared_ptr<runtime::RowArena> arena;  // null: rows come in messages
   std::shared_ptr<RegionFiles> regions;      // null: no rows come from clients' regions
+  std::shared_ptr<OpenDeviceRegions> device_regions;
+  std::vector<DeviceRegionState> refused;  // device regions that are not open here
+
+  // UNAVAILABLE: no epoch is open.
+  DeviceRegionState Open(const OpenDeviceRegion& asked) const;
+  void Close(const CloseDeviceRegions& asked) const;
 };
 
-// Both, as far as they are to be had here; regions only with the arena, which their rows go
-// through.
+// All, as far as they are to be had here; regions only with the arena, which their rows go through.
 SharedRows ShareRows(const CreateHeap& offered, const runtime::RowArenaSpec& spec,
                      runtime::Engine& engine);
 

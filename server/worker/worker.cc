@@ -45,10 +45,6 @@ std::string MakeIncarnation() {
   return absl::StrFormat("%08x%08x%08x%08x", random(), random(), random(), random());
 }
 
-std::chrono::steady_clock::time_point After(absl::Duration delay) {
-  return std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(delay);
-}
-
 }  // namespace
 
 Worker::Worker(WorkerConfig config, std::unique_ptr<runtime::Engine> engine)
@@ -220,6 +216,11 @@ void Worker::Handle(FromCoordinator& event) {
                  [&](OpenPeers& m) {
                    peer_handles_ = std::move(m.handles);
                    Perform(session_.OnOpenPeers(m.epoch));
+                 },
+                 [&](OpenDeviceRegion& m) { Report(DeviceRegionOpened{shared_rows_.Open(m)}); },
+                 [&](CloseDeviceRegions& m) {
+                   shared_rows_.Close(m);
+                   Report(DeviceRegionsClosed{std::move(m.regions)});
                  },
                  [&](EpochStarted& m) { Perform(session_.OnEpochStarted(m.epoch)); },
                  [&](EpochEnded& m) {
@@ -413,7 +414,8 @@ void Worker::DoCreateHeap() {
   Report(HeapCreated{.epoch = epoch,
                      .handle = *std::move(handle),
                      .row_arena_mapped = shared_rows_.arena != nullptr,
-                     .regions_reachable = shared_rows_.regions != nullptr});
+                     .regions_reachable = shared_rows_.regions != nullptr,
+                     .refused_regions = shared_rows_.refused});
 }
 
 void Worker::DoOpenPeers() {
@@ -422,7 +424,7 @@ void Worker::DoOpenPeers() {
   if (!opened.ok()) return EpochFailed(opened);
   // Before the answer goes out: shards may follow on its heels.
   executor_->OpenEpoch(epoch, session_.held()->placement, session_.held()->rank, shared_rows_.arena,
-                       shared_rows_.regions);
+                       shared_rows_.regions, shared_rows_.device_regions);
   Report(PeersOpened{.epoch = epoch, .probe_output = probe_output_});
 }
 

@@ -36,12 +36,16 @@ class ScopedVariable {
 };
 
 TEST(OptionsTest, BenchPutsTensorsInSharedMemoryWhereAsked) {
-  EXPECT_FALSE(ParseAs<BenchOptions>({"bench"}).system_shared_memory);
+  EXPECT_EQ(ParseAs<BenchOptions>({"bench"}).memory, BenchMemory::kMessages);
   const auto bench =
       ParseAs<BenchOptions>({"bench", "--shared-memory", "system", "--shm-key-prefix", "tensors-"});
-  EXPECT_TRUE(bench.system_shared_memory);
+  EXPECT_EQ(bench.memory, BenchMemory::kSystem);
   EXPECT_EQ(bench.shm_key_prefix, "tensors-");
-  EXPECT_FALSE(Parse({"bench", "--shared-memory", "cuda"}).ok());
+  const auto cuda =
+      ParseAs<BenchOptions>({"bench", "--shared-memory", "cuda", "--cuda-device", "3"});
+  EXPECT_EQ(cuda.memory, BenchMemory::kCuda);
+  EXPECT_EQ(cuda.cuda_device, 3);
+  EXPECT_FALSE(Parse({"bench", "--shared-memory", "gpu"}).ok());
   const auto empty = Parse({"bench", "--shared-memory", "system", "--tokens", "0"});
   EXPECT_THAT(std::string(empty.status().message()), HasSubstr("--tokens"));
 }

@@ -265,12 +265,12 @@ def test_ids_left_out_where_no_router_is_served_are_refused(cluster_without_rout
         "CudaSharedMemoryUnregister",
     ],
 )
-def test_call_that_is_not_offered_is_unimplemented_with_a_message(cluster, method):
+def test_cuda_memory_where_it_is_not_allowed_is_unimplemented_naming_the_flag(cluster, method):
     request = getattr(protos.inference, f"{method}Request")(name="region")
     with pytest.raises(grpc.RpcError) as caught:
         getattr(cluster.front_door, method)(request, timeout=10)
     assert caught.value.code() == UNIMPLEMENTED
-    assert caught.value.details()
+    assert "--allow-client-shm" in caught.value.details()
 
 
 def test_unregistering_all_cuda_regions_is_fine_because_there_are_none(cluster):

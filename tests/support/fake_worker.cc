@@ -163,6 +163,11 @@ void FakeWorker::Handle(const v1::CoordinatorMessage& message) {
     case v1::CoordinatorMessage::kCreateHeap: {
       answer.mutable_heap_created()->set_epoch(message.create_heap().epoch());
       answer.mutable_heap_created()->set_handle("heap-" + options_.hello.worker_id());
+      for (const v1::DeviceRegion& region : message.create_heap().device_regions()) {
+        const v1::DeviceRegionOpened opened = OpenRegion(region);
+        if (opened.code() == 0) continue;
+        *answer.mutable_heap_created()->add_refused_regions() = opened;
+      }
       {
         std::lock_guard<std::mutex> lock(mu_);
         epoch_ = message.create_heap().epoch();
@@ -184,6 +189,15 @@ void FakeWorker::Handle(const v1::CoordinatorMessage& message) {
       Send(answer);
       break;
     }
+    case v1::CoordinatorMessage::kOpenDeviceRegion:
+      *answer.mutable_device_region_opened() = OpenRegion(message.open_device_region().region());
+      Send(answer);
+      break;
+    case v1::CoordinatorMessage::kCloseDeviceRegions:
+      *answer.mutable_device_regions_closed()->mutable_regions() =
+          message.close_device_regions().regions();
+      Send(answer);
+      break;
     case v1::CoordinatorMessage::kShard:
       HandleShard(message.shard());
       break;
@@ -220,6 +234,13 @@ void FakeWorker::Handle(const v1::CoordinatorMessage& message) {
     default:
       break;
   }
+}
+
+v1::DeviceRegionOpened FakeWorker::OpenRegion(const v1::DeviceRegion& region) const {
+  v1::DeviceRegionOpened opened;
+  opened.set_region(region.region());
+  if (options_.on_device_region) options_.on_device_region(region, &opened);
+  return opened;
 }
 
 void FakeWorker::HandleShard(const v1::Shard& shard) {

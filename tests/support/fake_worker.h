@@ -30,6 +30,8 @@ struct FakeWorkerOptions {
   std::function<bool(const v1::Shard&, v1::BatchDone*)> on_shard;
   // May change what is reported as the probe's reference.
   std::function<void(v1::PeersOpened*)> on_probe_output;
+  // May change the answer to a device region, which is otherwise open.
+  std::function<void(const v1::DeviceRegion&, v1::DeviceRegionOpened*)> on_device_region;
   // Whether EpochEnded is answered by EpochQuiesced.
   bool quiesces = true;
 };
@@ -56,6 +58,7 @@ class FakeWorker {
   void Beat();
   void Handle(const v1::CoordinatorMessage& message);
   void HandleShard(const v1::Shard& shard);
+  v1::DeviceRegionOpened OpenRegion(const v1::DeviceRegion& region) const;
   void Finish(const v1::Shard& shard);
 
   const FakeWorkerOptions options_;

@@ -1,7 +1,10 @@
 #include "server/coordinator/front_door/infer_service.h"
 
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -20,10 +23,6 @@ using server::ServerCall;
 using server::UnaryCall;
 using server::UnaryHandler;
 
-constexpr char kNoCudaShm[] =
-    "cuda shared memory: this server has no backend for it; use system shared memory or send "
-    "tensors inline";
-
 std::string Method(const char* name) {
   return absl::StrCat("/inference.GRPCInferenceService/", name);
 }
@@ -36,20 +35,25 @@ absl::Status CheckServed(const char* operation, const Request& request, const Se
 }  // namespace
 
 struct InferService::Parts {
-  Parts(FrontDoorOptions front_options, ShmRegistry* registry, RequestSink* request_sink)
+  Parts(FrontDoorOptions front_options, ShmRegistry* registry, RequestSink* request_sink,
+        DeviceRegionHost* device_host)
       : options(std::move(front_options)),
         regions(*registry),
         sink(*request_sink),
+        devices(*device_host),
         infer{options, *registry, *request_sink} {}
 
   void AddServerMethods(RpcServer* server);
   void AddModelMethods(RpcServer* server);
   void AddSystemShmMethods(RpcServer* server);
   void AddCudaShmMethods(RpcServer* server);
+  void RegisterCuda(UnaryCall call, const grpc::ByteBuffer& bytes);
+  void UnregisterCuda(UnaryCall call, const grpc::ByteBuffer& bytes);
 
   const FrontDoorOptions options;
   ShmRegistry& regions;
   RequestSink& sink;
+  DeviceRegionHost& devices;
   InferContext infer;
 };
 
@@ -125,7 +129,8 @@ void InferService::Parts::AddSystemShmMethods(RpcServer* server) {
                  UnaryHandler<inference::SystemSharedMemoryStatusRequest,
                               inference::SystemSharedMemoryStatusResponse>(
                      [this](const auto& status, auto* reply) -> absl::Status {
-                       EPS_ASSIGN_OR_RETURN(const auto listed, regions.List(status.name()));
+                       EPS_ASSIGN_OR_RETURN(const auto listed,
+                                            regions.List(ShmKind::kSystem, status.name()));
                        for (const ShmRegionInfo& info : listed) {
                          auto& region = (*reply->mutable_regions())[info.name];
                          region.set_name(info.name);
@@ -151,29 +156,77 @@ void InferService::Parts::AddSystemShmMethods(RpcServer* server) {
                    if (!parsed.ok()) return call.Fail(parsed);
                    // The registry's callback must be copyable, so the call is held from outside.
                    auto held = std::make_shared<UnaryCall>(std::move(call));
-                   const absl::Status status = regions.Unregister(request.name(), [held] {
-                     held->Reply(inference::SystemSharedMemoryUnregisterResponse());
-                   });
+                   const absl::Status status =
+                       regions.Unregister(ShmKind::kSystem, request.name(), [held](const auto&) {
+                         held->Reply(inference::SystemSharedMemoryUnregisterResponse());
+                       });
                    if (!status.ok()) held->Fail(status);
                  }));
 }
 
-void InferService::Parts::AddCudaShmMethods(RpcServer* server) {
-  const auto refuse = [](UnaryCall call, const grpc::ByteBuffer&) {
-    call.Fail(absl::UnimplementedError(kNoCudaShm));
-  };
-  server->Handle(Method("CudaSharedMemoryStatus"), UnaryHandler(refuse));
-  server->Handle(Method("CudaSharedMemoryRegister"), UnaryHandler(refuse));
-  server->Handle(
-      Method("CudaSharedMemoryUnregister"),
-      UnaryHandler<inference::CudaSharedMemoryUnregisterRequest,
-                   inference::CudaSharedMemoryUnregisterResponse>([](const auto& region, auto*) {
-        return region.name().empty() ? absl::OkStatus() : absl::UnimplementedError(kNoCudaShm);
-      }));
+// Register and Unregister answer once the workers have.
+void InferService::Parts::RegisterCuda(UnaryCall call, const grpc::ByteBuffer& bytes) {
+  inference::CudaSharedMemoryRegisterRequest request;
+  const absl::Status parsed = server::ParseMessage(bytes, &request);
+  if (!parsed.ok()) return call.Fail(parsed);
+  auto region = regions.ReserveCuda(request.name(), request.raw_handle(), request.device_id(),
+                                    request.byte_size());
+  if (!region.ok()) return call.Fail(region.status());
+  auto held = std::make_shared<UnaryCall>(std::move(call));
+  devices.OpenDeviceRegion(*region, [this, held, region = *region](const absl::Status& opened) {
+    if (!opened.ok()) regions.Withdraw(*region);
+    const absl::Status status = opened.ok() ? regions.Confirm(*region) : opened;
+    if (!status.ok()) return held->Fail(status);
+    held->Reply(inference::CudaSharedMemoryRegisterResponse());
+  });
 }
 
-InferService::InferService(FrontDoorOptions options, ShmRegistry* regions, RequestSink* sink)
-    : parts_(std::make_unique<Parts>(std::move(options), regions, sink)) {}
+void InferService::Parts::UnregisterCuda(UnaryCall call, const grpc::ByteBuffer& bytes) {
+  inference::CudaSharedMemoryUnregisterRequest request;
+  const absl::Status parsed = server::ParseMessage(bytes, &request);
+  if (!parsed.ok()) return call.Fail(parsed);
+  auto held = std::make_shared<UnaryCall>(std::move(call));
+  const auto answer = [held](const absl::Status& closed) {
+    if (!closed.ok()) return held->Fail(closed);
+    held->Reply(inference::CudaSharedMemoryUnregisterResponse());
+  };
+  if (!regions.allowed() && request.name().empty()) return answer(absl::OkStatus());
+  const absl::Status status = regions.Unregister(
+      ShmKind::kCuda, request.name(), [this, answer](const std::vector<std::uint64_t>& ids) {
+        if (ids.empty()) return answer(absl::OkStatus());
+        devices.CloseDeviceRegions(ids, answer);
+      });
+  if (!status.ok()) held->Fail(status);
+}
+
+void InferService::Parts::AddCudaShmMethods(RpcServer* server) {
+  server->Handle(Method("CudaSharedMemoryStatus"),
+                 UnaryHandler<inference::CudaSharedMemoryStatusRequest,
+                              inference::CudaSharedMemoryStatusResponse>(
+                     [this](const auto& status, auto* reply) -> absl::Status {
+                       EPS_ASSIGN_OR_RETURN(const auto listed,
+                                            regions.List(ShmKind::kCuda, status.name()));
+                       for (const ShmRegionInfo& info : listed) {
+                         auto& region = (*reply->mutable_regions())[info.name];
+                         region.set_name(info.name);
+                         region.set_device_id(static_cast<std::uint64_t>(info.device_id));
+                         region.set_byte_size(info.size_bytes);
+                       }
+                       return absl::OkStatus();
+                     }));
+  server->Handle(Method("CudaSharedMemoryRegister"),
+                 UnaryHandler([this](UnaryCall call, const grpc::ByteBuffer& bytes) {
+                   RegisterCuda(std::move(call), bytes);
+                 }));
+  server->Handle(Method("CudaSharedMemoryUnregister"),
+                 UnaryHandler([this](UnaryCall call, const grpc::ByteBuffer& bytes) {
+                   UnregisterCuda(std::move(call), bytes);
+                 }));
+}
+
+InferService::InferService(FrontDoorOptions options, ShmRegistry* regions, RequestSink* sink,
+                           DeviceRegionHost* devices)
+    : parts_(std::make_unique<Parts>(std::move(options), regions, sink, devices)) {}
 
 InferService::~InferService() = default;
 

@@ -41,7 +41,9 @@ void FillServerMetadata(bool shm_allowed, inference::ServerMetadataResponse* res
   response->set_version(EPSERVE_VERSION);
   response->add_extensions("model_configuration");
   response->add_extensions("statistics");
-  if (shm_allowed) response->add_extensions("system_shared_memory");
+  if (!shm_allowed) return;
+  response->add_extensions("system_shared_memory");
+  response->add_extensions("cuda_shared_memory");
 }
 
 void FillModelMetadata(const ServedModel& model, inference::ModelMetadataResponse* response) {

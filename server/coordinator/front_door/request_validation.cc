@@ -288,6 +288,15 @@ absl::Status CopyTensor(const Tensor& tensor, void* destination) {
   return absl::OkStatus();
 }
 
+// Of memory that is not read here: workers read it once the batch starts.
+bool InCuda(const Tensor& tensor) {
+  return tensor.source.region != nullptr && tensor.source.region->is_cuda();
+}
+
+RegionWindow WindowOf(const Tensor& tensor) {
+  return {tensor.source.region, tensor.source.offset_bytes};
+}
+
 template <typename Id>
 absl::Status TakeIds(const Tensor& tensor, const ServedModel& model, ValidatedRequest& request) {
   std::vector<Id> ids(tensor.size_bytes / sizeof(Id));
@@ -334,12 +343,37 @@ absl::Status TakeHidden(const Tensor& tensor, ValidatedRequest& request) {
                     source.region->OverlapsShifted(source.offset_bytes, *output.region,
                                                    output.offset_bytes, tensor.size_bytes);
   if (!torn) {
-    request.source = {source.region, source.offset_bytes};
+    request.source = WindowOf(tensor);
     return absl::OkStatus();
+  }
+  if (InCuda(tensor)) {
+    return Invalid("output hidden_states at offset ", output.offset_bytes, " of region ",
+                   output.region->label(), " overlaps input hidden_states at offset ",
+                   source.offset_bytes, " of region ", source.region->label(),
+                   " with other rows; let it take the input's place, or another");
   }
   request.hidden_copy = std::make_unique_for_overwrite<char[]>(tensor.size_bytes);
   request.hidden = std::span<const char>(request.hidden_copy.get(), tensor.size_bytes);
   return CopyTensor(tensor, request.hidden_copy.get());
+}
+
+absl::Status TakeRouting(const Tensors& tensors, const ServedModel& model,
+                         ValidatedRequest& request) {
+  request.routed = tensors[kIds].view != nullptr;
+  if (!request.routed) return absl::OkStatus();
+  if (InCuda(tensors[kIds])) {
+    request.ids_source = WindowOf(tensors[kIds]);
+    request.wide_ids = tensors[kIds].dtype == DataType::kInt64;
+  } else if (tensors[kIds].dtype == DataType::kInt32) {
+    EPS_RETURN_IF_ERROR(TakeIds<std::int32_t>(tensors[kIds], model, request));
+  } else {
+    EPS_RETURN_IF_ERROR(TakeIds<std::int64_t>(tensors[kIds], model, request));
+  }
+  if (InCuda(tensors[kWeights])) {
+    request.weights_source = WindowOf(tensors[kWeights]);
+    return absl::OkStatus();
+  }
+  return TakeWeights(tensors[kWeights], model, request);
 }
 
 }  // namespace
@@ -373,7 +407,6 @@ absl::StatusOr<ValidatedRequest> ValidateRequest(const RequestView& view, const 
 
   Tensors tensors;
   EPS_RETURN_IF_ERROR(FindTensors(view, model, limits, tensors));
-  request.routed = tensors[kIds].view != nullptr;
   std::int64_t num_tokens = -1;
   for (const Slot slot : {kHidden, kIds, kWeights}) {
     if (tensors[slot].view == nullptr) continue;
@@ -388,12 +421,7 @@ absl::StatusOr<ValidatedRequest> ValidateRequest(const RequestView& view, const 
   EPS_RETURN_IF_ERROR(CheckOutputs(view, limits, regions, request));
 
   // Everything that can be told without the values has been told; now the values.
-  if (request.routed) {
-    EPS_RETURN_IF_ERROR(tensors[kIds].dtype == DataType::kInt32
-                            ? TakeIds<std::int32_t>(tensors[kIds], model, request)
-                            : TakeIds<std::int64_t>(tensors[kIds], model, request));
-    EPS_RETURN_IF_ERROR(TakeWeights(tensors[kWeights], model, request));
-  }
+  EPS_RETURN_IF_ERROR(TakeRouting(tensors, model, request));
   EPS_RETURN_IF_ERROR(TakeHidden(tensors[kHidden], request));
   return request;
 }

@@ -26,6 +26,8 @@ constexpr std::size_t kMaxNameBytes = 256;
 constexpr std::size_t kMaxKeyBytes = 255;
 // The service's own symmetric heaps: never a client's, whatever prefixes are allowed.
 constexpr const char* kReservedKeyPrefix = "epserve-";
+// sizeof(cudaIpcMemHandle_t)
+constexpr std::size_t kCudaHandleBytes = 64;
 
 bool StartsWith(std::string_view text, std::string_view prefix) {
   return text.substr(0, prefix.size()) == prefix;
@@ -37,6 +39,18 @@ bool IsKeyCharacter(char c) {
 }
 
 using server::Fits;
+
+absl::Status CheckNameAndSize(std::string_view name, std::uint64_t size_bytes) {
+  if (name.empty() || name.size() > kMaxNameBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("register: a region's name has ", name.size(),
+                                                   " bytes, not 1 to ", kMaxNameBytes));
+  }
+  if (size_bytes == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("register: region ", Quoted(name), " has byte_size 0; give at least 1"));
+  }
+  return absl::OkStatus();
+}
 
 absl::Status OpenError(std::string_view name, int error) {
   const std::string region = absl::StrCat("register: region ", Quoted(name));
@@ -93,6 +107,7 @@ absl::Status ShmRegion::CheckInside(std::uint64_t offset_bytes, std::uint64_t si
 
 absl::Status ShmRegion::CheckWindow(std::uint64_t offset_bytes, std::uint64_t size_bytes) const {
   EPS_RETURN_IF_ERROR(CheckInside(offset_bytes, size_bytes));
+  if (is_cuda()) return absl::OkStatus();
   return server::CheckObjectReaches(fd_.get(), label_, ObjectOffset(offset_bytes), size_bytes);
 }
 
@@ -119,6 +134,9 @@ bool ShmRegion::OverlapsShifted(std::uint64_t offset_bytes, const ShmRegion& oth
   const std::uint64_t theirs = other.ObjectOffset(other_offset_bytes);
   if (mine == theirs) return false;
   if (std::max(mine, theirs) - std::min(mine, theirs) >= size_bytes) return false;
+  if (is_cuda() || other.is_cuda()) {
+    return info_.kind == other.info_.kind && info_.handle == other.info_.handle;
+  }
   struct stat own = {};
   struct stat of_other = {};
   // An object that cannot be looked at is taken for the same one: that only costs a copy.
@@ -183,14 +201,7 @@ absl::Status ShmRegistry::CheckRoom(std::string_view name, std::uint64_t size_by
 absl::Status ShmRegistry::Register(std::string_view name, std::string_view key,
                                    std::uint64_t offset_bytes, std::uint64_t size_bytes) {
   EPS_RETURN_IF_ERROR(CheckAllowed());
-  if (name.empty() || name.size() > kMaxNameBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("register: a region's name has ", name.size(),
-                                                   " bytes, not 1 to ", kMaxNameBytes));
-  }
-  if (size_bytes == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("register: region ", Quoted(name), " has byte_size 0; give at least 1"));
-  }
+  EPS_RETURN_IF_ERROR(CheckNameAndSize(name, size_bytes));
   if (!Fits(offset_bytes, size_bytes, std::numeric_limits<off_t>::max())) {
     return absl::InvalidArgumentError(absl::StrCat("register: region ", Quoted(name), " offset ",
                                                    offset_bytes, " and byte_size ", size_bytes,
@@ -202,29 +213,96 @@ absl::Status ShmRegistry::Register(std::string_view name, std::string_view key,
   absl::MutexLock lock(&mutex_);
   EPS_RETURN_IF_ERROR(CheckRoom(name, size_bytes));
   EPS_ASSIGN_OR_RETURN(runtime::UniqueFd fd, OpenObject(name, stripped, offset_bytes, size_bytes));
-  std::erase_if(alive_, [](const auto& entry) { return entry.second.expired(); });
-  const std::uint64_t id = next_id_++;
-  ShmRegionInfo info{id, std::string(name), std::string(key), offset_bytes, size_bytes};
-  auto region = std::make_shared<ShmRegion>(std::move(info), std::move(fd));
-  alive_.emplace(id, region);
-  regions_.emplace(name, std::move(region));
-  total_bytes_ += size_bytes;
+  ShmRegionInfo info;
+  info.name = std::string(name);
+  info.key = std::string(key);
+  info.offset_bytes = offset_bytes;
+  info.size_bytes = size_bytes;
+  Add(std::move(info), std::move(fd));
   return absl::OkStatus();
 }
 
-absl::Status ShmRegistry::Unregister(std::string_view name, std::function<void()> released) {
+std::shared_ptr<ShmRegion> ShmRegistry::Add(ShmRegionInfo info, runtime::UniqueFd fd) {
+  std::erase_if(alive_, [](const auto& entry) { return entry.second.expired(); });
+  info.id = next_id_++;
+  auto region = std::make_shared<ShmRegion>(std::move(info), std::move(fd));
+  if (!region->is_cuda()) alive_.emplace(region->info().id, region);
+  regions_.emplace(region->info().name, region);
+  total_bytes_ += region->info().size_bytes;
+  return region;
+}
+
+absl::StatusOr<std::shared_ptr<const ShmRegion>> ShmRegistry::ReserveCuda(
+    std::string_view name, std::string_view handle, std::int64_t device_id,
+    std::uint64_t size_bytes) {
   EPS_RETURN_IF_ERROR(CheckAllowed());
-  // Called when the last of the regions, and this function, have let go of it.
-  const std::shared_ptr<void> on_release(nullptr,
-                                         [released = std::move(released)](void*) { released(); });
+  EPS_RETURN_IF_ERROR(CheckNameAndSize(name, size_bytes));
+  if (handle.size() != kCudaHandleBytes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "register: region ", Quoted(name), " has a raw_handle of ", handle.size(), " bytes, not ",
+        kCudaHandleBytes, "; give the whole cudaIpcMemHandle_t, as it is and not in base64"));
+  }
+  if (device_id < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("register: region ", Quoted(name), " has device_id ", device_id, ", below 0"));
+  }
+  absl::MutexLock lock(&mutex_);
+  EPS_RETURN_IF_ERROR(CheckRoom(name, size_bytes));
+  ShmRegionInfo info;
+  info.name = std::string(name);
+  info.size_bytes = size_bytes;
+  info.kind = ShmKind::kCuda;
+  info.handle = std::string(handle);
+  info.device_id = device_id;
+  const std::shared_ptr<ShmRegion> region = Add(std::move(info), runtime::UniqueFd());
+  region->pending_ = true;
+  return std::shared_ptr<const ShmRegion>(region);
+}
+
+absl::Status ShmRegistry::Confirm(const ShmRegion& region) {
+  absl::MutexLock lock(&mutex_);
+  const auto it = regions_.find(region.info().name);
+  if (it == regions_.end() || it->second.get() != &region) {
+    return absl::AbortedError(absl::StrCat("register: region ", region.label(),
+                                           " was unregistered while it was being registered"));
+  }
+  it->second->pending_ = false;
+  return absl::OkStatus();
+}
+
+void ShmRegistry::Withdraw(const ShmRegion& region) {
+  std::shared_ptr<ShmRegion> taken;
+  absl::MutexLock lock(&mutex_);
+  const auto it = regions_.find(region.info().name);
+  if (it == regions_.end() || it->second.get() != &region) return;
+  total_bytes_ -= region.info().size_bytes;
+  taken = std::move(it->second);
+  regions_.erase(it);
+}
+
+absl::Status ShmRegistry::Unregister(ShmKind kind, std::string_view name, Released released) {
+  EPS_RETURN_IF_ERROR(CheckAllowed());
+  auto ids = std::make_shared<std::vector<std::uint64_t>>();
+  std::shared_ptr<void> on_release;
   std::vector<std::shared_ptr<ShmRegion>> taken;  // Closed after the lock is given up.
   absl::MutexLock lock(&mutex_);
+  const auto named = regions_.find(name);
+  if (named != regions_.end() && named->second->info().kind != kind) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "unregister: region ", Quoted(name), " is ",
+        kind == ShmKind::kCuda ? "system shared memory; use SystemSharedMemoryUnregister"
+                               : "CUDA shared memory; use CudaSharedMemoryUnregister"));
+  }
+  // Called when the last of the regions, and this function, have let go of it.
+  on_release.reset(static_cast<void*>(nullptr),
+                   [ids, released = std::move(released)](void*) { released(*ids); });
   for (auto it = regions_.begin(); it != regions_.end();) {
-    if (!name.empty() && it->first != name) {
+    if (it->second->info().kind != kind || (!name.empty() && it->first != name)) {
       ++it;
       continue;
     }
     total_bytes_ -= it->second->info().size_bytes;
+    ids->push_back(it->second->info().id);
     it->second->released_ = on_release;
     taken.push_back(std::move(it->second));
     it = regions_.erase(it);
@@ -236,7 +314,7 @@ absl::StatusOr<std::shared_ptr<const ShmRegion>> ShmRegistry::Find(std::string_v
   EPS_RETURN_IF_ERROR(CheckAllowed());
   absl::MutexLock lock(&mutex_);
   const auto it = regions_.find(name);
-  if (it == regions_.end()) {
+  if (it == regions_.end() || it->second->pending_) {
     return absl::NotFoundError(
         absl::StrCat("shared memory: region ", Quoted(name), " is not registered"));
   }
@@ -254,11 +332,13 @@ absl::StatusOr<runtime::UniqueFd> ShmRegistry::DuplicateDescriptor(std::uint64_t
   return absl::NotFoundError(absl::StrCat("shared memory: there is no region of number ", id));
 }
 
-absl::StatusOr<std::vector<ShmRegionInfo>> ShmRegistry::List(std::string_view name) const {
+absl::StatusOr<std::vector<ShmRegionInfo>> ShmRegistry::List(ShmKind kind,
+                                                             std::string_view name) const {
   EPS_RETURN_IF_ERROR(CheckAllowed());
   absl::MutexLock lock(&mutex_);
   std::vector<ShmRegionInfo> result;
   for (const auto& [region_name, region] : regions_) {
+    if (region->info().kind != kind || region->pending_) continue;
     if (name.empty() || region_name == name) result.push_back(region->info());
   }
   if (!name.empty() && result.empty()) {

@@ -3,8 +3,9 @@
 //
 // Invariants: num_tokens in [0, max_batch_tokens]; hidden or source holds T * H elements of dtype;
 // where routed, topk_ids and topk_weights hold T * K entries each, every id in [-1, E), every
-// weight finite; where not routed both are empty and the model has a router. Ids and weights are
-// private copies: nobody else can change them after they were checked.
+// weight finite, unless they have a source, which only the workers can read and validate; where not
+// routed all are empty and the model has a router. Ids and weights are private copies: nobody else
+// can change them after they were checked.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_VALIDATED_REQUEST_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_VALIDATED_REQUEST_H_
 
@@ -40,6 +41,9 @@ struct ValidatedRequest {
   std::unique_ptr<char[]> hidden_copy;  // owns hidden if it had to be copied out of a region
   std::vector<std::int32_t> topk_ids;   // [T, K], -1: no expert
   std::vector<float> topk_weights;      // [T, K]
+  RegionWindow ids_source;              // in place of topk_ids, in CUDA memory
+  RegionWindow weights_source;          // in place of topk_weights, in CUDA memory
+  bool wide_ids = false;                // at ids_source: int64
   std::uint64_t output_bytes = 0;       // T * H * size of dtype
   RegionWindow output;
   std::int64_t timeout_us = 0;  // the request's own limit on its time, 0: none

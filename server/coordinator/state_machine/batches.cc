@@ -186,7 +186,7 @@ void StateMachine::Impl::StartProbeBatch() {
 
 void StateMachine::Impl::PumpQueue() {
   const bool flush = epoch_closing_ || cluster_draining_;
-  while (stage_ == Stage::kServing) {
+  while (stage_ == Stage::kServing && hold_until_us_ == kNever) {
     const int slot = FreeSlot();
     if (slot < 0) return;
     const std::vector<RequestId> picked = queue_.Pick(next_batch_, now_us_, flush);
@@ -199,7 +199,7 @@ void StateMachine::Impl::PumpQueue() {
       batch.requests.push_back({id, {num_tokens, end}});
       num_tokens = end;
     }
-    batch.exchange = ExchangeFor(head.routed);
+    batch.exchange = ExchangeFor(head.routed && !head.ids_hidden);
     batch.shards = PlanShards(num_tokens);
     Emit(StartBatch{epoch_, batch.id, slot, head.layer, head.row_type, head.routed, num_tokens,
                     batch.requests, batch.shards, config_.trigger, batch.exchange});
@@ -208,6 +208,26 @@ void StateMachine::Impl::PumpQueue() {
       Emit(SendDispatchTrigger{epoch_, batch.id, batch.Streams()});
     }
     batches_.emplace(batch.id, std::move(batch));
+  }
+}
+
+// ---- holding
+
+void StateMachine::Impl::On(const HoldBatches& event) {
+  hold_until_us_ = event.until_us;
+  hold_answered_ = false;
+}
+
+void StateMachine::Impl::On(const ReleaseBatches&) { hold_until_us_ = kNever; }
+
+void StateMachine::Impl::AdvanceHold() {
+  if (hold_until_us_ == kNever) return;
+  if (now_us_ >= hold_until_us_) {
+    hold_until_us_ = kNever;
+    Emit(BatchesHeld{/*expired=*/true});
+  } else if (!hold_answered_ && batches_.empty()) {
+    hold_answered_ = true;
+    Emit(BatchesHeld{});
   }
 }
 
@@ -358,6 +378,7 @@ TimeUs StateMachine::Impl::NextBatchDeadline() const {
     next_us = std::min(next_us, batch.failed_until_us);
     if (!batch.probe) next_us = std::min(next_us, batch.started_us + config_.batch_timeout_us);
   }
+  if (hold_until_us_ != kNever) return std::min(next_us, hold_until_us_);
   if (stage_ == Stage::kServing && FreeSlot() >= 0) next_us = std::min(next_us, queue_.NextPick());
   return next_us;
 }

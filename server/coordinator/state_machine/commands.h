@@ -106,7 +106,7 @@ struct StartBatch {
   std::vector<RequestRows> requests;  // in batch order
   std::vector<ShardPlan> shards;      // [R], by rank
   TriggerMode trigger = TriggerMode::kTogether;
-  CountExchange counts = CountExchange::kCoordinator;  // kCoordinator only where `routed`
+  CountExchange counts = CountExchange::kCoordinator;  // kCoordinator: ids are seen here
 };
 
 // The matrix gathered from all ranks' Counts, to all ranks.
@@ -167,6 +167,12 @@ struct SetServing {
   EpochId epoch = 0;  // the epoch that began or ceased to serve
 };
 
+// Answers HoldBatches: no batch is in flight, and none starts until ReleaseBatches. Or `expired`:
+// the hold has ended by itself, before or after this was said.
+struct BatchesHeld {
+  bool expired = false;
+};
+
 struct DrainWorkerDone {
   std::uint64_t token = 0;
   absl::StatusCode code = absl::StatusCode::kOk;
@@ -193,7 +199,7 @@ using Command =
     std::variant<AssignRank, SendStandby, SendCreateHeap, SendOpenPeers, SendEpochStarted,
                  SendEpochEnded, GrantLease, SendShutdown, RejectWorker, CloseStream, StartProbe,
                  StartBatch, SendCountMatrix, SendDispatchTrigger, SendCombineTrigger, VerifyProbe,
-                 FinishBatch, DropBatch, CompleteRequest, SetServing, DrainWorkerDone,
+                 FinishBatch, DropBatch, CompleteRequest, SetServing, BatchesHeld, DrainWorkerDone,
                  ClusterDrained, Notice>;
 
 }  // namespace epserve::coordinator

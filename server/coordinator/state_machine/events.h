@@ -128,7 +128,8 @@ struct RequestArrived {
   CallerId caller = 0;     // whose turns it takes
   std::int64_t layer = 0;  // the model's layer number, known to exist
   RowType row_type = RowType::kFp32;
-  bool routed = true;  // ids and weights are given
+  bool routed = true;       // ids and weights are given
+  bool ids_hidden = false;  // given, but where only the workers can read them
   std::int64_t num_tokens = 0;
   TimeUs deadline_us = kNever;
 };
@@ -156,16 +157,25 @@ struct DrainWorker {
 // one ClusterDrained.
 struct DrainCluster {};
 
+// From now on no batch but a probe starts until ReleaseBatches; requests wait. Answered by one
+// BatchesHeld once none is in flight. The hold ends by itself at `until_us`, and is made anew by
+// another.
+struct HoldBatches {
+  TimeUs until_us = 0;
+};
+struct ReleaseBatches {};
+
 // Time has passed. Whoever is given up because of silence is given up here, and not in other
 // events: so a host that was stalled lets the waiting heartbeats in first and ticks afterwards. A
 // Tick that comes much too late counts as a stall of the host, and every worker gets a quarter of a
 // lease more.
 struct Tick {};
 
-using Event = std::variant<WorkerHello, WorkerLoadProgress, WorkerLoaded, HeapCreated, PeersOpened,
-                           EpochQuiesced, Heartbeat, Counts, PhaseDone, BatchDone, WorkerLeaving,
-                           WorkerFailure, StreamClosed, RequestArrived, RequestCancelled,
-                           ProbeVerified, DrainWorker, DrainCluster, Tick>;
+using Event =
+    std::variant<WorkerHello, WorkerLoadProgress, WorkerLoaded, HeapCreated, PeersOpened,
+                 EpochQuiesced, Heartbeat, Counts, PhaseDone, BatchDone, WorkerLeaving,
+                 WorkerFailure, StreamClosed, RequestArrived, RequestCancelled, ProbeVerified,
+                 DrainWorker, DrainCluster, HoldBatches, ReleaseBatches, Tick>;
 
 }  // namespace epserve::coordinator
 

@@ -4,7 +4,8 @@ namespace epserve::coordinator {
 namespace {
 
 bool Mergeable(const RequestArrived& a, const RequestArrived& b) {
-  return a.layer == b.layer && a.row_type == b.row_type && a.routed == b.routed;
+  return a.layer == b.layer && a.row_type == b.row_type && a.routed == b.routed &&
+         a.ids_hidden == b.ids_hidden;
 }
 
 }  // namespace

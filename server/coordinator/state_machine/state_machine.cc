@@ -53,6 +53,7 @@ void StateMachine::Impl::Settle() {
   AdvanceDrains();
   AssignRanks();
   TryStartEpoch();
+  AdvanceHold();
   PumpQueue();
   AdvanceClusterDrain();
 }

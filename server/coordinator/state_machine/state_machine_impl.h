@@ -87,6 +87,9 @@ class StateMachine::Impl {
   void On(const Counts& event);
   void On(const PhaseDone& event);
   void On(const BatchDone& event);
+  void On(const HoldBatches& event);
+  void On(const ReleaseBatches& event);
+  void AdvanceHold();
   std::optional<CompleteRequest> RefuseAtOnce(const RequestArrived& event) const;
   bool QueueIsFull() const;
   void TurnAwayFor(CallerId caller);
@@ -139,8 +142,10 @@ class StateMachine::Impl {
   RequestQueue queue_;
   std::map<BatchId, Batch> batches_;
   BatchId next_batch_ = 1;
-  bool probe_answered_ = false;  // VerifyProbe is out.
-  std::int64_t batch_us_ = 0;    // how long a batch takes, smoothed
+  bool probe_answered_ = false;    // VerifyProbe is out.
+  TimeUs hold_until_us_ = kNever;  // kNever: batches are not held
+  bool hold_answered_ = false;     // BatchesHeld is out
+  std::int64_t batch_us_ = 0;      // how long a batch takes, smoothed
 
   std::uint64_t requests_ok_ = 0;
   std::uint64_t requests_failed_ = 0;

@@ -274,7 +274,10 @@ class BatchStoreRegionTest : public BatchStoreArenaTest {
     first_.source = {};
     first_.output = {};
     released_ = std::make_shared<bool>(false);
-    EXPECT_TRUE(registry_.Unregister("", [released = released_] { *released = true; }).ok());
+    EXPECT_TRUE(registry_
+                    .Unregister(ShmKind::kSystem, "",
+                                [released = released_](const auto&) { *released = true; })
+                    .ok());
     return *released_;
   }
 
@@ -382,6 +385,84 @@ TEST_F(BatchStoreRegionTest, RegionsOfADroppedBatchAreFreeWhereItsWorkersAreGone
   Start();
   store_.Drop(5, 9, [](StreamId) { return false; });
   EXPECT_TRUE(ReleasedAfterUnregister());
+}
+
+// All tensors of the first request lie in CUDA memory, and its output goes there.
+class BatchStoreDeviceTest : public BatchStoreRegionTest {
+ protected:
+  BatchStoreDeviceTest() {
+    const auto region = registry_.ReserveCuda("gpu", std::string(64, 'h'), 0, 4096).value();
+    EXPECT_TRUE(registry_.Confirm(*region).ok());
+    first_.source = {region, 16};
+    first_.output = {region, 256};
+    first_.ids_source = {region, 512};
+    first_.weights_source = {region, 1024};
+    first_.wide_ids = true;
+    first_.topk_ids.clear();
+    first_.topk_weights.clear();
+    start_.counts = CountExchange::kStreams;
+  }
+  bool CudaReleasedAfterUnregister() {
+    first_ = {};
+    released_ = std::make_shared<bool>(false);
+    EXPECT_TRUE(registry_
+                    .Unregister(ShmKind::kCuda, "",
+                                [released = released_](const auto&) { *released = true; })
+                    .ok());
+    return *released_;
+  }
+};
+
+TEST_F(BatchStoreDeviceTest, EveryWorkerIsToldThePlacesOfItsRowsAndNothingIsReadHere) {
+  const std::vector<ShardMessage> shards = Start();
+  ASSERT_EQ(shards[0].device_rows.size(), 1u);
+  const DeviceRows& all = shards[0].device_rows[0];
+  EXPECT_EQ(all.first_row, 0);
+  EXPECT_EQ(all.num_rows, 2);
+  EXPECT_EQ(all.request_row, 0);
+  EXPECT_EQ(all.hidden->offset_bytes, 16u);
+  EXPECT_EQ(all.output->offset_bytes, 256u);
+  EXPECT_TRUE(shards[0].hidden.empty()) << "all of its rows are there";
+  EXPECT_TRUE(shards[0].sources.empty());
+  ASSERT_EQ(shards[1].device_rows.size(), 1u);
+  const DeviceRows& last = shards[1].device_rows[0];
+  EXPECT_EQ(last.first_row, 0);
+  EXPECT_EQ(last.num_rows, 1) << "the other row is the second request's";
+  EXPECT_EQ(last.request_row, 2);
+  EXPECT_EQ(last.hidden->offset_bytes, 16u + 2 * 8);
+  EXPECT_EQ(last.output->offset_bytes, 256u + 2 * 8);
+  EXPECT_EQ(last.topk_ids->offset_bytes, 512u + 2 * kTopk * 8);
+  EXPECT_EQ(last.topk_weights->offset_bytes, 1024u + 2 * kTopk * 4);
+  EXPECT_TRUE(last.wide_ids);
+  EXPECT_THAT(Unpack<float>(shards[1].hidden), ElementsAre(0, 0, 30, 31));
+  EXPECT_THAT(Unpack<std::int32_t>(shards[1].topk_ids), ElementsAre(0, 0, 1, 2));
+  EXPECT_THAT(Unpack<float>(shards[1].topk_weights), ElementsAre(0, 0, 7, 8));
+  EXPECT_EQ(store_.Find(5, 9)->device_bytes, 48);
+  EXPECT_EQ(store_.Find(5, 9)->copied_bytes, 0);
+  EXPECT_TRUE(store_.regions().TakeForgotten().empty());
+}
+
+TEST_F(BatchStoreDeviceTest, ShardWhoseOutputIsOnTheDeviceAnswersWithoutRows) {
+  Start();
+  int rank = -1;
+  EXPECT_EQ(Take(11, {1, 2, 3, 4}, &rank).code(), absl::StatusCode::kInternal);
+  ASSERT_TRUE(Take(11, {}, &rank).ok());
+  EXPECT_EQ(rank, 0);
+  ASSERT_TRUE(Take(12, {5, 6, 7, 8}, &rank).ok());
+  EXPECT_TRUE(Deliver(0).ok());
+  std::string out(8, '\0');
+  ASSERT_TRUE(Deliver(1, out).ok());
+  EXPECT_THAT(Unpack<float>(out), ElementsAre(7, 8));
+}
+
+TEST_F(BatchStoreDeviceTest, RegionIsKeptUntilTheWorkersOfADroppedBatchHaveLeft) {
+  Start();
+  store_.Drop(5, 9, [](StreamId) { return true; });
+  EXPECT_FALSE(CudaReleasedAfterUnregister());
+  store_.regions().Leave(11);
+  EXPECT_FALSE(*released_);
+  store_.regions().Leave(12);
+  EXPECT_TRUE(*released_);
 }
 
 TEST_F(BatchStoreTest, UnknownBatchStreamOrRepeatIsNotTaken) {

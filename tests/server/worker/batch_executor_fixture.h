@@ -98,7 +98,7 @@ class BatchExecutorTest : public testing::Test {
                               .trigger_timeout = trigger_timeout,
                               .now_us = [this] { return now_us_.load(); }},
         &engine_, &lease_, &reporter_);
-    executor_->OpenEpoch(kEpoch, placement_, 1, arena_, regions_);
+    executor_->OpenEpoch(kEpoch, placement_, 1, arena_, regions_, device_regions_);
   }
   void Serve(absl::Duration trigger_timeout = absl::Seconds(30)) {
     Start(trigger_timeout);
@@ -119,6 +119,7 @@ class BatchExecutorTest : public testing::Test {
   runtime::Placement placement_;
   std::shared_ptr<runtime::RowArena> arena_;
   std::shared_ptr<RegionFiles> regions_;
+  std::shared_ptr<OpenDeviceRegions> device_regions_;
   std::atomic<std::int64_t> now_us_ = 1;
   std::unique_ptr<BatchExecutor> executor_;
 };

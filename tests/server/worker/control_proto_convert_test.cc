@@ -107,6 +107,47 @@ TEST(FromProtoTest, RowsInRegionsAndRegionsGoneAreTakenWhole) {
   EXPECT_EQ(std::get<CreateHeap>(*converted).region_secret, "secret");
 }
 
+TEST(FromProtoTest, DeviceRegionsAndRowsAreTakenOver) {
+  v1::CoordinatorMessage message;
+  v1::DeviceRegion& region = *message.mutable_create_heap()->add_device_regions();
+  region.set_region(7);
+  region.set_label("'gpu'");
+  region.set_handle("handle");
+  region.set_device_id(3);
+  region.set_size_bytes(4096);
+  auto converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  const DeviceRegionInfo info = std::get<CreateHeap>(*converted).device_regions.at(0);
+  EXPECT_EQ(info.region, 7u);
+  EXPECT_EQ(info.label, "'gpu'");
+  EXPECT_EQ(info.handle, "handle");
+  EXPECT_EQ(info.device_id, 3);
+  EXPECT_EQ(info.size_bytes, 4096u);
+
+  v1::Shard& shard = *message.mutable_shard();
+  shard.set_row_type(v1::ROW_TYPE_BF16);
+  v1::DeviceRows& rows = *shard.add_device_rows();
+  rows.set_first_row(1);
+  rows.set_num_rows(2);
+  rows.set_request_row(30);
+  rows.mutable_topk_weights()->set_region(7);
+  rows.mutable_topk_weights()->set_offset(64);
+  rows.mutable_output()->set_region(8);
+  rows.set_wide_ids(true);
+  converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  const DeviceRows taken = std::get<Shard>(*converted).device_rows.at(0);
+  EXPECT_EQ(taken.first_row, 1);
+  EXPECT_EQ(taken.num_rows, 2);
+  EXPECT_EQ(taken.request_row, 30);
+  EXPECT_FALSE(taken.hidden.has_value());
+  EXPECT_FALSE(taken.topk_ids.has_value());
+  EXPECT_EQ(taken.topk_weights->region, 7u);
+  EXPECT_EQ(taken.topk_weights->offset_bytes, 64u);
+  EXPECT_EQ(taken.output->region, 8u);
+  EXPECT_TRUE(taken.wide_ids);
+}
+
 TEST(ToProtoTest, RegionFaultsAreToldAndNeverWithoutAMessage) {
   BatchDone done{.epoch = 7, .batch = 8};
   done.region_faults = {{2, absl::InvalidArgumentError("truncated")}, {5, absl::InternalError("")}};

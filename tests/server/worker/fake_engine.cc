@@ -11,6 +11,34 @@
 
 namespace epserve::worker {
 
+namespace {
+
+class FakeDeviceRegion : public runtime::DeviceRegion {
+ public:
+  FakeDeviceRegion(std::string* bytes, std::shared_ptr<std::atomic<int>> num_open)
+      : bytes_(bytes), num_open_(std::move(num_open)) {
+    ++*num_open_;
+  }
+  ~FakeDeviceRegion() override { --*num_open_; }
+  std::byte* data() const override { return reinterpret_cast<std::byte*>(bytes_->data()); }
+
+ private:
+  std::string* const bytes_;
+  const std::shared_ptr<std::atomic<int>> num_open_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const runtime::DeviceRegion>> FakeDeviceRegions::Open(
+    const runtime::DeviceRegionSpec& spec) {
+  const auto found = shared_.find(spec.handle);
+  if (found == shared_.end()) return absl::FailedPreconditionError("open region: stale handle");
+  if (spec.size_bytes > found->second->size()) {
+    return absl::InvalidArgumentError("open region: byte_size exceeds the allocation");
+  }
+  return std::make_shared<const FakeDeviceRegion>(found->second, num_open_);
+}
+
 FakeEngine::FakeEngine()
     : model_{.fingerprint = "f00d",
              .architecture = "mixtral",
@@ -106,6 +134,13 @@ absl::Status FakeEngine::OpenPeers(std::span<const std::string> handles) {
   return Step(absl::StrCat("open ", absl::StrJoin(handles, ",")));
 }
 
+absl::Status FakeEngine::ReadDevice(int slot, std::span<const runtime::DeviceRead> reads) {
+  for (const runtime::DeviceRead& read : reads) {
+    std::memcpy(read.destination, read.source, read.bytes);
+  }
+  return Step(absl::StrCat("read ", slot));
+}
+
 void FakeEngine::SealHeap() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!staged_.empty()) violations_.push_back("SealHeap with a batch staged");
@@ -149,6 +184,10 @@ absl::StatusOr<runtime::ShardCounts> FakeEngine::Stage(const runtime::ShardInput
   for (std::int64_t t = 0; t < input.num_tokens; ++t) ids[t * input.topk] = 0;
   if (input.topk_ids != nullptr) std::copy_n(input.topk_ids, ids.size(), ids.begin());
   std::lock_guard<std::mutex> lock(mutex_);
+  staged_ids_ = ids;
+  if (input.topk_weights != nullptr) {
+    staged_weights_.assign(input.topk_weights, input.topk_weights + ids.size());
+  }
   runtime::ShardCounts counts;
   counts.rows_to_rank.resize(placement_.num_ranks());
   counts.rows_per_expert.resize(kExperts);
@@ -189,14 +228,20 @@ absl::Status FakeEngine::Finish(int slot, void* output, runtime::BatchTimes* tim
   EPS_RETURN_IF_ERROR(Step(absl::StrCat("finish ", slot)));
   std::lock_guard<std::mutex> lock(mutex_);
   const runtime::ShardInput& input = staged_.at(slot);
-  if (output == nullptr && combined_.empty()) {
+  if (output == nullptr && combined_.empty() &&
+      runtime::NumOutputIn(input.device_rows) < input.num_tokens) {
     violations_.push_back(absl::StrCat("finish ", slot, " without a place for the output"));
   }
-  // The output may take the input's place.
-  if (output != nullptr) {
-    std::memmove(output, input.hidden,
-                 input.num_tokens * kHidden * runtime::DataTypeBytes(input.dtype));
+  const std::size_t row_bytes = kHidden * runtime::DataTypeBytes(input.dtype);
+  std::string rows(input.num_tokens * row_bytes, '?');
+  if (input.hidden != nullptr) std::memcpy(rows.data(), input.hidden, rows.size());
+  for (const runtime::ShardDeviceRows& part : input.device_rows) {
+    char* const of_part = rows.data() + part.first_row * row_bytes;
+    if (part.hidden != nullptr) std::memcpy(of_part, part.hidden, part.num_rows * row_bytes);
+    if (part.output != nullptr) std::memcpy(part.output, of_part, part.num_rows * row_bytes);
   }
+  // The output may take the input's place.
+  if (output != nullptr) std::memcpy(output, rows.data(), rows.size());
   *times = {.dispatch_ns = 11, .ffn_ns = 22, .combine_ns = 33};
   local_expert_rows->assign(placement_.num_local_experts(rank_), input.num_tokens);
   staged_.erase(slot);

@@ -4,10 +4,12 @@
 #ifndef EPSERVE_TESTS_SERVER_WORKER_FAKE_ENGINE_H_
 #define EPSERVE_TESTS_SERVER_WORKER_FAKE_ENGINE_H_
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -17,6 +19,20 @@
 #include "runtime/engine/engine.h"
 
 namespace epserve::worker {
+
+// Device memory that is the test's own: a handle leads to the bytes that were shared under it.
+class FakeDeviceRegions : public runtime::DeviceRegions {
+ public:
+  // `handle` leads to `bytes` from now on.
+  void Share(const std::string& handle, std::string* bytes) { shared_[handle] = bytes; }
+  int num_open() const { return *num_open_; }
+  absl::StatusOr<std::shared_ptr<const runtime::DeviceRegion>> Open(
+      const runtime::DeviceRegionSpec& spec) override;
+
+ private:
+  std::map<std::string, std::string*> shared_;
+  const std::shared_ptr<std::atomic<int>> num_open_ = std::make_shared<std::atomic<int>>(0);
+};
 
 class FakeEngine : public runtime::Engine {
  public:
@@ -44,6 +60,19 @@ class FakeEngine : public runtime::Engine {
   void set_exchanges_counts(bool exchanges) { exchanges_counts_ = exchanges; }
   void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
 
+  // What device_regions() is from now on, before the engine is used.
+  void set_device_regions(FakeDeviceRegions* regions) { device_regions_ = regions; }
+
+  // Of the last shard staged.
+  std::vector<std::int32_t> staged_ids() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return staged_ids_;
+  }
+  std::vector<float> staged_weights() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return staged_weights_;
+  }
+
   // What CombinedRows points to from now on; empty: it gives nothing.
   void set_combined(std::string rows) { combined_ = std::move(rows); }
 
@@ -56,6 +85,8 @@ class FakeEngine : public runtime::Engine {
       const std::function<void(std::uint64_t, std::uint64_t)>& progress) override;
   absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
   absl::Status OpenPeers(std::span<const std::string> handles) override;
+  runtime::DeviceRegions* device_regions() override { return device_regions_; }
+  absl::Status ReadDevice(int slot, std::span<const runtime::DeviceRead> reads) override;
   void SealHeap() override;
   void Abort() override;
   void CloseEpoch() override;
@@ -81,6 +112,7 @@ class FakeEngine : public runtime::Engine {
   runtime::MemoryPlan plan_;
   bool exchanges_counts_ = true;
   std::string combined_;
+  FakeDeviceRegions* device_regions_ = nullptr;
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::vector<std::string> calls_;  // Guarded by mutex_, as all below.
@@ -93,6 +125,8 @@ class FakeEngine : public runtime::Engine {
   int rank_ = -1;
   std::map<int, runtime::ShardInput> staged_;
   std::map<int, runtime::ShardCounts> counted_;
+  std::vector<std::int32_t> staged_ids_;
+  std::vector<float> staged_weights_;
 };
 
 }  // namespace epserve::worker

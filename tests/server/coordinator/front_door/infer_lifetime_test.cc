@@ -224,15 +224,25 @@ class InferServiceWithoutShmTest : public InferServiceTest {
 
 TEST_F(InferServiceWithoutShmTest, SharedMemoryIsUnimplementedNamingTheFlag) {
   const ShmObject object(64);
-  ClientContext status_context, unregister_context, metadata_context;
+  ClientContext status_context, unregister_context, metadata_context, cuda[4];
   inference::SystemSharedMemoryStatusResponse status;
   inference::SystemSharedMemoryUnregisterResponse unregistered;
+  inference::CudaSharedMemoryStatusResponse cuda_status;
+  inference::CudaSharedMemoryRegisterResponse cuda_registered;
+  inference::CudaSharedMemoryUnregisterRequest cuda_region;
+  cuda_region.set_name("gpu");
+  inference::CudaSharedMemoryUnregisterResponse cuda_unregistered;
   for (const grpc::Status& answer :
        {Register("a", object, 64), stub_->SystemSharedMemoryStatus(&status_context, {}, &status),
-        stub_->SystemSharedMemoryUnregister(&unregister_context, {}, &unregistered)}) {
+        stub_->SystemSharedMemoryUnregister(&unregister_context, {}, &unregistered),
+        stub_->CudaSharedMemoryStatus(&cuda[0], {}, &cuda_status),
+        stub_->CudaSharedMemoryRegister(&cuda[1], {}, &cuda_registered),
+        stub_->CudaSharedMemoryUnregister(&cuda[2], cuda_region, &cuda_unregistered)}) {
     EXPECT_EQ(answer.error_code(), grpc::StatusCode::UNIMPLEMENTED);
     EXPECT_THAT(answer.error_message(), HasSubstr("--allow-client-shm"));
   }
+  // perf_analyzer clears both kinds before it uses either.
+  EXPECT_TRUE(stub_->CudaSharedMemoryUnregister(&cuda[3], {}, &cuda_unregistered).ok());
   inference::ServerMetadataResponse metadata;
   ASSERT_TRUE(stub_->ServerMetadata(&metadata_context, {}, &metadata).ok());
   EXPECT_THAT(metadata.extensions(), Not(Contains("system_shared_memory")));

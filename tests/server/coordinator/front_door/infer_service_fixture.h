@@ -93,6 +93,65 @@ class FakeSink final : public RequestSink {
   std::vector<absl::StatusCode> answers_;
 };
 
+// Answers with what a test says, or keeps what is asked for.
+class FakeDeviceHost final : public DeviceRegionHost {
+ public:
+  void OpenDeviceRegion(std::shared_ptr<const ShmRegion> region, Done done) override {
+    {
+      const std::lock_guard lock(mutex_);
+      ++opened_;
+      if (keeps_) {
+        region_ = std::move(region);
+        done_ = std::move(done);
+        return;
+      }
+    }
+    done(answer_);
+  }
+  void CloseDeviceRegions(std::vector<std::uint64_t> regions, Done done) override {
+    {
+      const std::lock_guard lock(mutex_);
+      closed_.insert(closed_.end(), regions.begin(), regions.end());
+    }
+    done(absl::OkStatus());
+  }
+
+  void AnswerWith(absl::Status answer) { answer_ = std::move(answer); }  // before any call
+  void Keep() { keeps_ = true; }                                         // before any call
+  // What was kept is answered.
+  void Answer(const absl::Status& status) {
+    Done done;
+    std::shared_ptr<const ShmRegion> region;
+    {
+      const std::lock_guard lock(mutex_);
+      done = std::exchange(done_, nullptr);
+      region = std::exchange(region_, nullptr);
+    }
+    done(status);
+  }
+  bool holds() {
+    const std::lock_guard lock(mutex_);
+    return region_ != nullptr;
+  }
+  int num_opened() {
+    const std::lock_guard lock(mutex_);
+    return opened_;
+  }
+  std::vector<std::uint64_t> closed() {
+    const std::lock_guard lock(mutex_);
+    return closed_;
+  }
+
+ private:
+  std::mutex mutex_;
+  absl::Status answer_;
+  bool keeps_ = false;
+  std::shared_ptr<const ShmRegion> region_;
+  Done done_;
+  int opened_ = 0;
+  std::vector<std::uint64_t> closed_;
+};
+
 inline Completion Ok() {
   Completion completion;
   completion.times = {1, 2, /*counts_ns=*/3000, 4, 5, 6, 77};
@@ -131,7 +190,7 @@ class InferServiceTest : public testing::Test {
     FrontDoorOptions options;
     options.model = TestModel();
     options.max_held_bytes = kMaxHeldBytes;
-    service_ = std::make_unique<InferService>(options, &regions_, &sink_);
+    service_ = std::make_unique<InferService>(options, &regions_, &sink_, &devices_);
     service_->AddTo(&server_);
     grpc::ServerBuilder builder;
     int port = 0;
@@ -176,6 +235,7 @@ class InferServiceTest : public testing::Test {
   }
 
   FakeSink sink_;
+  FakeDeviceHost devices_;
   ShmRegistry regions_;
   std::unique_ptr<InferService> service_;
   server::RpcServer server_;  // stops before the service goes

@@ -49,8 +49,8 @@ TEST_F(InferServiceTest, ServerMetadataNamesItsExtensions) {
   ASSERT_TRUE(stub_->ServerMetadata(&context, {}, &response).ok());
   EXPECT_EQ(response.name(), "epserve");
   EXPECT_THAT(response.version(), Not(IsEmpty()));
-  EXPECT_THAT(response.extensions(),
-              ElementsAre("model_configuration", "statistics", "system_shared_memory"));
+  EXPECT_THAT(response.extensions(), ElementsAre("model_configuration", "statistics",
+                                                 "system_shared_memory", "cuda_shared_memory"));
 }
 
 TEST_F(InferServiceTest, ModelMetadataGivesFullShapes) {
@@ -125,22 +125,6 @@ TEST_F(InferServiceTest, UnknownModelIsNotFoundEverywhere) {
   }
 }
 
-TEST_F(InferServiceTest, WhatIsNotServedIsUnimplementedWithAMessage) {
-  ClientContext contexts[3];
-  inference::CudaSharedMemoryStatusResponse status;
-  inference::CudaSharedMemoryRegisterResponse registered;
-  inference::CudaSharedMemoryUnregisterRequest unregister;
-  unregister.set_name("gpu");
-  inference::CudaSharedMemoryUnregisterResponse unregistered;
-  for (const grpc::Status& answer :
-       {stub_->CudaSharedMemoryStatus(&contexts[0], {}, &status),
-        stub_->CudaSharedMemoryRegister(&contexts[1], {}, &registered),
-        stub_->CudaSharedMemoryUnregister(&contexts[2], unregister, &unregistered)}) {
-    EXPECT_EQ(answer.error_code(), grpc::StatusCode::UNIMPLEMENTED);
-    EXPECT_THAT(answer.error_message(), Not(IsEmpty()));
-  }
-}
-
 TEST_F(InferServiceTest, StatisticsCountWhatEndedAndWhereItsTimeWent) {
   sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
     if (request->request.num_tokens == 0) return request->Complete({absl::AbortedError("no"), {}});
@@ -178,12 +162,6 @@ TEST_F(InferServiceTest, StatisticsCountWhatEndedAndWhereItsTimeWent) {
   inference::ModelStatisticsResponse response;
   EXPECT_EQ(stub_->ModelStatistics(&context, other, &response).error_code(),
             grpc::StatusCode::NOT_FOUND);
-}
-
-TEST_F(InferServiceTest, ClearingCudaSharedMemoryIsOkBecauseThereIsNone) {
-  ClientContext context;
-  inference::CudaSharedMemoryUnregisterResponse response;
-  EXPECT_TRUE(stub_->CudaSharedMemoryUnregister(&context, {}, &response).ok());
 }
 
 TEST_F(InferServiceTest, BytesThatAreNoMessageGetAMessageFromEveryMethod) {

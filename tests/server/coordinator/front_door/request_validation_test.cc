@@ -211,7 +211,8 @@ TEST_F(RequestValidationTest, OutputWindowMayBeLargerThanNeededAndHoldsItsRegion
   ASSERT_NE(result->output.region, nullptr);
   EXPECT_EQ(result->output.offset_bytes, 156u);
   bool released = false;
-  ASSERT_TRUE(regions_.Unregister("region", [&] { released = true; }).ok());
+  ASSERT_TRUE(
+      regions_.Unregister(ShmKind::kSystem, "region", [&](const auto&) { released = true; }).ok());
   EXPECT_FALSE(released);
   result->output.region.reset();
   EXPECT_TRUE(released);

@@ -31,7 +31,7 @@ ShmOptions Allowed() {
   return options;
 }
 
-void IgnoreRelease() {}
+void IgnoreRelease(const std::vector<std::uint64_t>&) {}
 
 std::size_t NumOpenDescriptors() {
   std::size_t count = 0;
@@ -43,9 +43,10 @@ TEST(ShmRegistryTest, EverythingIsUnimplementedNamingTheFlagWhereSwitchedOff) {
   ShmRegistry registry((ShmOptions()));
   const ShmObject object(64);
   bool released = false;
-  const absl::Status statuses[] = {registry.Register("a", object.key(), 0, 64),
-                                   registry.Find("a").status(), registry.List("").status(),
-                                   registry.Unregister("", [&] { released = true; })};
+  const absl::Status statuses[] = {
+      registry.Register("a", object.key(), 0, 64), registry.Find("a").status(),
+      registry.List(ShmKind::kSystem, "").status(),
+      registry.Unregister(ShmKind::kSystem, "", [&](const auto&) { released = true; })};
   for (const absl::Status& status : statuses) {
     EXPECT_EQ(status.code(), StatusCode::kUnimplemented);
     EXPECT_THAT(std::string(status.message()), HasSubstr("--allow-client-shm"));
@@ -128,7 +129,7 @@ TEST(ShmRegistryTest, RegistrationIsHeldToTheObjectAtEveryEdge) {
                   status.code() == StatusCode::kResourceExhausted)
           << status;
     }
-    ASSERT_TRUE(registry.Unregister("", IgnoreRelease).ok());
+    ASSERT_TRUE(registry.Unregister(ShmKind::kSystem, "", IgnoreRelease).ok());
   }
 }
 
@@ -258,7 +259,7 @@ TEST(ShmRegistryTest, RegionsAndBytesAreCapped) {
   EXPECT_EQ(bytes.code(), StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(bytes.message()), HasSubstr("41 bytes, on top of 60"));
   ASSERT_TRUE(registry.Register("b", object.key(), 0, 40).ok());
-  ASSERT_TRUE(registry.Unregister("b", IgnoreRelease).ok());
+  ASSERT_TRUE(registry.Unregister(ShmKind::kSystem, "b", IgnoreRelease).ok());
   ASSERT_TRUE(registry.Register("b", object.key(), 0, 1).ok());
   const absl::Status count = registry.Register("c", object.key(), 0, 1);
   EXPECT_EQ(count.code(), StatusCode::kResourceExhausted);
@@ -289,26 +290,27 @@ TEST(ShmRegistryTest, NamesOutsideTheRulesAreRefused) {
 TEST(ShmRegistryTest, ListGivesOneOrAllAndNotFoundForAnUnknownName) {
   ShmRegistry registry(Allowed());
   const ShmObject object(64);
-  EXPECT_TRUE(registry.List("")->empty());
+  EXPECT_TRUE(registry.List(ShmKind::kSystem, "")->empty());
   ASSERT_TRUE(registry.Register("b", "/" + object.key(), 8, 16).ok());
   ASSERT_TRUE(registry.Register("a", object.key(), 0, 64).ok());
-  const auto all = registry.List("").value();
+  const auto all = registry.List(ShmKind::kSystem, "").value();
   ASSERT_EQ(all.size(), 2u);
   EXPECT_EQ(all[0].name, "a");
-  const auto one = registry.List("b").value();
+  const auto one = registry.List(ShmKind::kSystem, "b").value();
   ASSERT_EQ(one.size(), 1u);
   EXPECT_EQ(one[0].key, "/" + object.key());
   EXPECT_EQ(one[0].offset_bytes, 8u);
   EXPECT_EQ(one[0].size_bytes, 16u);
-  EXPECT_EQ(registry.List("c").status().code(), StatusCode::kNotFound);
+  EXPECT_EQ(registry.List(ShmKind::kSystem, "c").status().code(), StatusCode::kNotFound);
   EXPECT_EQ(registry.Find("c").status().code(), StatusCode::kNotFound);
 }
 
 TEST(ShmRegistryTest, UnregisterOfAnUnknownNameIsOkAndReleasedAtOnce) {
   ShmRegistry registry(Allowed());
   int released = 0;
-  EXPECT_TRUE(registry.Unregister("nothing", [&] { ++released; }).ok());
-  EXPECT_TRUE(registry.Unregister("", [&] { ++released; }).ok());
+  EXPECT_TRUE(
+      registry.Unregister(ShmKind::kSystem, "nothing", [&](const auto&) { ++released; }).ok());
+  EXPECT_TRUE(registry.Unregister(ShmKind::kSystem, "", [&](const auto&) { ++released; }).ok());
   EXPECT_EQ(released, 2);
 }
 
@@ -320,7 +322,7 @@ TEST(ShmRegistryTest, UnregisterInUseTakesTheNameAtOnceAndReportsAfterTheLastUse
   auto first_user = registry.Find("a").value();
   auto second_user = first_user;
   int released = 0;
-  ASSERT_TRUE(registry.Unregister("a", [&] { ++released; }).ok());
+  ASSERT_TRUE(registry.Unregister(ShmKind::kSystem, "a", [&](const auto&) { ++released; }).ok());
   EXPECT_EQ(registry.Find("a").status().code(), StatusCode::kNotFound);
   // The name is free at once, and what is registered by it now is not what the users hold.
   ASSERT_TRUE(registry.Register("a", next.key(), 0, 64).ok());
@@ -340,8 +342,8 @@ TEST(ShmRegistryTest, UnregisterOfAllReportsOnceAfterTheLastRegion) {
   ASSERT_TRUE(registry.Register("b", object.key(), 0, 64).ok());
   auto user = registry.Find("b").value();
   int released = 0;
-  ASSERT_TRUE(registry.Unregister("", [&] { ++released; }).ok());
-  EXPECT_TRUE(registry.List("")->empty());
+  ASSERT_TRUE(registry.Unregister(ShmKind::kSystem, "", [&](const auto&) { ++released; }).ok());
+  EXPECT_TRUE(registry.List(ShmKind::kSystem, "")->empty());
   EXPECT_EQ(released, 0);
   user.reset();
   EXPECT_EQ(released, 1);
@@ -355,7 +357,7 @@ TEST(ShmRegistryTest, DescriptorsAreGivenBack) {
     ASSERT_TRUE(registry.Register("a", object.key(), 0, 64).ok());
     EXPECT_FALSE(registry.Register("b", object.key(), 1, 64).ok());
     auto user = registry.Find("a").value();
-    ASSERT_TRUE(registry.Unregister("a", IgnoreRelease).ok());
+    ASSERT_TRUE(registry.Unregister(ShmKind::kSystem, "a", IgnoreRelease).ok());
     EXPECT_EQ(NumOpenDescriptors(), before + 1);
   }
   EXPECT_EQ(NumOpenDescriptors(), before);

@@ -46,6 +46,28 @@ TEST(CountExchangeTest, AutoGathersOverTheStreamsWhereOneWorkerDoesNotOfferIt) {
   ExpectCounts(cluster, CountExchange::kCoordinator, CountExchange::kStreams);
 }
 
+TEST(CountExchangeTest, IdsThatOnlyWorkersCanReadAreCountedByThemAndNotMergedWithOthers) {
+  Config config = With(CountExchangeMode::kAuto);
+  config.merge_queued = true;
+  config.num_slots = 1;
+  TestCluster cluster(config);
+  cluster.Serve();
+  const RequestArrived hidden = {.routed = true, .ids_hidden = true};
+  const std::optional<StartBatch> first = First<StartBatch>(cluster.Request(1, 8, hidden));
+  ASSERT_TRUE(first.has_value());
+  EXPECT_TRUE(first->routed);
+  EXPECT_EQ(first->counts, CountExchange::kStreams);
+  cluster.Request(2, 8, hidden);
+  cluster.Request(3, 8);
+  cluster.Request(4, 8, hidden);
+  for (int i = 0; i < 4; ++i) cluster.Do(CountsOf(cluster, i, first->batch));
+  const std::optional<StartBatch> second = First<StartBatch>(cluster.Finish(first->batch));
+  ASSERT_TRUE(second.has_value());
+  ASSERT_EQ(second->requests.size(), 2u);
+  EXPECT_EQ(second->requests[0].request, 2u);
+  EXPECT_EQ(second->requests[1].request, 4u);
+}
+
 TEST(CountExchangeTest, CoordinatorNeverLeavesItToTheWorkers) {
   TestCluster cluster(With(CountExchangeMode::kCoordinator));
   cluster.device_counts = true;

@@ -5,48 +5,19 @@
 namespace epserve::coordinator::sim {
 namespace {
 
-const char* const kEventNames[] = {"WorkerHello",
-                                   "WorkerLoadProgress",
-                                   "WorkerLoaded",
-                                   "HeapCreated",
-                                   "PeersOpened",
-                                   "EpochQuiesced",
-                                   "Heartbeat",
-                                   "Counts",
-                                   "PhaseDone",
-                                   "BatchDone",
-                                   "WorkerLeaving",
-                                   "WorkerFailure",
-                                   "StreamClosed",
-                                   "RequestArrived",
-                                   "RequestCancelled",
-                                   "ProbeVerified",
-                                   "DrainWorker",
-                                   "DrainCluster",
-                                   "Tick"};
-const char* const kCommandNames[] = {"AssignRank",
-                                     "SendStandby",
-                                     "SendCreateHeap",
-                                     "SendOpenPeers",
-                                     "SendEpochStarted",
-                                     "SendEpochEnded",
-                                     "GrantLease",
-                                     "SendShutdown",
-                                     "RejectWorker",
-                                     "CloseStream",
-                                     "StartProbe",
-                                     "StartBatch",
-                                     "SendCountMatrix",
-                                     "SendDispatchTrigger",
-                                     "SendCombineTrigger",
-                                     "VerifyProbe",
-                                     "FinishBatch",
-                                     "DropBatch",
-                                     "CompleteRequest",
-                                     "SetServing",
-                                     "DrainWorkerDone",
-                                     "ClusterDrained",
-                                     "Notice"};
+const char* const kEventNames[] = {
+    "WorkerHello",   "WorkerLoadProgress", "WorkerLoaded", "HeapCreated",    "PeersOpened",
+    "EpochQuiesced", "Heartbeat",          "Counts",       "PhaseDone",      "BatchDone",
+    "WorkerLeaving", "WorkerFailure",      "StreamClosed", "RequestArrived", "RequestCancelled",
+    "ProbeVerified", "DrainWorker",        "DrainCluster", "HoldBatches",    "ReleaseBatches",
+    "Tick"};
+const char* const kCommandNames[] = {
+    "AssignRank",       "SendStandby",         "SendCreateHeap",     "SendOpenPeers",
+    "SendEpochStarted", "SendEpochEnded",      "GrantLease",         "SendShutdown",
+    "RejectWorker",     "CloseStream",         "StartProbe",         "StartBatch",
+    "SendCountMatrix",  "SendDispatchTrigger", "SendCombineTrigger", "VerifyProbe",
+    "FinishBatch",      "DropBatch",           "CompleteRequest",    "SetServing",
+    "BatchesHeld",      "DrainWorkerDone",     "ClusterDrained",     "Notice"};
 
 }  // namespace
 
@@ -104,6 +75,10 @@ void SimCoordinator::Note(const Event& event) {
     queued_.insert(arrived->request);
   } else if (const auto* verified = std::get_if<ProbeVerified>(&event)) {
     if (verified->ok) verified_epoch_ = verified->epoch;
+  } else if (const auto* hold = std::get_if<HoldBatches>(&event)) {
+    hold_until_us_ = hold->until_us;
+  } else if (std::holds_alternative<ReleaseBatches>(event)) {
+    held_ = false;
   }
 }
 
@@ -263,6 +238,7 @@ void SimCoordinator::On(const StartProbe& c) {
 
 void SimCoordinator::On(const StartBatch& c) {
   if (verified_epoch_ != c.epoch) world_.Fail("a batch started in an unverified epoch");
+  if (held_) world_.Fail("a batch started while batches are held");
   TakeSlot(c.batch, c.slot, false, c.epoch, c.counts);
   std::int64_t next = 0;
   for (const RequestRows& rows : c.requests) {
@@ -361,6 +337,18 @@ void SimCoordinator::On(const SetServing& c) {
     world_.Fail(absl::StrCat("epoch ", c.epoch, " serves unverified"));
   }
   serving_ = c.serving;
+}
+
+void SimCoordinator::Hold(std::int64_t duration_us) {
+  Deliver(HoldBatches{world_.now() + duration_us});
+  world_.At(world_.now() + world_.Between(0, 2 * duration_us),
+            [this] { Deliver(ReleaseBatches{}); });
+}
+
+void SimCoordinator::On(const BatchesHeld& c) {
+  if (!c.expired && !batches_.empty()) world_.Fail("batches are held with one in flight");
+  if (c.expired && world_.now() < hold_until_us_) world_.Fail("a hold ended before its time");
+  held_ = !c.expired;
 }
 
 void SimCoordinator::On(const DrainWorkerDone& c) {

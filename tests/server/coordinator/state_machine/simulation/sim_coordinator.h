@@ -31,6 +31,8 @@ class SimCoordinator {
   RequestId Arrive(RequestArrived request);
   void Cancel(RequestId id) { Deliver(RequestCancelled{id}); }
   void Drain(const std::string& worker_id);
+  // Holds batches for so long at most, and releases them at some time within twice as long.
+  void Hold(std::int64_t duration_us);
   // The process dies: callers lose their connections, which ends their requests.
   void Die();
 
@@ -74,6 +76,7 @@ class SimCoordinator {
   void On(const DropBatch& c);
   void On(const CompleteRequest& c);
   void On(const SetServing& c);
+  void On(const BatchesHeld& c);
   void On(const DrainWorkerDone& c);
   void On(const ClusterDrained& c);
   void On(const Notice& c);
@@ -113,6 +116,8 @@ class SimCoordinator {
   std::set<std::uint64_t> drain_tokens_;
   std::uint64_t next_token_ = 1;
   bool drained_ = false;
+  TimeUs hold_until_us_ = 0;
+  bool held_ = false;  // BatchesHeld has come
 };
 
 }  // namespace epserve::coordinator::sim

@@ -156,7 +156,7 @@ class Schedule {
     SimWorker& worker =
         *workers_[world_.Between(0, static_cast<std::int64_t>(workers_.size()) - 1)];
     SimCoordinator* c = coordinator();
-    switch (world_.Between(0, 11)) {
+    switch (world_.Between(0, 12)) {
       case 0:
       case 1:
         return worker.Kill();
@@ -182,6 +182,9 @@ class Schedule {
           c->DrainAll();
           WaitForDrain(c);
         }
+        return;
+      case 12:
+        if (c != nullptr) c->Hold(world_.Between(1 * kMs, 60 * kMs));
         return;
     }
   }

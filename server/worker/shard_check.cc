@@ -1,0 +1,113 @@
+#include "server/worker/shard_check.h"
+
+#include <limits>
+#include <string>
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+#include "server/common/region_io.h"
+
+namespace epserve::worker {
+namespace {
+
+// The widest routing that any supported layout has; bounds the sizes computed from a shard.
+constexpr int kMaxTopk = 16;
+
+absl::Status CheckBytes(std::string_view name, std::size_t got, std::int64_t expected) {
+  if (got == static_cast<std::size_t>(expected)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("shard: ", std::string(name), " has ", got, " bytes, expected ", expected));
+}
+
+template <typename Rows>
+bool AreRowsInside(const Rows& rows, std::int64_t num_tokens) {
+  return rows.num_rows >= 0 && rows.num_rows <= num_tokens && rows.first_row >= 0 &&
+         rows.first_row <= num_tokens - rows.num_rows;
+}
+
+absl::Status CheckInArena(const Shard& shard, const ShardLimits& limits) {
+  if (!limits.has_arena) {
+    return absl::InternalError("shard: its rows are in an arena, but this worker has none mapped");
+  }
+  if (shard.first_row < 0 || shard.first_row > limits.max_batch_tokens - shard.num_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("shard: first_row ", shard.first_row, " with ",
+                                                   shard.num_tokens, " rows passes the arena's ",
+                                                   limits.max_batch_tokens, " rows"));
+  }
+  if (shard.topk != limits.model->topk) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: topk ", shard.topk, " is not the arena's ", limits.model->topk));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckRegions(const Shard& shard, const ShardLimits& limits) {
+  if (shard.sources.empty() && shard.targets.empty()) return absl::OkStatus();
+  if (!shard.in_arena || !limits.has_regions) {
+    return absl::InternalError(
+        "shard: its rows are in clients' regions, but this worker cannot reach any");
+  }
+  constexpr auto kFileEnd = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+  const auto row_bytes = static_cast<std::uint64_t>(RowBytes(shard, *limits.model));
+  for (const auto* list : {&shard.sources, &shard.targets}) {
+    for (const RegionRows& rows : *list) {
+      if (!AreRowsInside(rows, shard.num_tokens) ||
+          !server::Fits(rows.object_offset, static_cast<std::uint64_t>(rows.num_rows) * row_bytes,
+                        kFileEnd)) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "shard: ", rows.num_rows, " rows from row ", rows.first_row, " at offset ",
+            rows.object_offset, " of region ", rows.label, " do not fit its ", shard.num_tokens));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+// In order and apart, so that rows can be counted by adding.
+absl::Status CheckDeviceRows(const Shard& shard) {
+  std::int64_t next_row = 0;
+  for (const DeviceRows& rows : shard.device_rows) {
+    if (!AreRowsInside(rows, shard.num_tokens) || rows.first_row < next_row) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("shard: ", rows.num_rows, " device rows from row ", rows.first_row,
+                       " do not fit its ", shard.num_tokens, " behind row ", next_row));
+    }
+    next_row = rows.first_row + rows.num_rows;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::int64_t RowBytes(const Shard& shard, const runtime::ModelInfo& model) {
+  return static_cast<std::int64_t>(runtime::DataTypeBytes(shard.dtype)) * model.hidden;
+}
+
+absl::Status CheckShard(const Shard& shard, const ShardLimits& limits) {
+  if (shard.num_tokens < 0 || shard.num_tokens > limits.max_shard_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "shard: num_tokens ", shard.num_tokens, " is not in [0, ", limits.max_shard_tokens,
+        "]; give coordinator and workers the same --max-batch-tokens"));
+  }
+  if (shard.topk < 1 || shard.topk > kMaxTopk) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
+  }
+  if (shard.device_counts && shard.counts.has_value()) {
+    return absl::InvalidArgumentError(
+        "shard: a count matrix came, and the ranks are to exchange the counts, too");
+  }
+  if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard, limits));
+  EPS_RETURN_IF_ERROR(CheckRegions(shard, limits));
+  EPS_RETURN_IF_ERROR(CheckDeviceRows(shard));
+  const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
+  const bool on_device = NumRowsWith(&DeviceRows::hidden, shard.device_rows) == shard.num_tokens;
+  EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(),
+                                 on_device ? 0 : in_message * RowBytes(shard, *limits.model)));
+  const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
+  EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
+  return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
+}
+
+}  // namespace epserve::worker

@@ -1,0 +1,29 @@
+// Whether a shard fits this worker and itself: sizes and places follow from what it says.
+#ifndef EPSERVE_SERVER_WORKER_SHARD_CHECK_H_
+#define EPSERVE_SERVER_WORKER_SHARD_CHECK_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "runtime/checkpoint/model_info.h"
+#include "server/worker/control_messages.h"
+
+namespace epserve::worker {
+
+struct ShardLimits {
+  std::int64_t max_batch_tokens = 0;
+  std::int64_t max_shard_tokens = 0;
+  const runtime::ModelInfo* model = nullptr;
+  bool has_arena = false;    // the epoch's is mapped
+  bool has_regions = false;  // clients' system regions are in reach
+};
+
+// One row of the shard's type.
+std::int64_t RowBytes(const Shard& shard, const runtime::ModelInfo& model);
+
+// INVALID_ARGUMENT or INTERNAL, naming what does not fit.
+absl::Status CheckShard(const Shard& shard, const ShardLimits& limits);
+
+}  // namespace epserve::worker
+
+#endif  // EPSERVE_SERVER_WORKER_SHARD_CHECK_H_
