@@ -38,6 +38,7 @@
 #include "server/coordinator/batch_store.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/metrics.h"
+#include "server/coordinator/process_watch.h"
 #include "server/coordinator/state_machine/state_machine.h"
 #include "server/coordinator/worker_stream.h"
 
@@ -151,6 +152,7 @@ class Host : public RequestSink {
   void Handle(std::unique_ptr<PendingRequest>& request);
   void Handle(CancelRequest& cancel);
   void Handle(NewStream& opened);
+  void WatchProcess(const HelloInfo& hello);
   void Handle(Query& query);
   void Handle(Drain& drain);
   void HandleBatchDone(WorkerReport& report, BatchDone& done);
@@ -226,6 +228,7 @@ class Host : public RequestSink {
   std::deque<Event> raised_;  // by commands; applied once the commands before are carried out
   std::vector<std::vector<std::uint64_t>> expert_rows_;  // [layers][E]
 
+  std::unique_ptr<ProcessWatch> process_watch_;  // null: the leases alone decide
   std::thread timer_;
 };
 

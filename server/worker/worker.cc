@@ -11,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "runtime/base/log.h"
 #include "server/common/probe.h"
+#include "server/common/process_identity.h"
 #include "server/worker/clock.h"
 #include "server/worker/load_progress.h"
 
@@ -455,7 +456,7 @@ Hello Worker::MakeHello() const {
     hello.held_num_ranks = session_.held()->placement.num_ranks();
   }
   hello.node = config_.node;
-  hello.pid = getpid();
+  hello.process = server::OwnProcessIdentity();
   hello.max_batch_tokens = config_.max_batch_tokens;
   hello.cluster_id = config_.cluster_id;
   hello.num_slots = config_.num_slots;

@@ -3,7 +3,6 @@
 import collections
 import pathlib
 import re
-import signal
 
 from checkpoints import relative_error
 from cluster import SHM_DIR, segments, wait_until
@@ -52,14 +51,14 @@ def test_shared_memory_stays_within_what_the_manual_reckons(checkpoint, start_cl
         cluster.start_worker(workers)
         cluster.wait_status(lambda s: len(s.workers) == workers + 1, 20, "a worker stands by")
         epoch = cluster.status().epoch
-        cluster.workers[0].send(signal.SIGSTOP)
+        cluster.workers[0].pause()
         try:
             cluster.wait_status(
                 lambda s: s.state == "serving" and s.epoch > epoch, 20, "the standby has its place"
             )
             assert 0.95 * rule <= shared_bytes(cluster) <= 1.02 * rule
         finally:
-            cluster.workers[0].send(signal.SIGCONT)
+            cluster.workers[0].resume()
         wait_until(
             lambda: shared_bytes(cluster) <= serving, 20, "it lets go of the epoch before"
         )
@@ -82,7 +81,7 @@ def test_segments_left_by_a_crash_are_reclaimed_at_the_next_start(
             10,
             "both have loaded",
         )
-        cluster.workers[1].send(signal.SIGSTOP)
+        cluster.workers[1].pause()
         wait_until(lambda: heaps(cluster.id), 10, "a heap exists by name")
         cluster.workers[0].kill()
         cluster.workers[1].kill()

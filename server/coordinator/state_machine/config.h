@@ -27,6 +27,8 @@ struct Config {
   CountExchangeMode count_exchange = CountExchangeMode::kAuto;
 
   std::int64_t lease_us = 1'000'000;
+  // Workers write to memory that is no epoch's own and outlives the coordinator: clients' regions.
+  bool client_regions = false;
   EpochId initial_epoch = 1;  // unix seconds at start
   TimeUs start_us = 0;        // monotonic time at start
   // The n-th epoch of this coordinator starts no earlier than n times this after the start, so that

@@ -18,7 +18,11 @@ std::optional<TimeUs> StateMachine::Impl::EpochStart() const {
   }
   TimeUs start_us = std::max(membership_.FencedUntil(), backoff_until_us_);
   start_us = std::max(start_us, config_.start_us + epochs_started_ * config_.epoch_pace_us);
-  if (fresh_ && !membership_.IsWholeLastEpoch()) {
+  // What an earlier coordinator's workers may still touch: memory of those who were in its epochs,
+  // and clients' regions.
+  const bool out_of_reach = membership_.IsWholeLastEpoch() ||
+                            (membership_.NobodyWasInAnEpoch() && !config_.client_regions);
+  if (fresh_ && !out_of_reach) {
     start_us = std::max(start_us, config_.start_us + config_.lease_us);
   }
   return start_us;

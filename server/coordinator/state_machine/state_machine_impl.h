@@ -50,6 +50,7 @@ class StateMachine::Impl {
   void On(const WorkerLeaving& event);
   void On(const WorkerFailure& event);
   void On(const StreamClosed& event);
+  void On(const ProcessEnded& event);
   void On(const DrainWorker& event);
   void On(const DrainCluster& event);
   void AssignRanks();

@@ -53,7 +53,8 @@ void StateMachine::Impl::On(const WorkerHello& event) {
   if (Session* older = membership_.FindWorker(event.worker_id)) {
     // A process that is gone has taken its stream with it, or falls silent. One that is alive keeps
     // its name: two of one name would otherwise throw each other out for ever.
-    if (older->incarnation != event.incarnation && now_us_ < HeardUntil(*older)) {
+    if (older->incarnation != event.incarnation && !older->process_ended &&
+        now_us_ < HeardUntil(*older)) {
       const std::string reason =
           absl::StrCat("worker id ", event.worker_id,
                        " is held by another process that is alive; give every worker a "
@@ -171,6 +172,14 @@ void StateMachine::Impl::On(const StreamClosed& event) {
   Session* session = membership_.Find(event.stream);
   if (session == nullptr) return;
   LoseWorker(*session, "its stream closed", false);
+}
+
+// Its stream, where that is still open, ends by itself, and what the worker said last comes first.
+void StateMachine::Impl::On(const ProcessEnded& event) {
+  membership_.LiftFence(event.worker_id, event.incarnation);
+  Session* session = membership_.FindWorker(event.worker_id);
+  if (session == nullptr || session->incarnation != event.incarnation) return;
+  session->process_ended = true;
 }
 
 void StateMachine::Impl::LoseWorker(Session& session, const std::string& reason,
