@@ -7,6 +7,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "client/command/help_text.h"
 #include "client/command/shared_flags.h"
@@ -44,6 +45,22 @@ constexpr PassThrough kPassThrough[] = {
     {"--max-message-bytes",
      "Largest gRPC message taken or sent, bytes (default: the coordinator's own)", true, false,
      true},
+    {"--max-held-bytes",
+     "Requests, outputs and unread replies of all callers together, bytes (default: the "
+     "coordinator's own)",
+     true, false, true},
+    {"--max-connections",
+     "Connections that may have calls under way at once, workers' included (default: the "
+     "coordinator's own)",
+     true, false, true},
+    {"--message-timeout-ms",
+     "Longest that the message of a call may take to come whole, milliseconds (default: the "
+     "coordinator's own)",
+     true, false, true},
+    {"--stream-idle-timeout-ms",
+     "Longest that a caller's stream may bring no message, milliseconds (default: the "
+     "coordinator's own)",
+     true, false, true},
     {"--formation-timeout-ms",
      "Longest that an epoch may take to form, milliseconds (default: the coordinator's own)", true,
      false, true},
@@ -423,6 +440,11 @@ absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command,
     return Command(parsed.status);
   }
   if (name == "bench") {
+    if (parsed.bench.rate > 0 && command.get_option("--concurrency")->count() > 0) {
+      return absl::InvalidArgumentError(
+          "--concurrency is for the closed loop, and --rate starts requests whatever is under way; "
+          "give one of the two");
+    }
     parsed.bench.server_routes = parsed.bench_routing == "server";
     parsed.bench.system_shared_memory = parsed.bench_shared_memory == "system";
     if (parsed.bench.system_shared_memory && parsed.bench.tokens == 0) {
@@ -476,8 +498,13 @@ absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv) {
       return absl::InvalidArgumentError(
           absl::StrCat("'", name, "' is not a subcommand; see epserve --help"));
     }
+    // A word that nobody knows may be the very flag that is missing, misspelt: it comes first.
+    const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+    const std::string what = unknown.empty()
+                                 ? std::string(error.what())
+                                 : absl::StrCat("not known: ", absl::StrJoin(unknown, " "));
     return absl::InvalidArgumentError(
-        absl::StrCat(error.what(), "; see epserve ", known ? name + " " : std::string(), "--help"));
+        absl::StrCat(what, "; see epserve ", known ? name + " " : std::string(), "--help"));
   }
   result.name = app.get_subcommands().front()->get_name();
   EPC_ASSIGN_OR_RETURN(result.command,
