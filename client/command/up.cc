@@ -25,6 +25,7 @@
 #include "client/command/format.h"
 #include "client/command/progress.h"
 #include "client/command/readiness_watch.h"
+#include "client/command/scratch_directory.h"
 #include "client/command/supervisor.h"
 #include "client/command/terminal.h"
 #include "client/cpp/file_handle.h"
@@ -43,28 +44,6 @@ constexpr absl::Duration kStableLifetime = absl::Seconds(30);
 // What a drained process may take beyond its drain before it is killed.
 constexpr absl::Duration kStopGrace = absl::Seconds(3);
 constexpr absl::Duration kWorkerStopTimeout = absl::Seconds(8);
-
-// A directory that goes when this does.
-class ScratchDirectory {
- public:
-  static absl::StatusOr<std::unique_ptr<ScratchDirectory>> Create() {
-    const char* parent = std::getenv("TMPDIR");
-    std::string path = absl::StrCat(parent != nullptr ? parent : "/tmp", "/epserve-up-XXXXXX");
-    if (mkdtemp(path.data()) == nullptr) {
-      return absl::InternalError(absl::StrCat("create '", path, "': ", strerror(errno)));
-    }
-    return std::unique_ptr<ScratchDirectory>(new ScratchDirectory(path));
-  }
-  ~ScratchDirectory() {
-    for (const char* name : {"/port", "/metrics_port"}) unlink((path_ + name).c_str());
-    rmdir(path_.c_str());
-  }
-  std::string File(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  explicit ScratchDirectory(std::string path) : path_(std::move(path)) {}
-  const std::string path_;
-};
 
 std::optional<int> ReadPort(const std::string& path) {
   std::ifstream file(path);

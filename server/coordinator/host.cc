@@ -384,6 +384,7 @@ void Host::UpdateGauges() {
 ClusterView Host::View() const {
   ClusterView view;
   view.cluster = machine_->TakeSnapshot();
+  view.requests = metrics_->request_totals();
   view.placement = machine_->placement();
   const TimeUs now_us = NowUs();
   view.uptime_ms = (now_us - config_.start_us) / 1000;

@@ -55,6 +55,7 @@ struct WorkerView {
 };
 struct ClusterView {
   Snapshot cluster;
+  Metrics::RequestTotals requests;  // as the metrics have them
   runtime::Placement placement;
   std::vector<WorkerView> workers;
   std::int64_t uptime_ms = 0;

@@ -69,8 +69,10 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_MAX_HELD_BYTES")
       ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{1} << 50))
       ->capture_default_str();
-  app.add_option("--max-connections", options.max_connections,
-                 "Connections that may have calls under way at once, workers' included")
+  app.add_option(
+         "--max-connections", options.max_connections,
+         "Connections that may have calls under way at once, workers' included; all callers over "
+         "one Unix socket count as one")
       ->envname("EPSERVE_MAX_CONNECTIONS")
       ->check(CLI::Range(1, 1'000'000))
       ->capture_default_str();

@@ -132,3 +132,13 @@ def test_sigterm_of_worker_without_coordinator_exits_with_0(checkpoint, start_cl
         cluster.coordinator.kill()
         for worker in cluster.workers.values():
             assert worker.terminate(5) == 0
+
+
+def test_ordinary_stop_warns_nobody(checkpoint, start_cluster):
+    with start_cluster(checkpoint(), workers=2) as cluster:
+        assert cluster.workers[0].terminate() == 0
+        assert cluster.coordinator.terminate() == 0
+        assert cluster.workers[1].terminate() == 0
+        for program in (cluster.coordinator, *cluster.workers.values()):
+            loud = [w for w in program.log().splitlines() if " WARNING " in w or " ERROR " in w]
+            assert not loud, loud

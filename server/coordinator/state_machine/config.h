@@ -74,7 +74,7 @@ struct Snapshot {
   std::int64_t queue_capacity = 0;
   std::int64_t requests_in_flight = 0;  // in a batch and not ended
   std::int64_t batches_in_flight = 0;   // slots taken, the probe's too
-  std::uint64_t requests_ok = 0;
+  std::uint64_t requests_ok = 0;        // of those that came to the machine, as the next
   std::uint64_t requests_failed = 0;
   std::uint64_t stale_messages = 0;
 };

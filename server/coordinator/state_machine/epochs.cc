@@ -123,14 +123,14 @@ void StateMachine::Impl::On(const EpochQuiesced& event) {
   if (unasked) EndEpoch(absl::StrCat(session->Name(), " left it"));
 }
 
-void StateMachine::Impl::EndEpoch(const std::string& reason) {
+void StateMachine::Impl::EndEpoch(const std::string& reason, Notice::Level level) {
   if (!epoch_runs()) return;
   const bool was_serving = accepting();
   stage_ = Stage::kNone;
   epoch_closing_ = false;
   probe_answered_ = false;
   last_epoch_end_ = reason;
-  Log(Notice::Level::kWarning, "epoch_ended", {{"epoch", epoch_}, {"reason", reason}});
+  Log(level, "epoch_ended", {{"epoch", epoch_}, {"reason", reason}});
   if (was_serving) Emit(SetServing{false, epoch_});
   for (auto& [stream, session] : membership_.sessions()) {
     if (session.epoch != epoch_) continue;

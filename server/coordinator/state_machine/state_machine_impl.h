@@ -75,7 +75,7 @@ class StateMachine::Impl {
   Session* Member(StreamId stream, EpochId epoch, Stage stage);
   std::optional<TimeUs> EpochStart() const;  // nullopt: not by time alone
   void TryStartEpoch();
-  void EndEpoch(const std::string& reason);
+  void EndEpoch(const std::string& reason, Notice::Level level = Notice::Level::kWarning);
   void BackOff();
   void ExpireFormation();
   TimeUs FormationDeadline() const;

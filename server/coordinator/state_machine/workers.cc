@@ -272,7 +272,7 @@ void StateMachine::Impl::BeginDrain(Session& session, std::string reason) {
       {{"worker", session.worker_id}, {"reason", session.drain_reason}});
   if (!IsMember(session)) return;
   if (stage_ != Stage::kServing) {
-    EndEpoch(absl::StrCat(session.Name(), " is leaving"));
+    EndEpoch(absl::StrCat(session.Name(), " is leaving"), Notice::Level::kInfo);
   } else if (!epoch_closing_) {
     const bool was_serving = accepting();
     epoch_closing_ = true;
@@ -285,7 +285,7 @@ void StateMachine::Impl::AdvanceDrains() {
   if (epoch_closing_ && queue_.num_queued() == 0 && batches_.empty()) {
     for (const auto& [stream, session] : membership_.sessions()) {
       if (session.draining && IsMember(session)) {
-        EndEpoch(absl::StrCat(session.Name(), " is leaving"));
+        EndEpoch(absl::StrCat(session.Name(), " is leaving"), Notice::Level::kInfo);
         break;
       }
     }
@@ -336,7 +336,7 @@ void StateMachine::Impl::AdvanceClusterDrain() {
   const bool idle = stage_ != Stage::kServing || (queue_.num_queued() == 0 && batches_.empty());
   if (!idle && now_us_ < cluster_drain_deadline_us_) return;
   cluster_drained_ = true;
-  EndEpoch("the coordinator is shutting down");
+  EndEpoch("the coordinator is shutting down", Notice::Level::kInfo);
   Emit(ClusterDrained{});
 }
 

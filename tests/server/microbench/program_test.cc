@@ -130,6 +130,18 @@ TEST(MicrobenchProgramTest, UnknownBackendIsRefusedNamingWhatIsBuilt) {
   EXPECT_THAT(outcome.output, HasSubstr("host"));
 }
 
+TEST(MicrobenchProgramTest, SizesBeyondTheMemoryAreRefusedBeforeAnythingIsAllocated) {
+  for (const std::string arguments :
+       {"alltoallv --ranks=8 --tokens=1048576 --hidden=1048576 --topk=2 --experts=16",
+        "rpc --request-bytes=1048576 --concurrency=1000 --inline-bytes=1073741824"}) {
+    const Outcome outcome = RunProgram(arguments);
+    if (outcome.exit_code == 0) continue;  // A machine with that much memory.
+    EXPECT_EQ(outcome.exit_code, 1) << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr("RESOURCE_EXHAUSTED"));
+    EXPECT_THAT(outcome.output, HasSubstr("bytes available; lower --"));
+  }
+}
+
 TEST(MicrobenchProgramTest, BadArgumentsAreRefusedWithExitCode2) {
   for (const char* arguments : {"",
                                 "nothing",
