@@ -68,12 +68,12 @@ def test_segments_left_by_a_crash_are_reclaimed_at_the_next_start(
     checkpoint, start_cluster, rng
 ):
     served = checkpoint()
-    arguments = ["--lease-ms", LEASE_MS]
+    arguments = ["--lease-ms", LEASE_MS, "--allow-client-shm"]
     with start_cluster(served, workers=2, coordinator_args=arguments, start=False) as cluster:
         cluster.start_coordinator()
         for index in range(2):
             cluster.start_worker(index)
-        # A fresh coordinator waits one lease. One worker stops shortly before its end, so that
+        # A fresh coordinator whose workers write to clients' regions waits one lease. One worker stops shortly before its end, so that
         # the other has made its heap and waits for a peer when both are killed.
         cluster.wait_status(
             lambda s: [w.state for w in s.workers].count("loaded") == 2
