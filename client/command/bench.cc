@@ -112,6 +112,7 @@ LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inp
 }  // namespace
 
 absl::Status RunBench(const BenchOptions& options) {
+  if (!options.trace_path.empty()) EPC_RETURN_IF_ERROR(CheckBenchTrace(options.trace_path));
   ClientOptions client_options{.target = options.server, .security = options.security};
   client_options.retry.max_attempts = options.attempts;
   InferenceClient client(client_options);

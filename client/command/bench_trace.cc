@@ -1,7 +1,10 @@
 #include "client/command/bench_trace.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <utility>
 
@@ -92,6 +95,18 @@ std::string BenchTrace(const std::vector<Sample>& samples) {
     events.push_back(Name("thread_name", kServiceProcess, rank, absl::StrCat("rank ", rank)));
   }
   return Json{{"displayTimeUnit", "ns"}, {"traceEvents", std::move(events)}}.dump();
+}
+
+absl::Status CheckBenchTrace(const std::string& path) {
+  const bool was_there = std::filesystem::exists(path);
+  const std::ofstream file(path, std::ios::app);
+  if (!file) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--trace '", path, "': ", strerror(errno),
+                     "; name a file in a directory that exists and can be written"));
+  }
+  if (!was_there) std::filesystem::remove(path);
+  return absl::OkStatus();
 }
 
 absl::Status WriteBenchTrace(const std::string& path, const std::vector<Sample>& samples) {

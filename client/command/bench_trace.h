@@ -14,6 +14,8 @@ namespace epserve::client {
 // The JSON text of the samples that carry a trace; the earliest request is at 0.
 std::string BenchTrace(const std::vector<Sample>& samples);
 
+// Before the load: INVALID_ARGUMENT if the file cannot be written there.
+absl::Status CheckBenchTrace(const std::string& path);
 // INTERNAL: the file cannot be written.
 absl::Status WriteBenchTrace(const std::string& path, const std::vector<Sample>& samples);
 

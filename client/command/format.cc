@@ -6,6 +6,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "nlohmann/json.hpp"
 
 namespace epserve::client {
 
@@ -84,6 +87,16 @@ std::string Printable(const std::string& text) {
     i += std::max<std::size_t>(size, 1);
   }
   return shown;
+}
+
+std::string JsonLogLine(const std::string& level, const std::string& message) {
+  const nlohmann::ordered_json line = {
+      {"time", absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", absl::Now(), absl::UTCTimeZone())},
+      {"level", level},
+      {"program", "epserve-up"},
+      {"event", "up"},
+      {"message", message}};
+  return line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
 }  // namespace epserve::client

@@ -21,6 +21,9 @@ std::string FormatError(double error);
 // machine sent must not steer the terminal that shows it.
 std::string Printable(const std::string& text);
 
+// One line of a log in JSON, as the service's programs write theirs, of the event "up".
+std::string JsonLogLine(const std::string& level, const std::string& message);
+
 }  // namespace epserve::client
 
 #endif  // EPSERVE_CLIENT_COMMAND_FORMAT_H_

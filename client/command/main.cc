@@ -1,4 +1,6 @@
 // The `epserve` command.
+#include <unistd.h>
+
 #include <cstdio>
 #include <string>
 #include <string_view>
@@ -12,6 +14,7 @@
 #include "client/command/infer.h"
 #include "client/command/make_checkpoint.h"
 #include "client/command/options.h"
+#include "client/command/output_queue.h"
 #include "client/command/status.h"
 #include "client/command/terminal.h"
 #include "client/command/up.h"
@@ -33,17 +36,21 @@ struct Runner {
   }
 };
 
-int Fail(const std::string& name, const absl::Status& status, int code) {
+// Waits for whoever reads stderr, but not for ever.
+constexpr absl::Duration kFailPatience = absl::Seconds(2);
+
+int Fail(const std::string& name, const absl::Status& status, int code, bool json = false) {
   const std::string text = name.empty() ? "epserve: " : "epserve " + name + ": ";
   std::string message(status.message());
   if (message.find("failed to connect") != std::string::npos) {
     message += "; start the service with epserve up, or say where it is with --server";
   }
-  std::fprintf(stderr, "%s\n",
-               Terminal::Of(stderr)
-                   .Paint(Color::kRed, text + absl::StatusCodeToString(status.code()) + ": " +
-                                           Printable(message))
-                   .c_str());
+  const std::string line = absl::StatusCodeToString(status.code()) + ": " + Printable(message);
+  OutputQueue errors(STDERR_FILENO, [](std::int64_t) { return std::string(); });
+  errors.Add(
+      (json ? JsonLogLine("ERROR", line) : Terminal::Of(stderr).Paint(Color::kRed, text + line)) +
+      "\n");
+  errors.Drain(kFailPatience);
   return code;
 }
 
@@ -56,7 +63,10 @@ int Main(int argc, char** argv) {
     return std::fflush(stdout) == 0 ? 0 : 1;
   }
   const absl::Status status = std::visit(Runner(), *parsed->command);
-  if (!status.ok()) return Fail(parsed->name, status, 1);
+  if (!status.ok()) {
+    const auto* const up = std::get_if<UpOptions>(&*parsed->command);
+    return Fail(parsed->name, status, 1, up != nullptr && up->json_logs);
+  }
   // Output that did not arrive is not success.
   return std::fflush(stdout) == 0 && std::ferror(stdout) == 0 ? 0 : 1;
 }

@@ -7,8 +7,10 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "client/command/help_text.h"
+#include "client/command/pass_through.h"
 #include "client/command/shared_flags.h"
 #include "client/cpp/status.h"
 
@@ -19,64 +21,6 @@ namespace {
 constexpr std::int64_t kMost = std::int64_t{1} << 40;
 
 CLI::Range AtLeast(std::int64_t least) { return CLI::Range(least, kMost); }
-
-// A flag that `up` hands on to its children as it is.
-struct PassThrough {
-  const char* name;
-  const char* description;
-  bool coordinator;
-  bool worker;
-  bool number = false;
-};
-
-constexpr PassThrough kPassThrough[] = {
-    {"--model-name", "Name the model is served under (default: the directory's base name)", true,
-     false},
-    {"--cluster-id", "Name that coordinator and workers share (default: epserve)", true, true},
-    {"--max-batch-tokens", "Most tokens of one batch (default: 4096)", true, true, true},
-    {"--merge", "When requests of one layer share a batch: never, queued (default: never)", true,
-     false},
-    {"--batch-window-us",
-     "How long a request waits for others to merge with, microseconds (default: 0)", true, false,
-     true},
-    {"--queue-capacity", "Most requests that wait in the queue (default: 1024)", true, false, true},
-    {"--slots", "Batches in flight (default: 2)", true, true, true},
-    {"--max-message-bytes",
-     "Largest gRPC message taken or sent, bytes (default: the coordinator's own)", true, false,
-     true},
-    {"--formation-timeout-ms",
-     "Longest that an epoch may take to form, milliseconds (default: the coordinator's own)", true,
-     false, true},
-    {"--batch-timeout-ms",
-     "Longest that a batch may take, milliseconds (default: the coordinator's own)", true, false,
-     true},
-    {"--trigger", "Dispatch and combine triggered together or separate (default: together)", true,
-     false},
-    {"--lease-ms", "A worker not heard of for so long is lost, milliseconds (default: 1000)", true,
-     false, true},
-    {"--shm-key-prefix", "Prefix that a client's shared-memory key must have (default: any)", true,
-     false},
-    {"--secrets-file", "File of lines '<frontend|worker|operator> <secret>' (default: none)", true,
-     false},
-    {"--count-exchange", "How the count matrix is made: coordinator, device, auto (default: auto)",
-     true, false},
-    {"--row-transport", "How rows reach the workers: shared or messages (default: shared)", true,
-     false},
-    {"--backend", "What computes and moves rows: host, cuda, nccl, auto (default: host)", false,
-     true},
-    {"--comm-blocks", "GPU blocks that move rows, per batch (default: the worker's own)", false,
-     true, true},
-    {"--dispatch-dtype", "Form of rows on their way to the experts (cuda): bf16, fp8", false, true},
-    {"--handle-dir", "Directory of the sockets that hand GPU heaps to peers (default: none)", false,
-     true},
-    {"--handle-type", "How GPU heaps are handed to peers: auto, fd, fabric (default: auto)", false,
-     true},
-    {"--compute-threads", "Threads per slot of each worker (default: the worker's own)", false,
-     true, true},
-    {"--peer-timeout-ms", "Longest wait for a peer, milliseconds (default: the worker's own)",
-     false, true, true},
-    {"--log-level", "Least level logged: debug, info, warning, error (default: info)", true, true},
-};
 
 // What the flags of every subcommand are parsed into before one of them is chosen.
 struct Parsed {
@@ -426,6 +370,11 @@ absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command,
     return Command(parsed.status);
   }
   if (name == "bench") {
+    if (parsed.bench.rate > 0 && command.get_option("--concurrency")->count() > 0) {
+      return absl::InvalidArgumentError(
+          "--concurrency is for the closed loop, and --rate starts requests whatever is under way; "
+          "give one of the two");
+    }
     parsed.bench.server_routes = parsed.bench_routing == "server";
     if (parsed.bench_shared_memory == "system") parsed.bench.memory = BenchMemory::kSystem;
     if (parsed.bench_shared_memory == "cuda") parsed.bench.memory = BenchMemory::kCuda;
@@ -481,8 +430,13 @@ absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv) {
       return absl::InvalidArgumentError(
           absl::StrCat("'", name, "' is not a subcommand; see epserve --help"));
     }
+    // A word that nobody knows may be the very flag that is missing, misspelt: it comes first.
+    const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+    const std::string what = unknown.empty()
+                                 ? std::string(error.what())
+                                 : absl::StrCat("not known: ", absl::StrJoin(unknown, " "));
     return absl::InvalidArgumentError(
-        absl::StrCat(error.what(), "; see epserve ", known ? name + " " : std::string(), "--help"));
+        absl::StrCat(what, "; see epserve ", known ? name + " " : std::string(), "--help"));
   }
   result.name = app.get_subcommands().front()->get_name();
   EPC_ASSIGN_OR_RETURN(result.command,

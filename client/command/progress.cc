@@ -28,7 +28,13 @@ std::string Bar(double fraction, int width) {
   return bar;
 }
 
-Progress::Progress(std::string label) : label_(std::move(label)), terminal_(Terminal::Of(stderr)) {}
+Progress::Progress(std::string label, std::function<void(const std::string&)> write)
+    : label_(std::move(label)), write_(std::move(write)), terminal_(Terminal::Of(stderr)) {}
+
+void Progress::ToStderr(const std::string& text) {
+  std::fputs(text.c_str(), stderr);
+  std::fflush(stderr);
+}
 
 Progress::~Progress() { Hide(); }
 
@@ -43,7 +49,7 @@ void Progress::Update(double fraction, const std::string& detail) {
     const absl::Time since = std::max(last_drawn_, started_);
     if (now - since < kPlainInterval) return;
     last_drawn_ = now;
-    absl::FPrintF(stderr, "%s: %s  %s\n", label_, Percent(fraction), detail);
+    write_(absl::StrFormat("%s: %s  %s\n", label_, Percent(fraction), detail));
     return;
   }
   if (now - last_drawn_ < kRedrawInterval) return;
@@ -55,16 +61,15 @@ void Progress::Update(double fraction, const std::string& detail) {
   const std::size_t room =
       terminal_.columns > static_cast<int>(used) ? terminal_.columns - used - 1 : 0;
   if (shown.size() > room) shown.resize(room);
-  absl::FPrintF(stderr, "\r\x1b[K%s  %s  %s  %s", label_,
-                terminal_.Paint(Color::kCyan, Bar(fraction, kBarColumns)), percent, shown);
-  std::fflush(stderr);
+  write_(absl::StrFormat("\r\x1b[K%s  %s  %s  %s", label_,
+                         terminal_.Paint(Color::kCyan, Bar(fraction, kBarColumns)), percent,
+                         shown));
   visible_ = true;
 }
 
 void Progress::Hide() {
   if (!visible_) return;
-  absl::FPrintF(stderr, "\r\x1b[K");
-  std::fflush(stderr);
+  write_("\r\x1b[K");
   visible_ = false;
   last_drawn_ = absl::InfinitePast();
 }

@@ -3,6 +3,7 @@
 #ifndef EPSERVE_CLIENT_COMMAND_PROGRESS_H_
 #define EPSERVE_CLIENT_COMMAND_PROGRESS_H_
 
+#include <functional>
 #include <string>
 
 #include "absl/time/clock.h"
@@ -13,7 +14,8 @@ namespace epserve::client {
 
 class Progress {
  public:
-  explicit Progress(std::string label);
+  // `write` takes what is to be shown in place of stderr.
+  explicit Progress(std::string label, std::function<void(const std::string&)> write = ToStderr);
   // Takes an unfinished bar off the screen.
   ~Progress();
   Progress(const Progress&) = delete;
@@ -26,7 +28,10 @@ class Progress {
   void Hide();
 
  private:
+  static void ToStderr(const std::string& text);
+
   const std::string label_;
+  const std::function<void(const std::string&)> write_;
   const Terminal terminal_;
   const absl::Time started_ = absl::Now();
   absl::Time last_drawn_ = absl::InfinitePast();

@@ -27,6 +27,7 @@ constexpr std::size_t kLastLines = 5;
 // A child that never ends a line must not fill memory.
 constexpr std::size_t kMaxLineBytes = 64 << 10;
 constexpr std::size_t kNameColumns = 11;
+constexpr absl::Duration kDrainPatience = absl::Milliseconds(500);
 
 // A directory that logs can be written to, created where its parent exists.
 absl::Status PrepareLogDirectory(const std::string& path) {
@@ -45,7 +46,15 @@ absl::Status PrepareLogDirectory(const std::string& path) {
 }  // namespace
 
 Supervisor::Supervisor(Config config)
-    : config_(std::move(config)), terminal_(Terminal::Of(stderr)) {}
+    : config_(std::move(config)),
+      terminal_(Terminal::Of(stderr)),
+      errors_(STDERR_FILENO, config_.dropped_note),
+      output_(STDOUT_FILENO, config_.dropped_note) {}
+
+void Supervisor::DrainOutput() {
+  output_.Drain(kDrainPatience);
+  errors_.Drain(kDrainPatience);
+}
 
 absl::StatusOr<std::unique_ptr<Supervisor>> Supervisor::Create(Config config) {
   EPC_RETURN_IF_ERROR(PrepareLogDirectory(config.log_dir));
@@ -116,12 +125,17 @@ SupervisorEvents Supervisor::Poll(absl::Duration timeout) {
     polled.push_back({child.output.get(), POLLIN, 0});
     names.push_back(name);
   }
+  for (const OutputQueue* queue : {&errors_, &output_}) {
+    if (!queue->empty()) polled.push_back({queue->fd(), POLLOUT, 0});
+  }
   const auto timeout_ms =
       static_cast<int>(std::clamp<std::int64_t>(absl::ToInt64Milliseconds(timeout), 0, 60'000));
   poll(polled.data(), polled.size(), timeout_ms);
   for (std::size_t i = 0; i < names.size(); ++i) {
     if (polled[i + 1].revents != 0) ReadOutput(names[i], children_.at(names[i]));
   }
+  errors_.Flush();
+  output_.Flush();
   SupervisorEvents events;
   TakeSignals(events);
   Reap(events);
@@ -156,12 +170,11 @@ void Supervisor::PrintLine(const std::string& name, const std::string& line) {
   if (last.size() > kLastLines) last.pop_front();
   if (config_.before_print) config_.before_print();
   if (config_.raw_lines) {
-    std::fprintf(stderr, "%s\n", line.c_str());
+    Print(line + "\n");
     return;
   }
   const std::string padding(name.size() < kNameColumns ? kNameColumns - name.size() : 0, ' ');
-  std::fprintf(stderr, "%s%s │ %s\n", terminal_.Paint(Color::kDim, name).c_str(), padding.c_str(),
-               line.c_str());
+  Print(absl::StrCat(terminal_.Paint(Color::kDim, name), padding, " │ ", line, "\n"));
 }
 
 void Supervisor::TakeSignals(SupervisorEvents& events) {

@@ -20,6 +20,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/command/output_queue.h"
 #include "client/command/terminal.h"
 #include "client/cpp/file_handle.h"
 
@@ -43,6 +44,8 @@ class Supervisor {
     std::string log_dir;  // Empty: the children's lines go to stderr, each after its child's name.
     bool raw_lines = false;              // Without the name: lines that are JSON stay JSON.
     std::function<void()> before_print;  // Takes a progress bar off the screen.
+    // The line that says how many were dropped because nobody read them.
+    std::function<std::string(std::int64_t)> dropped_note;
   };
 
   static absl::StatusOr<std::unique_ptr<Supervisor>> Create(Config config);
@@ -54,6 +57,11 @@ class Supervisor {
   absl::Status Start(const std::string& name, const std::vector<std::string>& argv);
   // Waits for at most `timeout` for output, ends and signals, and returns what happened.
   SupervisorEvents Poll(absl::Duration timeout);
+  // Writes to stderr or stdout, or puts it back until there is room; never waits.
+  void Print(const std::string& text) { errors_.Add(text); }
+  void PrintToStdout(const std::string& text) { output_.Add(text); }
+  // At the end: waits for what was put back, a little while.
+  void DrainOutput();
   // Nothing happens if no child of that name runs.
   void Signal(const std::string& name, int signal_number);
 
@@ -62,6 +70,7 @@ class Supervisor {
   pid_t PidOf(const std::string& name) const;  // -1: not running
   // The last lines that the latest child of that name wrote.
   std::vector<std::string> LastLines(const std::string& name) const;
+  std::string LogPath(const std::string& name) const;  // With Config::log_dir alone.
 
  private:
   struct Child {
@@ -73,7 +82,6 @@ class Supervisor {
 
   explicit Supervisor(Config config);
   absl::StatusOr<FileHandle> OpenLog(const std::string& name) const;
-  std::string LogPath(const std::string& name) const;
   void ReadOutput(const std::string& name, Child& child);
   void PrintLine(const std::string& name, const std::string& line);
   void TakeSignals(SupervisorEvents& events);
@@ -82,6 +90,8 @@ class Supervisor {
   const Config config_;
   const Terminal terminal_;
   FileHandle signals_;
+  OutputQueue errors_;
+  OutputQueue output_;
   std::map<std::string, Child> children_;
   std::map<std::string, std::deque<std::string>> last_lines_;
 };

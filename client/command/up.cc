@@ -25,6 +25,7 @@
 #include "client/command/format.h"
 #include "client/command/progress.h"
 #include "client/command/readiness_watch.h"
+#include "client/command/scratch_directory.h"
 #include "client/command/supervisor.h"
 #include "client/command/terminal.h"
 #include "client/cpp/file_handle.h"
@@ -43,28 +44,6 @@ constexpr absl::Duration kStableLifetime = absl::Seconds(30);
 // What a drained process may take beyond its drain before it is killed.
 constexpr absl::Duration kStopGrace = absl::Seconds(3);
 constexpr absl::Duration kWorkerStopTimeout = absl::Seconds(8);
-
-// A directory that goes when this does.
-class ScratchDirectory {
- public:
-  static absl::StatusOr<std::unique_ptr<ScratchDirectory>> Create() {
-    const char* parent = std::getenv("TMPDIR");
-    std::string path = absl::StrCat(parent != nullptr ? parent : "/tmp", "/epserve-up-XXXXXX");
-    if (mkdtemp(path.data()) == nullptr) {
-      return absl::InternalError(absl::StrCat("create '", path, "': ", strerror(errno)));
-    }
-    return std::unique_ptr<ScratchDirectory>(new ScratchDirectory(path));
-  }
-  ~ScratchDirectory() {
-    for (const char* name : {"/port", "/metrics_port"}) unlink((path_ + name).c_str());
-    rmdir(path_.c_str());
-  }
-  std::string File(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  explicit ScratchDirectory(std::string path) : path_(std::move(path)) {}
-  const std::string path_;
-};
 
 std::optional<int> ReadPort(const std::string& path) {
   std::ifstream file(path);
@@ -103,6 +82,7 @@ class Session {
   absl::Status WaitUntilReady();
   absl::Status Serve();
   void HandleExit(const ChildExit& exit);
+  void TellLastLines(const ChildExit& exit);
   void RestartDue();
   void ReportReadiness();
   absl::Status Stop();
@@ -112,6 +92,7 @@ class Session {
   void PrintEndpoints(absl::Duration took);
   absl::Status WriteReadyFile() const;
   void Say(Color color, const std::string& text);
+  std::string Line(Color color, const std::string& text) const;  // in the logs' form
   // Polls once; takes note of a wish to stop.
   std::vector<ChildExit> Poll();
 
@@ -124,8 +105,8 @@ class Session {
   std::string metrics_address_;  // Empty: none.
 
   std::unique_ptr<ScratchDirectory> scratch_;
-  std::unique_ptr<Progress> progress_;
   std::unique_ptr<Supervisor> supervisor_;
+  std::unique_ptr<Progress> progress_;
   std::unique_ptr<ReadinessWatch> watch_;
   std::map<std::string, Restart> restarts_;
   std::string told_failure_;  // why the last epoch ended, as it was told while starting
@@ -172,7 +153,17 @@ std::vector<ChildExit> Session::Poll() {
 
 void Session::Say(Color color, const std::string& text) {
   if (progress_ != nullptr) progress_->Hide();
-  std::fprintf(stderr, "%s\n", Terminal::Of(stderr).Paint(color, "epserve up: " + text).c_str());
+  supervisor_->Print(Line(color, text));
+}
+
+std::string Session::Line(Color color, const std::string& text) const {
+  if (!options_.json_logs) {
+    return Terminal::Of(stderr).Paint(color, "epserve up: " + text) + "\n";
+  }
+  const char* const level = color == Color::kRed      ? "ERROR"
+                            : color == Color::kYellow ? "WARNING"
+                                                      : "INFO";
+  return JsonLogLine(level, text) + "\n";
 }
 
 absl::Status Session::FailedBeforeReady(const ChildExit& exit) {
@@ -181,6 +172,9 @@ absl::Status Session::FailedBeforeReady(const ChildExit& exit) {
       absl::StrCat(exit.name, " ", exit.description, " before the service was ready");
   const auto lines = supervisor_->LastLines(exit.name);
   if (!lines.empty()) absl::StrAppend(&message, "; its last line: ", lines.back());
+  if (!options_.log_dir.empty()) {
+    absl::StrAppend(&message, "; its log: ", supervisor_->LogPath(exit.name));
+  }
   return absl::FailedPreconditionError(message);
 }
 
@@ -252,10 +246,10 @@ void Session::PrintEndpoints(absl::Duration took) {
   const ClusterState cluster = *watch_->Latest().cluster;
   std::uint64_t weights = 0;
   for (const WorkerState& worker : cluster.workers) weights += worker.weight_bytes;
+  std::string text = out_.Paint(Color::kBold, "epserve " EPSERVE_VERSION) + "\n";
   const auto line = [&](const char* name, const std::string& value) {
-    std::printf("  %-9s %s\n", name, value.c_str());
+    absl::StrAppendFormat(&text, "  %-9s %s\n", name, value);
   };
-  std::printf("%s\n", out_.Paint(Color::kBold, "epserve " EPSERVE_VERSION).c_str());
   line("model",
        absl::StrCat(Printable(cluster.model), ", ", cluster.num_experts, " experts a layer"));
   line("workers", absl::StrCat(cluster.workers.size(), " of ", cluster.expected_workers, ", ",
@@ -265,9 +259,9 @@ void Session::PrintEndpoints(absl::Duration took) {
     const char* const scheme = options_.metrics_tls ? "https://" : "http://";
     line("metrics", scheme + metrics_address_ + "/metrics");
   }
-  std::printf("%s in %s\n", out_.Paint(Color::kGreen, "ready").c_str(),
-              FormatSeconds(absl::ToDoubleSeconds(took)).c_str());
-  std::fflush(stdout);
+  absl::StrAppendFormat(&text, "%s in %s\n", out_.Paint(Color::kGreen, "ready"),
+                        FormatSeconds(absl::ToDoubleSeconds(took)));
+  supervisor_->PrintToStdout(text);
 }
 
 absl::Status Session::WriteReadyFile() const {
@@ -290,8 +284,18 @@ absl::Status Session::WriteReadyFile() const {
   return absl::OkStatus();
 }
 
+// With --log-dir nobody has seen what the child wrote.
+void Session::TellLastLines(const ChildExit& exit) {
+  if (exit.clean || options_.log_dir.empty()) return;
+  Say(Color::kPlain, absl::StrCat("the last lines of ", supervisor_->LogPath(exit.name), ":"));
+  for (const std::string& line : supervisor_->LastLines(exit.name)) {
+    Say(Color::kDim, absl::StrCat(exit.name, " │ ", line));
+  }
+}
+
 void Session::HandleExit(const ChildExit& exit) {
   const std::string what = absl::StrCat(exit.name, " ", exit.description);
+  TellLastLines(exit);
   if (exit.clean && exit.name != kCoordinator) {
     Say(Color::kYellow, what + "; it left on purpose and is not restarted");
     return;
@@ -397,11 +401,18 @@ absl::Status Session::Stop() {
 
 absl::Status Session::Run() {
   EPC_ASSIGN_OR_RETURN(scratch_, ScratchDirectory::Create());
-  progress_ = std::make_unique<Progress>("starting");
+  progress_ = std::make_unique<Progress>("starting", [this](const std::string& text) {
+    if (!options_.json_logs) supervisor_->Print(text);
+  });
   Supervisor::Config config;
   config.log_dir = options_.log_dir;
   config.raw_lines = options_.json_logs;
   config.before_print = [this] { progress_->Hide(); };
+  config.dropped_note = [this](std::int64_t count) {
+    return Line(Color::kYellow, absl::StrCat(count,
+                                             " pieces of output were dropped, because "
+                                             "nobody read them"));
+  };
   EPC_ASSIGN_OR_RETURN(supervisor_, Supervisor::Create(std::move(config)));
 
   absl::Status status = StartCoordinator();
@@ -415,6 +426,7 @@ absl::Status Session::Run() {
     if (status.ok()) status = Serve();
   }
   EPC_RETURN_IF_ERROR(Stop());
+  supervisor_->DrainOutput();
   return status;
 }
 

@@ -1,5 +1,6 @@
 #include "runtime/base/dtype.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -48,7 +49,68 @@ EPS_MULTIVERSION void FloatRowToFp16(const float* src, std::uint16_t* dst, std::
   for (std::size_t i = 0; i < count; ++i) dst[i] = FloatToFp16(src[i]);
 }
 
+// The largest magnitude in bits, which grow with it: NaN and Inf have the largest. Signed, because
+// that maximum is one instruction on every x86-64.
+EPS_MULTIVERSION std::int16_t LargestMagnitude(const std::int16_t* src, std::size_t count) {
+  std::int16_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto magnitude = static_cast<std::int16_t>(src[i] & 0x7fff);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+EPS_MULTIVERSION std::int32_t LargestMagnitude(const std::int32_t* src, std::size_t count) {
+  std::int32_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int32_t magnitude = src[i] & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+EPS_MULTIVERSION std::uint8_t LargestMagnitude(const std::uint8_t* src, std::size_t count) {
+  std::uint8_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto magnitude = static_cast<std::uint8_t>(src[i] & 0x7f);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// The first element whose magnitude reaches `limit`.
+template <typename Bits>
+std::size_t FindMagnitude(const void* src, std::size_t count, Bits limit) {
+  const auto* bits = static_cast<const Bits*>(src);
+  constexpr std::size_t kBlock = 4096;
+  for (std::size_t begin = 0; begin < count; begin += kBlock) {
+    const std::size_t end = std::min(count, begin + kBlock);
+    if (LargestMagnitude(bits + begin, end - begin) < limit) continue;
+    std::size_t i = begin;
+    while (LargestMagnitude(bits + i, 1) < limit) ++i;
+    return i;
+  }
+  return count;
+}
+
 }  // namespace
+
+std::size_t FindNonFinite(DataType type, const void* src, std::size_t count) {
+  switch (type) {
+    case DataType::kFp32:
+      return FindMagnitude<std::int32_t>(src, count, 0x7f800000);
+    case DataType::kFp16:
+      return FindMagnitude<std::int16_t>(src, count, 0x7c00);
+    case DataType::kBf16:
+      return FindMagnitude<std::int16_t>(src, count, 0x7f80);
+    case DataType::kFp8E4m3:
+      return FindMagnitude<std::uint8_t>(src, count, 0x7f);
+    case DataType::kInt32:
+    case DataType::kInt64:
+      return count;  // Every one is finite.
+  }
+  return count;
+}
 
 float Fp16ToFloat(std::uint16_t bits) {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;

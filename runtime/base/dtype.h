@@ -70,6 +70,9 @@ std::uint8_t FloatToFp8E4m3(float value);  // Saturates at 448.
 void ConvertToFloat(DataType type, const void* src, float* dst, std::size_t count);
 void ConvertFromFloat(DataType type, const float* src, void* dst, std::size_t count);
 
+// The index of the first NaN or Inf among `count` elements of `type` (as above); `count`: none.
+std::size_t FindNonFinite(DataType type, const void* src, std::size_t count);
+
 }  // namespace epserve::runtime
 
 #endif  // EPSERVE_RUNTIME_BASE_DTYPE_H_

@@ -141,6 +141,12 @@ std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view pro
   return line;
 }
 
+void LogFailure(const absl::Status& status) {
+  const LogState& state = State();
+  if (state.format == LogFormat::kJson) return LogError("failed", {{"error", status}});
+  std::fprintf(stderr, "%s: %s\n", state.program.c_str(), std::string(status.message()).c_str());
+}
+
 void Log(LogLevel level, std::string_view event, std::span<const LogField> fields) {
   LogState& state = State();
   const spdlog::level::level_enum spdlog_level = SpdlogLevel(level);

@@ -31,8 +31,7 @@ struct LogField {
   LogField(std::string_view k, std::string_view v) : key(k), value(v), quoted(true) {}
   LogField(std::string_view k, const std::string& v) : key(k), value(v), quoted(true) {}
   LogField(std::string_view k, const char* v) : key(k), value(v), quoted(true) {}
-  LogField(std::string_view k, const absl::Status& v)
-      : key(k), value(v.ToString()), quoted(true) {}
+  LogField(std::string_view k, const absl::Status& v) : key(k), value(v.ToString()), quoted(true) {}
 
   std::string_view key;
   std::string value;
@@ -57,6 +56,10 @@ inline void LogWarning(std::string_view event, LogFields fields = {}) {
 inline void LogError(std::string_view event, LogFields fields = {}) {
   Log(LogLevel::kError, event, fields);
 }
+
+// Why the program ends, as its last line on stderr: for people as "<program>: <message>", in JSON
+// an error of the event "failed", whatever level is logged.
+void LogFailure(const absl::Status& status);
 
 // The line that Log would write, without its time stamp; for tests.
 std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view program,

@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "runtime/base/status.h"
+#include "runtime/checkpoint/finite_read.h"
 #include "runtime/checkpoint/tensor_table.h"
 
 namespace epserve::runtime {
@@ -39,14 +40,7 @@ class Fingerprint {
   std::uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
-// Reads a part of the tensor `name`, from `offset` in `file`.
-absl::Status ReadPart(const InputFile& file, const std::string& name, std::uint64_t offset,
-                      void* out, std::uint64_t bytes) {
-  const absl::Status status = file.ReadAt(offset, out, bytes);
-  if (status.ok()) return status;
-  return absl::Status(status.code(),
-                      absl::StrCat(std::string(status.message()), " (tensor \"", name, "\")"));
-}
+std::string ScaleName(const std::string& weight) { return absl::StrCat(weight, "_scale_inv"); }
 
 }  // namespace
 
@@ -114,7 +108,7 @@ class Checkpoint::Builder {
           absl::StrCat("checkpoint: ", FileOf(name), ": tensor \"", name,
                        "\" is F8_E4M3, but config.json has no quantization_config"));
     }
-    const std::string scale = absl::StrCat(name, "_scale_inv");
+    const std::string scale = ScaleName(name);
     EPS_ASSIGN_OR_RETURN(matrix.scale,
                          Find(scale, {CeilDiv(rows, kFp8BlockSize), CeilDiv(cols, kFp8BlockSize)}));
     if (matrix.scale.dtype != DataType::kFp32) {
@@ -206,8 +200,12 @@ class Checkpoint::Builder {
     const TensorTable::Tensor& tensor = *table_.Find(name);
     std::array<char, kSampleBytes> sample;
     const std::uint64_t bytes = std::min(tensor.entry.bytes, kSampleBytes);
-    EPS_RETURN_IF_ERROR(ReadPart(table_.files()[static_cast<std::size_t>(tensor.file)], name,
-                                 tensor.entry.offset, sample.data(), bytes));
+    const InputFile& file = table_.files()[static_cast<std::size_t>(tensor.file)];
+    const absl::Status read = file.ReadAt(tensor.entry.offset, sample.data(), bytes);
+    if (!read.ok()) {
+      return absl::Status(read.code(),
+                          absl::StrCat(std::string(read.message()), " (tensor \"", name, "\")"));
+    }
     fingerprint_.Add(std::string_view(sample.data(), bytes));
     return absl::OkStatus();
   }
@@ -237,7 +235,7 @@ class Checkpoint::Loader {
     if (scaled) {
       scales_.resize(static_cast<std::size_t>(CeilDiv(rows, kFp8BlockSize) * scale_cols));
       EPS_RETURN_IF_ERROR(
-          ReadBytes(matrix.scale, name, 0, scales_.data(), scales_.size() * sizeof(float)));
+          Take(matrix.scale, ScaleName(name), scale_cols, 0, scales_.size(), scales_.data()));
     }
     const std::uint64_t row_bytes =
         static_cast<std::uint64_t>(cols) * DataTypeBytes(matrix.weight.dtype);
@@ -247,9 +245,8 @@ class Checkpoint::Loader {
         piece_.size(), static_cast<std::size_t>(std::min(rows, rows_per_piece)) * row_bytes));
     for (std::int64_t row = 0; row < rows; row += rows_per_piece) {
       const std::int64_t count = std::min(rows_per_piece, rows - row);
-      EPS_RETURN_IF_ERROR(ReadBytes(matrix.weight, name,
-                                    static_cast<std::uint64_t>(row) * row_bytes, piece_.data(),
-                                    static_cast<std::uint64_t>(count) * row_bytes));
+      EPS_RETURN_IF_ERROR(Take(matrix.weight, name, cols, static_cast<std::uint64_t>(row * cols),
+                               static_cast<std::uint64_t>(count * cols), piece_.data()));
       float* place = out + row * cols;
       ConvertToFloat(matrix.weight.dtype, piece_.data(), place,
                      static_cast<std::size_t>(count * cols));
@@ -268,11 +265,10 @@ class Checkpoint::Loader {
     for (std::int64_t c = 0; c < cols; ++c) row[c] *= scales[c / kFp8BlockSize];
   }
 
-  absl::Status ReadBytes(const Stored& stored, const std::string& name, std::uint64_t offset,
-                         void* out, std::uint64_t bytes) {
-    const InputFile& file = checkpoint_.files_[static_cast<std::size_t>(stored.file)];
-    EPS_RETURN_IF_ERROR(ReadPart(file, name, stored.offset + offset, out, bytes));
-    loaded_bytes_ += bytes;
+  absl::Status Take(const Stored& stored, const std::string& name, std::int64_t cols,
+                    std::uint64_t first, std::uint64_t count, void* out) {
+    EPS_RETURN_IF_ERROR(checkpoint_.ReadElements(stored, name, cols, first, count, out));
+    loaded_bytes_ += count * DataTypeBytes(stored.dtype);
     if (progress_) progress_(loaded_bytes_, total_bytes_);
     return absl::OkStatus();
   }
@@ -326,6 +322,13 @@ std::string Checkpoint::GateName(std::size_t layer_index) const {
 std::string Checkpoint::BiasName(std::size_t layer_index) const {
   return absl::StrCat("model.layers.", config_.layers[layer_index],
                       ".mlp.gate.e_score_correction_bias");
+}
+
+absl::Status Checkpoint::ReadElements(const Stored& stored, const std::string& name,
+                                      std::int64_t cols, std::uint64_t first, std::uint64_t count,
+                                      void* out) const {
+  const InputFile& file = files_[static_cast<std::size_t>(stored.file)];
+  return ReadFinite({file, name, stored.offset, stored.dtype, cols}, first, count, out);
 }
 
 absl::StatusOr<LayerExperts> Checkpoint::LoadLayer(Loader& loader, std::size_t layer_index,
@@ -392,11 +395,12 @@ absl::Status Checkpoint::ReadStored(std::size_t layer_index, std::int64_t expert
   const Matrix& found = ExpertAt(layer_index, expert).matrices[projection];
   const StoredMatrix stored = Describe(layer_index, expert, matrix);
   const std::string name = ExpertName(layer_index, expert, projection);
-  EPS_RETURN_IF_ERROR(ReadPart(files_[static_cast<std::size_t>(found.weight.file)], name,
-                               found.weight.offset, data, stored.bytes));
+  const std::int64_t cols = Cols(projection);
+  EPS_RETURN_IF_ERROR(
+      ReadElements(found.weight, name, cols, 0, stored.bytes / DataTypeBytes(stored.dtype), data));
   if (stored.scale_bytes == 0) return absl::OkStatus();
-  return ReadPart(files_[static_cast<std::size_t>(found.scale.file)], name, found.scale.offset,
-                  scales, stored.scale_bytes);
+  return ReadElements(found.scale, ScaleName(name), CeilDiv(cols, kFp8BlockSize), 0,
+                      stored.scale_bytes / sizeof(float), scales);
 }
 
 std::uint64_t Checkpoint::StoredExpertBytes(std::int64_t first, std::int64_t num) const {

@@ -80,7 +80,8 @@ class Checkpoint {
   const ModelConfig& config() const { return config_; }
   const ModelInfo& info() const { return info_; }
 
-  // Reads the experts [first, first + num) of every layer. `progress` may be empty.
+  // Reads the experts [first, first + num) of every layer. `progress` may be empty. DATA_LOSS: a
+  // file has changed, or a weight is NaN or Inf; names file, tensor and place.
   // REQUIRES: 0 <= first, 0 <= num, first + num <= E.
   absl::StatusOr<ExpertWeights> LoadExpertRange(std::int64_t first, std::int64_t num,
                                                 const LoadProgress& progress) const;
@@ -98,7 +99,8 @@ class Checkpoint {
   };
   // REQUIRES, of both: as LoadExpert.
   StoredMatrix Describe(std::size_t layer_index, std::int64_t expert, ExpertMatrix matrix) const;
-  // Reads it to `data` [bytes] and `scales` [scale_bytes]. DATA_LOSS names file and tensor.
+  // Reads it to `data` [bytes] and `scales` [scale_bytes]. DATA_LOSS names file and tensor, and
+  // where a weight is NaN or Inf its place.
   absl::Status ReadStored(std::size_t layer_index, std::int64_t expert, ExpertMatrix matrix,
                           void* data, void* scales) const;
 
@@ -136,6 +138,9 @@ class Checkpoint {
   Checkpoint() = default;
   absl::StatusOr<LayerExperts> LoadLayer(Loader& loader, std::size_t layer_index,
                                          std::int64_t first, std::int64_t num) const;
+  // Elements [first, first + count) of a tensor whose rows have `cols`; each must be finite.
+  absl::Status ReadElements(const Stored& stored, const std::string& name, std::int64_t cols,
+                            std::uint64_t first, std::uint64_t count, void* out) const;
   const Expert& ExpertAt(std::size_t layer_index, std::int64_t expert) const {
     return experts_[layer_index * static_cast<std::size_t>(config_.num_experts) +
                     static_cast<std::size_t>(expert)];

@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/host_exchange.h"
 #include "runtime/base/status.h"
+#include "runtime/microbench/memory_check.h"
 #include "runtime/microbench/rank_run.h"
 #include "runtime/microbench/spawn_self.h"
 #include "runtime/symmetric/stale_heaps.h"
@@ -51,6 +52,17 @@ absl::Status ReapRanks(const Coordination& coordination, const std::vector<pid_t
   return first;
 }
 
+// What the ranks take together beside their heaps, which refuse by themselves: rows and outputs,
+// and in each rank the ids of all.
+double WorkloadBytes(const BenchParams& params) {
+  const auto ranks = static_cast<double>(params.num_ranks);
+  const auto tokens = static_cast<double>(params.tokens_per_rank);
+  const double rows = 2 * tokens * static_cast<double>(params.hidden) *
+                      static_cast<double>(DataTypeBytes(params.dtype));
+  const double ids = (ranks + 2) * tokens * params.topk * sizeof(std::int32_t);
+  return ranks * (rows + ids);
+}
+
 absl::Status ValidateDeviceParams(const BenchParams& params) {
   if (params.backend == BenchBackend::kHost && (params.decode || params.fp8)) {
     return absl::InvalidArgumentError(
@@ -75,6 +87,8 @@ absl::StatusOr<BenchReport> RunAllToAllV(BenchParams params) {
   const ExchangeConfig config = BenchExchangeConfig(params, 0);
   EPS_RETURN_IF_ERROR(ValidateExchangeConfig(config));
   EPS_RETURN_IF_ERROR(ValidateDeviceParams(params));
+  EPS_RETURN_IF_ERROR(
+      CheckMemoryFor("alltoallv", WorkloadBytes(params), "--ranks, --tokens, --hidden or --topk"));
   EPS_ASSIGN_OR_RETURN(const Coordination coordination, Coordination::Create(params));
   std::vector<pid_t> pids;
   absl::Status status;

@@ -67,8 +67,8 @@ void FillCluster(const ClusterView& in, const AdminInfo& info, v1::ClusterStatus
   out->set_queued_requests(in.cluster.queued_requests);
   out->set_queue_capacity(in.cluster.queue_capacity);
   out->set_batches_in_flight(in.cluster.batches_in_flight);
-  out->set_requests_ok(in.cluster.requests_ok);
-  out->set_requests_failed(in.cluster.requests_failed);
+  out->set_requests_ok(in.requests.ok);
+  out->set_requests_failed(in.requests.failed);
   out->set_uptime_ms(in.uptime_ms);
   out->set_experts_without_worker(in.cluster.experts_without_worker);
   out->set_num_experts(in.cluster.num_experts);

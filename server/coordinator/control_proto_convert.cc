@@ -246,7 +246,7 @@ HelloInfo FromProto(const v1::Hello& hello) {
   info.held_rank = hello.held_rank();
   info.held_num_ranks = hello.held_num_ranks();
   info.node = hello.node();
-  info.pid = hello.pid();
+  info.process = {hello.process_home(), hello.pid(), hello.process_start_ticks()};
   info.max_batch_tokens = hello.max_batch_tokens();
   info.cluster_id = hello.cluster_id();
   info.num_slots = hello.num_slots();

@@ -74,6 +74,7 @@ Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
   config.trigger = options.separate_triggers ? TriggerMode::kSeparate : TriggerMode::kTogether;
   config.count_exchange = CountExchangeModeOf(options.count_exchange);
   config.lease_us = options.lease_ms * 1000;
+  config.client_regions = options.allow_client_shm;
   config.initial_epoch = static_cast<EpochId>(std::time(nullptr));
   config.epoch_pace_us = pace.epoch_pace_us;
   config.probe_backoff_us = pace.probe_backoff_us;

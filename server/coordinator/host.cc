@@ -53,6 +53,12 @@ void Host::Start() {
   machine_ = std::make_unique<StateMachine>(config_);
   batches_ = std::make_unique<BatchStore>(machine_->placement(), hidden_, config_.topk);
   UpdateGauges();
+  auto watch = ProcessWatch::Start([this](ProcessEnded ended) { Report({std::move(ended)}); });
+  if (watch.ok()) {
+    process_watch_ = *std::move(watch);
+  } else {
+    runtime::LogWarning("processes_not_watched", {{"error", watch.status()}});
+  }
   timer_ = std::thread([this] { KeepTime(); });
   RunTurn();
 }
@@ -66,6 +72,7 @@ void Host::Stop() {
     changed_.notify_all();
   }
   if (timer_.joinable()) timer_.join();
+  if (process_watch_ != nullptr) process_watch_->Stop();
   for (Item& item : inbox_) Refuse(item);  // What came before a Start() that never was.
   inbox_.clear();
   Shut();
@@ -282,14 +289,23 @@ void Host::Handle(NewStream& opened) {
   event.device_counts = opened.hello.device_counts;
   runtime::LogInfo("worker_hello", {{"worker", opened.hello.worker_id},
                                     {"node", opened.hello.node},
-                                    {"pid", opened.hello.pid},
+                                    {"pid", opened.hello.process.pid},
                                     {"backend", opened.hello.backend},
                                     {"last_epoch", opened.hello.last_epoch},
                                     {"held_rank", opened.hello.held_rank}});
   StreamRecord& record = streams_[opened.id];
   record.stream = std::move(opened.stream);
   record.hello = std::move(opened.hello);
-  ApplyEvent(event);
+  WatchProcess(record.hello);
+  ApplyEvent(event);  // May close the stream, which ends the record.
+}
+
+void Host::WatchProcess(const HelloInfo& hello) {
+  if (process_watch_ == nullptr) return;
+  const absl::Status watched =
+      process_watch_->Watch({hello.worker_id, hello.incarnation}, hello.process);
+  if (watched.ok()) return;
+  runtime::LogDebug("process_not_watched", {{"worker", hello.worker_id}, {"reason", watched}});
 }
 
 void Host::Handle(Query& query) { query(/*stopped=*/false); }
@@ -380,6 +396,7 @@ void Host::UpdateGauges() {
 ClusterView Host::View() const {
   ClusterView view;
   view.cluster = machine_->TakeSnapshot();
+  view.requests = metrics_->request_totals();
   view.placement = machine_->placement();
   const TimeUs now_us = NowUs();
   view.uptime_ms = (now_us - config_.start_us) / 1000;
@@ -390,7 +407,7 @@ ClusterView Host::View() const {
     const auto it = streams_.find(worker.stream);
     if (it == streams_.end()) continue;
     shown.node = it->second.hello.node;
-    shown.pid = it->second.hello.pid;
+    shown.pid = it->second.hello.process.pid;
     shown.backend = it->second.hello.backend;
     shown.expert_rows = it->second.expert_rows;
   }

@@ -40,6 +40,7 @@
 #include "server/coordinator/front_door/device_region_host.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/metrics.h"
+#include "server/coordinator/process_watch.h"
 #include "server/coordinator/state_machine/state_machine.h"
 #include "server/coordinator/worker_stream.h"
 
@@ -56,6 +57,7 @@ struct WorkerView {
 };
 struct ClusterView {
   Snapshot cluster;
+  Metrics::RequestTotals requests;  // as the metrics have them
   runtime::Placement placement;
   std::vector<WorkerView> workers;
   std::int64_t uptime_ms = 0;
@@ -156,6 +158,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   void Handle(std::unique_ptr<PendingRequest>& request);
   void Handle(CancelRequest& cancel);
   void Handle(NewStream& opened);
+  void WatchProcess(const HelloInfo& hello);
   void Handle(Query& query);
   void Handle(Drain& drain);
   void HandleBatchDone(WorkerReport& report, BatchDone& done);
@@ -241,6 +244,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   bool applying_ = false;     // within ApplyEvent
   std::vector<std::vector<std::uint64_t>> expert_rows_;  // [layers][E]
 
+  std::unique_ptr<ProcessWatch> process_watch_;  // null: the leases alone decide
   std::thread timer_;
 };
 

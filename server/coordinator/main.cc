@@ -181,7 +181,7 @@ int Main(int argc, const char* const* argv) {
   }
   const absl::Status served = Serve(*parsed->options);
   if (!served.ok()) {
-    std::fprintf(stderr, "epserve-coordinator: %s\n", std::string(served.message()).c_str());
+    runtime::LogFailure(served);
     return 1;
   }
   return 0;

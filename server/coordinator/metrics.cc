@@ -134,6 +134,15 @@ void Metrics::AddRequest(absl::StatusCode code, double seconds) {
   state_->request_seconds->Observe(seconds);
 }
 
+Metrics::RequestTotals Metrics::request_totals() const {
+  RequestTotals totals;
+  for (int code = 0; code < kNumStatusCodes; ++code) {
+    const auto count = static_cast<std::uint64_t>(state_->requests[code]->Value());
+    (code == static_cast<int>(absl::StatusCode::kOk) ? totals.ok : totals.failed) += count;
+  }
+  return totals;
+}
+
 void Metrics::AddTokens(std::int64_t num_tokens) {
   state_->tokens->Increment(static_cast<double>(num_tokens));
 }

@@ -32,6 +32,12 @@ class Metrics {
 
   // `code` gives the label: "ok", "unavailable", "resource_exhausted", ...
   void AddRequest(absl::StatusCode code, double seconds);
+  // All requests that have been answered, refused ones too.
+  struct RequestTotals {
+    std::uint64_t ok = 0;
+    std::uint64_t failed = 0;
+  };
+  RequestTotals request_totals() const;
   void AddTokens(std::int64_t num_tokens);
   void AddBatch(CountExchange exchange);  // one that was answered
   void AddRegionBytes(RegionWay way, std::int64_t bytes);

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
+#include "server/common/command_line.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -68,8 +69,10 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_MAX_HELD_BYTES")
       ->check(CLI::Range(std::int64_t{1} << 16, std::int64_t{1} << 50))
       ->capture_default_str();
-  app.add_option("--max-connections", options.max_connections,
-                 "Connections that may have calls under way at once, workers' included")
+  app.add_option(
+         "--max-connections", options.max_connections,
+         "Connections that may have calls under way at once, workers' included; all callers over "
+         "one Unix socket count as one")
       ->envname("EPSERVE_MAX_CONNECTIONS")
       ->check(CLI::Range(1, 1'000'000))
       ->capture_default_str();
@@ -172,18 +175,6 @@ void AddTimeFlags(CLI::App& app, Options& options) {
       "Longest that a caller's stream may bring no message while none is answered, milliseconds");
   add("--drain-timeout-ms", options.drain_timeout_ms, 0, "EPSERVE_DRAIN_TIMEOUT_MS",
       "Longest that SIGTERM waits for queued and running requests, milliseconds");
-}
-
-void AddLogFlags(CLI::App& app, Options& options) {
-  app.add_option("--log-format", options.log_format, "Form of the log on stderr: text, json")
-      ->envname("EPSERVE_LOG_FORMAT")
-      ->check(CLI::IsMember({"text", "json"}))
-      ->capture_default_str();
-  app.add_option("--log-level", options.log_level,
-                 "Least level logged: debug, info, warning, error")
-      ->envname("EPSERVE_LOG_LEVEL")
-      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
-      ->capture_default_str();
 }
 
 absl::Status ValidateSecurity(const Options& options) {
@@ -305,24 +296,15 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   CLI::App app(
       "epserve-coordinator: queues and batches requests, keeps the membership of the workers, and "
       "serves the front door. Every flag can also be given as the environment variable named.");
-  app.set_version_flag("--version", std::string("epserve-coordinator ") + EPSERVE_VERSION);
   AddModelFlags(app, options);
   AddListenFlags(app, options);
   AddSecurityFlags(app, options);
   AddBatchFlags(app, options, trigger, row_transport);
   AddTimeFlags(app, options);
-  AddLogFlags(app, options);
-  // CLI11 reports by exception; they end here.
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    return ParsedOptions{std::nullopt, app.help()};
-  } catch (const CLI::CallForVersion&) {
-    return ParsedOptions{std::nullopt, absl::StrCat("epserve-coordinator ", EPSERVE_VERSION, "\n")};
-  } catch (const CLI::ParseError& error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("options: ", error.what(), "; see epserve-coordinator --help"));
-  }
+  server::AddLogFlags(app, options.log_format, options.log_level);
+  EPS_ASSIGN_OR_RETURN(std::optional<std::string> text,
+                       server::Parse(app, "epserve-coordinator", argc, argv));
+  if (text.has_value()) return ParsedOptions{std::nullopt, *std::move(text)};
   if (options.listen.empty()) options.listen = {"127.0.0.1:8001"};
   if (options.model_name.empty()) options.model_name = BaseName(options.checkpoint_dir);
   options.separate_triggers = trigger == "separate";

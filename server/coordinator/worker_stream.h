@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "runtime/routing/count_matrix.h"
+#include "server/common/process_identity.h"
 #include "server/common/region_rows.h"
 #include "server/coordinator/state_machine/commands.h"
 #include "server/coordinator/state_machine/events.h"
@@ -123,7 +124,7 @@ struct HelloInfo {
   int held_rank = -1;
   int held_num_ranks = 0;
   std::string node;
-  std::int64_t pid = 0;
+  server::ProcessIdentity process;
   std::int64_t max_batch_tokens = 0;
   std::string cluster_id;
   int num_slots = 0;

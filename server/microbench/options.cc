@@ -6,6 +6,7 @@
 #include <string>
 
 #include "runtime/alltoallv/exchange.h"
+#include "server/common/command_line.h"
 
 namespace epserve::microbench {
 namespace {
@@ -298,7 +299,7 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
     const auto commands = app.get_subcommands();
     const std::string command = commands.empty() ? "" : commands.front()->get_name() + " ";
     std::fprintf(stderr, "epserve-microbench: options: %s; see epserve-microbench %s--help\n",
-                 error.what(), command.c_str());
+                 server::UsageError(app, error).c_str(), command.c_str());
     *exit_code = kUsageExitCode;
     return std::nullopt;
   }

@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
 #include "runtime/base/unique_fd.h"
+#include "runtime/microbench/memory_check.h"
 #include "server/microbench/child_process.h"
 #include "server/microbench/echo_client.h"
 #include "server/microbench/echo_peer.h"
@@ -96,6 +97,14 @@ absl::StatusOr<TransportFigures> MeasureTransport(const std::string& echo, const
 }  // namespace
 
 absl::StatusOr<RpcBenchReport> RunRpcBench(const RpcBenchParams& params) {
+  // A message is there up to four times on its way there, and as often on its way back.
+  constexpr double kCopies = 8;
+  EPS_RETURN_IF_ERROR(runtime::CheckMemoryFor(
+      "rpc",
+      kCopies * (static_cast<double>(params.inline_bytes) +
+                 static_cast<double>(params.request_bytes) * params.concurrency +
+                 static_cast<double>(params.message_bytes) * params.num_workers),
+      "--inline-bytes, --request-bytes or --concurrency"));
   EPS_ASSIGN_OR_RETURN(const SocketFolder folder, SocketFolder::Create());
   int pipe_fds[2];
   if (::pipe2(pipe_fds, O_CLOEXEC) != 0) {

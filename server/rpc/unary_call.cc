@@ -16,7 +16,11 @@ class Handler final : public CallHandler {
   void OnReadDone(bool ok) override {
     if (std::exchange(ended_, true)) return;
     UnaryCall call(call_);
-    if (!ok) return call.Fail(absl::CancelledError("the caller went before its message had come"));
+    if (!ok) {
+      // A caller that has gone hears nothing of it; one that has not has sent none.
+      return call.Fail(absl::InvalidArgumentError(
+          "server: the call has no message; send exactly one and then end the call"));
+    }
     answer_(std::move(call), request_);
     request_.Clear();
   }

@@ -14,6 +14,7 @@
 #include "runtime/base/dtype.h"
 #include "runtime/engine/engine.h"
 #include "runtime/routing/count_matrix.h"
+#include "server/common/process_identity.h"
 #include "server/common/region_rows.h"
 
 namespace epserve::worker {
@@ -140,7 +141,7 @@ struct Hello {
   int held_rank = -1;
   int held_num_ranks = 0;
   std::string node;
-  std::int64_t pid = 0;
+  server::ProcessIdentity process;
   std::int64_t max_batch_tokens = 0;
   std::string cluster_id;
   int num_slots = 0;

@@ -168,7 +168,9 @@ struct ProtoWriter {
     out.set_held_rank(m.held_rank);
     out.set_held_num_ranks(m.held_num_ranks);
     out.set_node(std::move(m.node));
-    out.set_pid(m.pid);
+    out.set_pid(m.process.pid);
+    out.set_process_home(std::move(m.process.home));
+    out.set_process_start_ticks(m.process.start_ticks);
     out.set_max_batch_tokens(m.max_batch_tokens);
     out.set_cluster_id(std::move(m.cluster_id));
     out.set_num_slots(m.num_slots);

@@ -26,8 +26,8 @@ namespace {
 
 constexpr int kUsageExitCode = 2;
 
-int Complain(const absl::Status& status) {
-  std::fprintf(stderr, "epserve-worker: %s\n", std::string(status.message()).c_str());
+int Fail(const absl::Status& status) {
+  runtime::LogFailure(status);
   return EXIT_FAILURE;
 }
 
@@ -82,7 +82,7 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
 int Main(int argc, char** argv) {
   absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
-    Complain(parsed.status());
+    std::fprintf(stderr, "epserve-worker: %s\n", std::string(parsed.status().message()).c_str());
     return kUsageExitCode;
   }
   if (!parsed->options) {
@@ -92,22 +92,22 @@ int Main(int argc, char** argv) {
   const Options& options = *parsed->options;
   const absl::Status log =
       runtime::InitLog("epserve-worker", options.log_level, options.log_format);
-  if (!log.ok()) return Complain(log);
+  if (!log.ok()) return Fail(log);
   const sigset_t signals = BlockSignals();
   if (!options.secret_file.empty()) {  // Read for each stream; a bad one is told of at once.
     const absl::StatusOr<std::string> secret = server::ReadSecret(options.secret_file);
-    if (!secret.ok()) return Complain(secret.status());
+    if (!secret.ok()) return Fail(secret.status());
   }
 
   absl::StatusOr<std::unique_ptr<runtime::Engine>> engine = MakeEngine(options);
-  if (!engine.ok()) return Complain(engine.status());
+  if (!engine.ok()) return Fail(engine.status());
 
   WorkerConfig config = MakeConfig(options, **engine);
   std::unique_ptr<HealthPort> health;
   if (!options.health_listen.empty()) {
     absl::StatusOr<std::unique_ptr<HealthPort>> listening =
         HealthPort::Listen(options.health_listen);
-    if (!listening.ok()) return Complain(listening.status());
+    if (!listening.ok()) return Fail(listening.status());
     health = *std::move(listening);
     config.on_ready = [raw = health.get()](bool ready) { raw->SetReady(ready); };
   }
@@ -115,7 +115,7 @@ int Main(int argc, char** argv) {
   std::thread([&signals, &worker] { TakeSignals(signals, worker); }).detach();
   const absl::Status status = worker.Run();
   int code = EXIT_SUCCESS;
-  if (!status.ok()) code = Complain(status);
+  if (!status.ok()) code = Fail(status);
   // Without destructors: a load that is under way would be waited for, and the signal thread still
   // refers to the worker. Run has released what outlives a process.
   std::fflush(nullptr);

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
+#include "server/common/command_line.h"
 
 namespace epserve::worker {
 namespace {
@@ -133,18 +134,6 @@ void AddSecurityFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_SECRET_FILE");
 }
 
-void AddLogFlags(CLI::App& app, Options& options) {
-  app.add_option("--log-format", options.log_format, "Form of the log on stderr: text, json")
-      ->envname("EPSERVE_LOG_FORMAT")
-      ->check(CLI::IsMember({"text", "json"}))
-      ->capture_default_str();
-  app.add_option("--log-level", options.log_level,
-                 "Least level logged: debug, info, warning, error")
-      ->envname("EPSERVE_LOG_LEVEL")
-      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
-      ->capture_default_str();
-}
-
 bool IsAddress(std::string_view address) {
   if (address.starts_with("unix:")) return address.size() > 5;
   const std::size_t colon = address.rfind(':');
@@ -203,24 +192,15 @@ absl::StatusOr<ParsedOptions> ParseOptions(int argc, const char* const* argv) {
   CLI::App app(
       "epserve-worker: holds the weights of some of a model's experts and takes part in every "
       "batch. Every flag can also be given as the environment variable named.");
-  app.set_version_flag("--version", std::string("epserve-worker ") + EPSERVE_VERSION);
   AddClusterFlags(app, options);
   AddEngineFlags(app, options);
   AddSecurityFlags(app, options);
   AddCudaFlags(app, options);
-  AddLogFlags(app, options);
+  server::AddLogFlags(app, options.log_format, options.log_level);
   CLI::Option* const worker_id = app.get_option("--worker-id");
-  // CLI11 reports by exception; they end here.
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    return ParsedOptions{std::nullopt, app.help()};
-  } catch (const CLI::CallForVersion&) {
-    return ParsedOptions{std::nullopt, absl::StrCat("epserve-worker ", EPSERVE_VERSION, "\n")};
-  } catch (const CLI::ParseError& error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("options: ", error.what(), "; see epserve-worker --help"));
-  }
+  EPS_ASSIGN_OR_RETURN(std::optional<std::string> text,
+                       server::Parse(app, "epserve-worker", argc, argv));
+  if (text.has_value()) return ParsedOptions{std::nullopt, *std::move(text)};
   options.node = HostName();
   if (worker_id->count() == 0) options.worker_id = DefaultWorkerId(options.node);
   EPS_RETURN_IF_ERROR(ValidateOptions(options));

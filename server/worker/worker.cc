@@ -11,14 +11,17 @@
 #include "absl/strings/str_format.h"
 #include "runtime/base/log.h"
 #include "server/common/probe.h"
+#include "server/common/process_identity.h"
 #include "server/worker/clock.h"
 #include "server/worker/load_progress.h"
 
 namespace epserve::worker {
 namespace {
 
+using runtime::Log;
 using runtime::LogError;
 using runtime::LogInfo;
+using runtime::LogLevel;
 using runtime::LogWarning;
 
 // Assumed until the first lease says otherwise: the coordinator's default.
@@ -349,17 +352,11 @@ void Worker::StartLoad() {
   }
   plan_ = *std::move(plan);
   const absl::StatusOr<AvailableMemory> available = config_.available_memory();
-  if (!available.ok()) {
-    Fail(available.status());
-    return;
-  }
+  if (!available.ok()) return Fail(available.status());
   LogMemoryPlan(plan_, *available);
   if (config_.progress_on_terminal) std::fputs(MemoryTable(plan_, *available).c_str(), stderr);
   const absl::Status fits = CheckMemoryFits(plan_, *available);
-  if (!fits.ok()) {
-    Fail(fits);
-    return;
-  }
+  if (!fits.ok()) return Fail(fits);
   loader_ = std::thread([this, assignment] { Load(assignment); });
 }
 
@@ -457,7 +454,7 @@ Hello Worker::MakeHello() const {
     hello.held_num_ranks = session_.held()->placement.num_ranks();
   }
   hello.node = config_.node;
-  hello.pid = getpid();
+  hello.process = server::OwnProcessIdentity();
   hello.max_batch_tokens = config_.max_batch_tokens;
   hello.cluster_id = config_.cluster_id;
   hello.num_slots = config_.num_slots;
@@ -490,9 +487,12 @@ void Worker::DropStream() {
 void Worker::ScheduleReconnect(const absl::Status& why) {
   const ReconnectBackoff::Attempt attempt = backoff_.Failed(std::chrono::steady_clock::now());
   if (attempt.log) {
-    LogWarning("coordinator_lost", {{"coordinator", config_.coordinator.target},
-                                    {"for_ms", absl::ToInt64Milliseconds(attempt.away)},
-                                    {"error", why}});
+    // At first it may only have been stopped or started anew, as at every stop of the service.
+    const bool for_long = attempt.away > absl::ZeroDuration();
+    Log(for_long ? LogLevel::kWarning : LogLevel::kInfo, "coordinator_lost",
+        {{"coordinator", config_.coordinator.target},
+         {"for_ms", absl::ToInt64Milliseconds(attempt.away)},
+         {"error", why}});
   }
   reconnect_at_ = After(attempt.delay);
 }

@@ -154,6 +154,30 @@ TEST(OptionsTest, BenchTakesAttemptsButNotForStreamsWhichAreNeverRetried) {
   EXPECT_THAT(both.status().message(), HasSubstr("--attempts"));
 }
 
+TEST(OptionsTest, ClosedLoopsConcurrencyIsRefusedInTheOpenLoop) {
+  const auto both = Parse({"bench", "--rate=5", "--concurrency=4"});
+  EXPECT_EQ(both.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(both.status().message(), HasSubstr("--concurrency"));
+  EXPECT_TRUE(Parse({"bench", "--rate=0", "--concurrency=4"}).ok());
+  EXPECT_TRUE(Parse({"bench", "--rate=5"}).ok());
+}
+
+TEST(OptionsTest, UnknownFlagIsNamedBeforeOneThatIsMissing) {
+  const auto up = Parse({"up", "--chekpoint=x"});
+  EXPECT_THAT(up.status().message(), HasSubstr("--chekpoint"));
+}
+
+TEST(OptionsTest, UpHandsTheCoordinatorsLimitsOn) {
+  const auto up = ParseAs<UpOptions>(
+      {"up", "--checkpoint=x", "--max-held-bytes=100000", "--max-connections=7",
+       "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"});
+  for (const char* flag : {"--max-held-bytes=100000", "--max-connections=7",
+                           "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"}) {
+    EXPECT_THAT(up.coordinator_args, ::testing::Contains(flag));
+    EXPECT_THAT(up.worker_args, ::testing::Not(::testing::Contains(flag)));
+  }
+}
+
 TEST(OptionsTest, WatchTakesItsSecondsOrItsDefault) {
   EXPECT_FALSE(ParseAs<StatusOptions>({"status"}).watch);
   EXPECT_TRUE(ParseAs<StatusOptions>({"status", "--watch"}).watch);

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
+#include "client/cpp/file_handle.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/client/test_directory.h"
@@ -75,8 +76,13 @@ class UpTest : public ::testing::Test {
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     const int flags = O_WRONLY | O_CREAT | O_APPEND;
-    posix_spawn_file_actions_addopen(&actions, 1, directory_.File("out").c_str(), flags, 0644);
-    posix_spawn_file_actions_addopen(&actions, 2, directory_.File("err").c_str(), flags, 0644);
+    if (output_fd_ >= 0) {
+      posix_spawn_file_actions_adddup2(&actions, output_fd_, 1);
+      posix_spawn_file_actions_adddup2(&actions, output_fd_, 2);
+    } else {
+      posix_spawn_file_actions_addopen(&actions, 1, directory_.File("out").c_str(), flags, 0644);
+      posix_spawn_file_actions_addopen(&actions, 2, directory_.File("err").c_str(), flags, 0644);
+    }
     ASSERT_EQ(posix_spawn(&pid_, EPSERVE_COMMAND, &actions, nullptr, argv.data(), environ), 0);
     posix_spawn_file_actions_destroy(&actions);
   }
@@ -116,6 +122,7 @@ class UpTest : public ::testing::Test {
 
   TestDirectory directory_;
   std::string ready_file_ = "ready";
+  int output_fd_ = -1;  // -1: to the files out and err
   pid_t pid_ = -1;
 };
 
@@ -138,6 +145,61 @@ TEST_F(UpTest, ReadyIsSaidAndSigtermStopsTheCoordinatorBeforeTheWorkers) {
   ASSERT_EQ(stopped.size(), 3u);
   EXPECT_EQ(stopped[0], "coordinator");
   EXPECT_FALSE(std::filesystem::exists(directory_.File("ready")));
+}
+
+TEST_F(UpTest, FullPipeThatNobodyReadsHoldsUpNothing) {
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+  const FileHandle unread(ends[0]);
+  const FileHandle full(ends[1]);
+  ASSERT_EQ(fcntl(full.get(), F_SETFL, O_NONBLOCK), 0);
+  const std::string noise(4096, 'x');
+  while (write(full.get(), noise.data(), noise.size()) > 0) {
+  }
+  ASSERT_EQ(fcntl(full.get(), F_SETFL, 0), 0);  // As `up` is given it: writes would wait.
+  output_fd_ = full.get();
+  Start();
+  ASSERT_TRUE(WaitReadyWithLogFiles());
+  const pid_t worker = Pid("worker_0");
+  kill(worker, SIGKILL);
+  EXPECT_TRUE(Eventually([&] {
+    const pid_t now = Pid("worker_0");
+    return now > 0 && now != worker;
+  })) << "it is not restarted";
+  kill(pid_, SIGTERM);
+  int status = 0;
+  EXPECT_TRUE(Eventually([&] { return waitpid(pid_, &status, WNOHANG) == pid_; }));
+  EXPECT_EQ(status, 0);
+  pid_ = -1;
+}
+
+TEST_F(UpTest, WithLogFilesTheLastLinesOfAChildThatFailedAreTold) {
+  Start({"--log-dir=" + directory_.File("logs")});
+  ASSERT_TRUE(WaitReadyWithLogFiles()) << directory_.Read("err");
+  directory_.Write("refuse-worker-0", "");
+  kill(Pid("worker_0"), SIGKILL);
+  EXPECT_TRUE(Eventually([&] {
+    return directory_.Read("err").find("worker-0 │ worker-0 refuses: the checkpoint is damaged") !=
+           std::string::npos;
+  })) << directory_.Read("err");
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("logs/worker-0.log"));
+  kill(pid_, SIGTERM);
+  EXPECT_EQ(Wait(), 0);
+}
+
+TEST_F(UpTest, JsonLogsAreJsonLineByLine) {
+  Start({"--log-format=json"});
+  ASSERT_TRUE(Eventually([&] { return std::filesystem::exists(directory_.File("ready")); }));
+  kill(pid_, SIGTERM);
+  EXPECT_EQ(Wait(), 0);
+  int own = 0;
+  for (const std::string& line : Lines("err")) {
+    if (line.find("worker-") == 0 || line.find("coordinator") == 0) continue;  // the stand-ins'
+    EXPECT_EQ(line.substr(0, 8), "{\"time\":") << line;
+    EXPECT_THAT(line, EndsWith("}"));
+    ++own;
+  }
+  EXPECT_GT(own, 0);
 }
 
 TEST_F(UpTest, ChildrenDieWithAParentThatIsKilled) {

@@ -72,6 +72,28 @@ def test_worker_killed_again_and_again_is_taken_back_each_time(checkpoint, start
             assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
 
 
+def test_no_lease_is_waited_for_where_nobody_can_hold_one(checkpoint, start_cluster, rng):
+    """At a first start no epoch was before; and a process that is seen to end touches nothing."""
+    served = checkpoint()
+    batch = random_batch(served.spec, rng, 32)
+    started_at = time.monotonic()
+    with start_cluster(
+        served, workers=2, coordinator_args=["--lease-ms", 60_000]
+    ) as cluster:
+        print(f"first served {time.monotonic() - started_at:.2f} s after the start")
+        assert time.monotonic() - started_at < 20 * SLOWNESS
+        for victim in (0, 1):
+            epoch = cluster.status().epoch
+            killed_at = time.monotonic()
+            cluster.workers[victim].kill()
+            cluster.start_worker(victim)
+            cluster.wait_status(
+                lambda s: s.state == "serving" and s.epoch > epoch, 20, "a new epoch serves"
+            )
+            print(f"served again {time.monotonic() - killed_at:.2f} s after the kill")
+            assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
+
+
 def test_killed_coordinator_under_load_comes_back_to_workers_that_kept_their_weights(
     checkpoint, start_cluster, rng
 ):
@@ -132,14 +154,14 @@ def test_worker_paused_past_its_lease_changes_nothing_when_it_wakes(
         with Load(cluster, batch, served.ffn(*batch), concurrency=3) as load:
             wait_until(lambda: load.count() > 20, 20, "requests are served")
             paused_at = time.monotonic()
-            cluster.workers[0].send(signal.SIGSTOP)
+            cluster.workers[0].pause()
             cluster.wait_status(
                 lambda s: s.state == "serving" and s.epoch > first_epoch, 10, "a new epoch serves"
             )
             before = load.count()
             wait_until(lambda: load.count() > before + 20, 20, "the standby's epoch serves")
             second_epoch = cluster.status().epoch
-            cluster.workers[0].send(signal.SIGCONT)
+            cluster.workers[0].resume()
             # While it wakes, and after, every answer stays what it was, bit by bit.
             until = time.monotonic() + 2
             while time.monotonic() < until:
@@ -171,9 +193,9 @@ def test_worker_paused_past_its_lease_without_a_replacement_comes_back(
     with start_cluster(served, workers=2) as cluster:
         batch = random_batch(served.spec, rng, 16)
         bits = infer(cluster, *batch).tobytes()
-        cluster.workers[1].send(signal.SIGSTOP)
+        cluster.workers[1].pause()
         cluster.wait_not_ready()
-        cluster.workers[1].send(signal.SIGCONT)
+        cluster.workers[1].resume()
         cluster.wait_ready()
         assert infer(cluster, *batch).tobytes() == bits
         assert all(times_loaded(worker) == 1 for worker in cluster.workers.values())

@@ -88,6 +88,15 @@ def test_overhead_of_a_small_request_is_small(made, start_cluster):
         assert result.returncode == 0, result.stderr
         figures = json.loads(result.stdout)
         print(json.dumps(figures))
-        # The aim is 1 ms on a quiet machine. A busy one may take several times that; this bound
-        # catches a path that waits for a timer or a poll.
-        assert 0 < figures["overhead_us"]["p50"] <= 15000
+        # The aim is 1 ms on a quiet machine. What the machine takes now for the bare gRPC of such a
+        # request says what that is here: about 6 times that, where a timer or a poll on the path
+        # would add 20 times as much.
+        floors = run_program(
+            "epserve-microbench", "rpc", "--workers", 4, "--iterations", 500, "--requests", 100,
+            "--inline-bytes", 1024, "--inline-iterations", 1, "--json",
+        )  # fmt: skip
+        assert floors.returncode == 0, floors.stderr
+        tcp = json.loads(floors.stdout)["tcp"]
+        floor_us = tcp["unary"]["round_trip_us_p50"] + tcp["all_workers_us_p50"]
+        print(f"floor {floor_us:.0f} us")
+        assert 0 < figures["overhead_us"]["p50"] <= 25 * floor_us

@@ -50,6 +50,35 @@ def test_unknown_flag_is_named_and_fails(program, tmp_path):
 
 
 @pytest.mark.parametrize("program", ["epserve-coordinator", "epserve-worker"])
+def test_unknown_flag_is_named_before_one_that_is_missing(program):
+    result = run_program(program, "--chekpoint", "/nowhere")
+    assert result.returncode == 2
+    assert "--chekpoint" in result.stderr
+
+
+@pytest.mark.parametrize("program", ["epserve-coordinator", "epserve-worker"])
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_last_line_of_a_program_that_fails_is_json_where_logs_are(program, level, tmp_path):
+    result = run_program(
+        program, "--checkpoint", tmp_path / "nowhere", "--log-format=json", "--log-level", level
+    )
+    assert result.returncode == 1
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert lines[-1]["event"] == "failed"
+    assert lines[-1]["level"] == "ERROR"
+    assert "nowhere" in lines[-1]["error"]
+
+
+def test_bench_refuses_a_trace_that_it_could_not_write_before_it_calls_anybody(tmp_path):
+    result = run_program(
+        "epserve", "bench", "--server=127.0.0.1:1", "--trace", tmp_path / "nowhere" / "x"
+    )
+    assert result.returncode == 1
+    assert "INVALID_ARGUMENT" in result.stderr
+    assert "nowhere/x" in result.stderr
+
+
+@pytest.mark.parametrize("program", ["epserve-coordinator", "epserve-worker"])
 def test_missing_checkpoint_flag_is_named_and_fails(program):
     result = run_program(program)
     assert result.returncode > 0

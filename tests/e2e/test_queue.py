@@ -1,7 +1,6 @@
 """The bounded queue: what is turned away, and what leaves it early."""
 
 import json
-import signal
 
 import grpc
 import numpy as np
@@ -32,11 +31,11 @@ class Held:
         self._cluster = cluster
 
     def __enter__(self):
-        self._cluster.workers[1].send(signal.SIGSTOP)
+        self._cluster.workers[1].pause()
         return self
 
     def __exit__(self, *_):
-        self._cluster.workers[1].send(signal.SIGCONT)
+        self._cluster.workers[1].resume()
 
 
 def send(cluster, batch, timeout_s=30, front_door=None):

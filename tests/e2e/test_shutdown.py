@@ -23,7 +23,7 @@ def test_sigterm_of_coordinator_finishes_requests_and_takes_no_new_ones(
     with start_cluster(served, workers=2, coordinator_args=LEASE) as cluster:
         batches = [random_batch(served.spec, rng, 6) for _ in range(5)]
         requests = [make_request(served.name, *batch) for batch in batches]
-        cluster.workers[0].send(signal.SIGSTOP)
+        cluster.workers[0].pause()
         calls = [cluster.front_door.ModelInfer.future(r, timeout=20) for r in requests]
         cluster.wait_status(
             lambda s: (s.batches_in_flight, s.queued_requests) == (2, 3), 2, "all have arrived"
@@ -40,7 +40,7 @@ def test_sigterm_of_coordinator_finishes_requests_and_takes_no_new_ones(
         with pytest.raises(grpc.RpcError) as caught:
             infer(cluster, *batches[0], timeout_s=5)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        cluster.workers[0].send(signal.SIGCONT)
+        cluster.workers[0].resume()
         for call, batch in zip(calls, batches):
             assert relative_error(output_of(call.result()), served.ffn(*batch)) <= 1e-5
         assert cluster.coordinator.wait() == 0
@@ -58,14 +58,14 @@ def test_sigterm_of_coordinator_does_not_wait_beyond_the_drain_timeout(
     served = checkpoint()
     arguments = [*LEASE, "--drain-timeout-ms", 300]
     with start_cluster(served, workers=2, coordinator_args=arguments) as cluster:
-        cluster.workers[0].send(signal.SIGSTOP)
+        cluster.workers[0].pause()
         request = make_request(served.name, *random_batch(served.spec, rng, 6))
         call = cluster.front_door.ModelInfer.future(request, timeout=20)
         cluster.wait_status(lambda s: s.batches_in_flight == 1, 2, "it is in flight")
         cluster.coordinator.send(signal.SIGTERM)
         assert call.exception(timeout=3).code() == grpc.StatusCode.UNAVAILABLE
         assert cluster.coordinator.wait(3) == 0
-        cluster.workers[0].send(signal.SIGCONT)
+        cluster.workers[0].resume()
 
 
 def test_calls_that_come_while_the_coordinator_ends_are_unavailable(checkpoint, start_cluster):
@@ -132,3 +132,13 @@ def test_sigterm_of_worker_without_coordinator_exits_with_0(checkpoint, start_cl
         cluster.coordinator.kill()
         for worker in cluster.workers.values():
             assert worker.terminate(5) == 0
+
+
+def test_ordinary_stop_warns_nobody(checkpoint, start_cluster):
+    with start_cluster(checkpoint(), workers=2) as cluster:
+        assert cluster.workers[0].terminate() == 0
+        assert cluster.coordinator.terminate() == 0
+        assert cluster.workers[1].terminate() == 0
+        for program in (cluster.coordinator, *cluster.workers.values()):
+            loud = [w for w in program.log().splitlines() if " WARNING " in w or " ERROR " in w]
+            assert not loud, loud

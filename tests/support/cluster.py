@@ -113,16 +113,6 @@ class Program:
         self.process.send_signal(number)
 
     def pause(self):
-        """SIGSTOP, which takes effect a little later; returns once every thread stands still."""
-        self.send(signal.SIGSTOP)
-
-        def stopped():
-            tasks = pathlib.Path(f"/proc/{self.pid}/task").glob("*/stat")
-            return {stat.read_text().rpartition(")")[2].split()[0] for stat in tasks} == {"T"}
-
-        wait_until(stopped, 5, f"{self.name} (pid {self.pid}) is paused")
-
-    def pause(self):
         """SIGSTOP; returns once every thread has stopped, which takes a busy machine its time."""
         self.send(signal.SIGSTOP)
 

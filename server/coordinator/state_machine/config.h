@@ -27,6 +27,8 @@ struct Config {
   CountExchangeMode count_exchange = CountExchangeMode::kAuto;
 
   std::int64_t lease_us = 1'000'000;
+  // Workers write to memory that is no epoch's own and outlives the coordinator: clients' regions.
+  bool client_regions = false;
   EpochId initial_epoch = 1;  // unix seconds at start
   TimeUs start_us = 0;        // monotonic time at start
   // The n-th epoch of this coordinator starts no earlier than n times this after the start, so that
@@ -72,7 +74,7 @@ struct Snapshot {
   std::int64_t queue_capacity = 0;
   std::int64_t requests_in_flight = 0;  // in a batch and not ended
   std::int64_t batches_in_flight = 0;   // slots taken, the probe's too
-  std::uint64_t requests_ok = 0;
+  std::uint64_t requests_ok = 0;        // of those that came to the machine, as the next
   std::uint64_t requests_failed = 0;
   std::uint64_t stale_messages = 0;
 };

@@ -18,7 +18,11 @@ std::optional<TimeUs> StateMachine::Impl::EpochStart() const {
   }
   TimeUs start_us = std::max(membership_.FencedUntil(), backoff_until_us_);
   start_us = std::max(start_us, config_.start_us + epochs_started_ * config_.epoch_pace_us);
-  if (fresh_ && !membership_.IsWholeLastEpoch()) {
+  // What an earlier coordinator's workers may still touch: memory of those who were in its epochs,
+  // and clients' regions.
+  const bool out_of_reach = membership_.IsWholeLastEpoch() ||
+                            (membership_.NobodyWasInAnEpoch() && !config_.client_regions);
+  if (fresh_ && !out_of_reach) {
     start_us = std::max(start_us, config_.start_us + config_.lease_us);
   }
   return start_us;
@@ -119,14 +123,14 @@ void StateMachine::Impl::On(const EpochQuiesced& event) {
   if (unasked) EndEpoch(absl::StrCat(session->Name(), " left it"));
 }
 
-void StateMachine::Impl::EndEpoch(const std::string& reason) {
+void StateMachine::Impl::EndEpoch(const std::string& reason, Notice::Level level) {
   if (!epoch_runs()) return;
   const bool was_serving = accepting();
   stage_ = Stage::kNone;
   epoch_closing_ = false;
   probe_answered_ = false;
   last_epoch_end_ = reason;
-  Log(Notice::Level::kWarning, "epoch_ended", {{"epoch", epoch_}, {"reason", reason}});
+  Log(level, "epoch_ended", {{"epoch", epoch_}, {"reason", reason}});
   if (was_serving) Emit(SetServing{false, epoch_});
   for (auto& [stream, session] : membership_.sessions()) {
     if (session.epoch != epoch_) continue;

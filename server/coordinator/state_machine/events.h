@@ -120,6 +120,15 @@ struct StreamClosed {
   StreamId stream = 0;
 };
 
+// ---- from the coordinator's own machine
+
+// The process of that incarnation has ended and touches nothing any more; its lease need not be
+// waited for. May come before or after the end of its stream, which tells what it said last.
+struct ProcessEnded {
+  std::string worker_id;
+  std::string incarnation;
+};
+
 // ---- from the front door and the operator
 
 // A validated request. num_tokens = 0 needs no worker: it is completed OK at once while serving.
@@ -174,8 +183,8 @@ struct Tick {};
 using Event =
     std::variant<WorkerHello, WorkerLoadProgress, WorkerLoaded, HeapCreated, PeersOpened,
                  EpochQuiesced, Heartbeat, Counts, PhaseDone, BatchDone, WorkerLeaving,
-                 WorkerFailure, StreamClosed, RequestArrived, RequestCancelled, ProbeVerified,
-                 DrainWorker, DrainCluster, HoldBatches, ReleaseBatches, Tick>;
+                 WorkerFailure, StreamClosed, ProcessEnded, RequestArrived, RequestCancelled,
+                 ProbeVerified, DrainWorker, DrainCluster, HoldBatches, ReleaseBatches, Tick>;
 
 }  // namespace epserve::coordinator
 

@@ -86,6 +86,11 @@ bool Membership::IsWholeLastEpoch() const {
   });
 }
 
+bool Membership::NobodyWasInAnEpoch() const {
+  return std::all_of(by_rank_.begin(), by_rank_.end(),
+                     [](const Session* s) { return s == nullptr || s->last_epoch == 0; });
+}
+
 bool Membership::NobodyHoldsWeights() const {
   return std::all_of(sessions_.begin(), sessions_.end(),
                      [](const auto& entry) { return entry.second.held_rank < 0; });
@@ -93,7 +98,7 @@ bool Membership::NobodyHoldsWeights() const {
 
 void Membership::AddFence(const Session& lost, TimeUs now_us) {
   DropFencesBefore(now_us);
-  if (lost.lease_until_us <= now_us) return;
+  if (lost.process_ended || lost.lease_until_us <= now_us) return;
   fences_.push_back({lost.worker_id, lost.incarnation, lost.lease_until_us});
 }
 

@@ -37,6 +37,7 @@ struct Session {
 
   TimeUs last_heartbeat_us = 0;
   TimeUs lease_until_us = 0;  // of the last lease sent in `epoch`; 0: none
+  bool process_ended = false;
 
   bool draining = false;
   TimeUs drain_deadline_us = kNever;
@@ -80,10 +81,14 @@ class Membership {
   // Whether the R ranks are taken by the R members of one and the same last epoch, each at the rank
   // it held: then no other process can hold a lease of an earlier coordinator's.
   bool IsWholeLastEpoch() const;
+  // Whether nobody that has a rank was in an epoch before: then no other process has ever mapped
+  // memory of theirs.
+  bool NobodyWasInAnEpoch() const;
   // Whether none of the connected holds any weights.
   bool NobodyHoldsWeights() const;
 
-  // A lost worker may touch its peers until `until_us`, unless the same process says Hello.
+  // A lost worker may touch its peers until its lease ends, unless its process has ended or says
+  // Hello again.
   void AddFence(const Session& lost, TimeUs now_us);
   void LiftFence(const std::string& worker_id, const std::string& incarnation);
   void DropFencesBefore(TimeUs now_us);

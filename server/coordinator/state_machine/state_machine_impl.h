@@ -50,6 +50,7 @@ class StateMachine::Impl {
   void On(const WorkerLeaving& event);
   void On(const WorkerFailure& event);
   void On(const StreamClosed& event);
+  void On(const ProcessEnded& event);
   void On(const DrainWorker& event);
   void On(const DrainCluster& event);
   void AssignRanks();
@@ -74,7 +75,7 @@ class StateMachine::Impl {
   Session* Member(StreamId stream, EpochId epoch, Stage stage);
   std::optional<TimeUs> EpochStart() const;  // nullopt: not by time alone
   void TryStartEpoch();
-  void EndEpoch(const std::string& reason);
+  void EndEpoch(const std::string& reason, Notice::Level level = Notice::Level::kWarning);
   void BackOff();
   void ExpireFormation();
   TimeUs FormationDeadline() const;

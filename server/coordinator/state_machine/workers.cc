@@ -53,7 +53,8 @@ void StateMachine::Impl::On(const WorkerHello& event) {
   if (Session* older = membership_.FindWorker(event.worker_id)) {
     // A process that is gone has taken its stream with it, or falls silent. One that is alive keeps
     // its name: two of one name would otherwise throw each other out for ever.
-    if (older->incarnation != event.incarnation && now_us_ < HeardUntil(*older)) {
+    if (older->incarnation != event.incarnation && !older->process_ended &&
+        now_us_ < HeardUntil(*older)) {
       const std::string reason =
           absl::StrCat("worker id ", event.worker_id,
                        " is held by another process that is alive; give every worker a "
@@ -173,6 +174,14 @@ void StateMachine::Impl::On(const StreamClosed& event) {
   LoseWorker(*session, "its stream closed", false);
 }
 
+// Its stream, where that is still open, ends by itself, and what the worker said last comes first.
+void StateMachine::Impl::On(const ProcessEnded& event) {
+  membership_.LiftFence(event.worker_id, event.incarnation);
+  Session* session = membership_.FindWorker(event.worker_id);
+  if (session == nullptr || session->incarnation != event.incarnation) return;
+  session->process_ended = true;
+}
+
 void StateMachine::Impl::LoseWorker(Session& session, const std::string& reason,
                                     bool close_stream) {
   const std::string name = session.Name();
@@ -263,7 +272,7 @@ void StateMachine::Impl::BeginDrain(Session& session, std::string reason) {
       {{"worker", session.worker_id}, {"reason", session.drain_reason}});
   if (!IsMember(session)) return;
   if (stage_ != Stage::kServing) {
-    EndEpoch(absl::StrCat(session.Name(), " is leaving"));
+    EndEpoch(absl::StrCat(session.Name(), " is leaving"), Notice::Level::kInfo);
   } else if (!epoch_closing_) {
     const bool was_serving = accepting();
     epoch_closing_ = true;
@@ -276,7 +285,7 @@ void StateMachine::Impl::AdvanceDrains() {
   if (epoch_closing_ && queue_.num_queued() == 0 && batches_.empty()) {
     for (const auto& [stream, session] : membership_.sessions()) {
       if (session.draining && IsMember(session)) {
-        EndEpoch(absl::StrCat(session.Name(), " is leaving"));
+        EndEpoch(absl::StrCat(session.Name(), " is leaving"), Notice::Level::kInfo);
         break;
       }
     }
@@ -327,7 +336,7 @@ void StateMachine::Impl::AdvanceClusterDrain() {
   const bool idle = stage_ != Stage::kServing || (queue_.num_queued() == 0 && batches_.empty());
   if (!idle && now_us_ < cluster_drain_deadline_us_) return;
   cluster_drained_ = true;
-  EndEpoch("the coordinator is shutting down");
+  EndEpoch("the coordinator is shutting down", Notice::Level::kInfo);
   Emit(ClusterDrained{});
 }
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -41,6 +42,39 @@ void ExpectNearestEven(const std::vector<double>& values, double value, Narrow n
     ASSERT_LE(error, other_error) << value;
     ASSERT_TRUE(error < other_error || bits % 2 == 0) << value << " is a tie";
   }
+}
+
+template <typename Bits>
+void ExpectFoundAsConverted(DataType type) {
+  constexpr int kBits = 8 * sizeof(Bits);
+  for (std::uint32_t pattern = 0; pattern < (1u << std::min(kBits, 16)); ++pattern) {
+    // Of fp32 the upper half: sign, exponent and the first of the mantissa.
+    const auto bits = static_cast<Bits>(pattern << (kBits > 16 ? 16 : 0));
+    float value = 0;
+    ConvertToFloat(type, &bits, &value, 1);
+    ASSERT_EQ(FindNonFinite(type, &bits, 1), std::isfinite(value) ? 1u : 0u) << pattern;
+  }
+  // Wherever it stands, and the first where there are more.
+  std::vector<Bits> many(20'000, Bits{0});
+  EXPECT_EQ(FindNonFinite(type, many.data(), many.size()), many.size());
+  std::mt19937 random(7);
+  for (int i = 0; i < 200; ++i) {
+    std::vector<Bits> some = many;
+    const std::size_t first = random() % some.size();
+    some.back() = some[first] = static_cast<Bits>(-1);  // NaN in every type.
+    ASSERT_EQ(FindNonFinite(type, some.data(), some.size()), first);
+  }
+  EXPECT_EQ(FindNonFinite(type, nullptr, 0), 0u);
+}
+
+TEST(FindNonFiniteTest, EveryTypesNanAndInfAreFound) {
+  ExpectFoundAsConverted<std::uint32_t>(DataType::kFp32);
+  ExpectFoundAsConverted<std::uint16_t>(DataType::kFp16);
+  ExpectFoundAsConverted<std::uint16_t>(DataType::kBf16);
+  ExpectFoundAsConverted<std::uint8_t>(DataType::kFp8E4m3);
+  // NaN whose mantissa is in its last bits alone.
+  const std::uint32_t nan = 0x7f800001u;
+  EXPECT_EQ(FindNonFinite(DataType::kFp32, &nan, 1), 0u);
 }
 
 TEST(Fp16Test, EveryBitPatternHasItsValueAndComesBack) {

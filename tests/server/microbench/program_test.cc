@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -128,6 +129,22 @@ TEST(MicrobenchProgramTest, UnknownBackendIsRefusedNamingWhatIsBuilt) {
   EXPECT_EQ(outcome.exit_code, 2);
   EXPECT_THAT(outcome.output, HasSubstr("backend \"carrier-pigeon\" is not in this build"));
   EXPECT_THAT(outcome.output, HasSubstr("host"));
+}
+
+TEST(MicrobenchProgramTest, SizesBeyondTheMemoryAreRefusedBeforeAnythingIsAllocated) {
+  std::vector<std::string> commands = {
+      "alltoallv --ranks=8 --tokens=1048576 --hidden=1048576 --topk=2 --experts=16"};  // 35 TB
+  // The largest that rpc takes are 16 GiB, which larger machines have.
+  const auto memory = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  if (memory < 0x1p34) {
+    commands.push_back("rpc --request-bytes=1048576 --concurrency=1000 --inline-bytes=1073741824");
+  }
+  for (const std::string& arguments : commands) {
+    const Outcome outcome = RunProgram(arguments);
+    EXPECT_EQ(outcome.exit_code, 1) << outcome.output;
+    EXPECT_THAT(outcome.output, HasSubstr("RESOURCE_EXHAUSTED"));
+    EXPECT_THAT(outcome.output, HasSubstr("bytes available; lower --"));
+  }
 }
 
 TEST(MicrobenchProgramTest, BadArgumentsAreRefusedWithExitCode2) {

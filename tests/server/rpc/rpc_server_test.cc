@@ -416,6 +416,24 @@ TEST_F(RpcServerTest, CallWhoseMessageDoesNotComeIsEndedAfterItsTime) {
   EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(100));
 }
 
+TEST_F(RpcServerTest, UnaryCallWithoutAMessageIsToldSo) {
+  server_.Handle(kWatch, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
+                             [](const auto&, auto*) { return absl::OkStatus(); }));
+  Start();
+  grpc::ClientContext context;
+  using Factory =
+      grpc::internal::ClientReaderWriterFactory<HealthCheckRequest, HealthCheckResponse>;
+  const std::unique_ptr<grpc::ClientReaderWriter<HealthCheckRequest, HealthCheckResponse>> call(
+      Factory::Create(
+          channel_.get(),
+          grpc::internal::RpcMethod(kWatch, grpc::internal::RpcMethod::BIDI_STREAMING, channel_),
+          &context));
+  ASSERT_TRUE(call->WritesDone());
+  const grpc::Status status = call->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("no message"));
+}
+
 TEST_F(RpcServerTest, StreamThatBringsNothingIsEndedAfterItsTime) {
   server_.SetCallLimits({.stream_idle_timeout = std::chrono::milliseconds(100)});
   server_.Handle(kWatch, EachAnswered<HealthCheckRequest, HealthCheckResponse>(

@@ -57,6 +57,12 @@ void SimWorker::Kill() {
   world_.Trace(absl::StrCat(id_, " dies"));
   alive_ = false;
   if (stream_ != 0) network_.Break(stream_);
+  // A coordinator on this machine may see the process end, before or after the stream's end.
+  if (world_.Chance(0.5)) {
+    const ProcessEnded ended{id_, std::to_string(process_)};
+    world_.At(world_.now() + world_.Between(0, 50 * kMs),
+              [this, life = coordinator_(), ended] { network_.to_coordinator(life, ended); });
+  }
   world_.At(world_.now() + world_.Between(1 * kMs, 200 * kMs), [this] { StartProcess(); });
 }
 
