@@ -99,6 +99,8 @@ class Engine {
 
   virtual std::string_view backend() const = 0;
   virtual const ModelInfo& model() const = 0;
+  // Whether a slot's batches may be run by one thread now and another then.
+  virtual bool runs_on_any_thread() const { return false; }
 
   // What `rank` of `placement` will hold; computed from the headers alone.
   virtual absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const = 0;

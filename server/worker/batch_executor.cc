@@ -1,31 +1,30 @@
 #include "server/worker/batch_executor.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
-#include "server/common/region_io.h"
 #include "server/worker/clock.h"
 
 namespace epserve::worker {
 namespace {
 
-// The widest routing that any supported layout has; bounds the sizes computed from a shard.
-constexpr int kMaxTopk = 16;
+// A batch is small where no rank sends another more rows: then its phases take microseconds, about
+// what it takes to wake another thread for it.
+constexpr std::int32_t kSmallRows = 16;
+
+bool IsSmall(const Shard& shard) {
+  if (!shard.counts.has_value() || shard.num_tokens > kSmallRows) return false;
+  return std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
+                     [](std::int32_t rows) { return rows <= kSmallRows; });
+}
 
 std::int64_t RowsWantedInRegions(const Shard& shard) {
   std::int64_t num_rows = 0;
   for (const RegionRows& target : shard.targets) num_rows += target.num_rows;
   return num_rows;
-}
-
-absl::Status CheckBytes(std::string_view name, std::size_t got, std::int64_t expected) {
-  if (got == static_cast<std::size_t>(expected)) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("shard: ", std::string(name), " has ", got, " bytes, expected ", expected));
 }
 
 }  // namespace
@@ -41,10 +40,12 @@ BatchExecutor::BatchExecutor(const Config& config, runtime::Engine* engine, cons
 
 BatchExecutor::~BatchExecutor() {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     stopping_ = true;
     AbortLocked();
     for (auto& slot : slots_) slot->changed.notify_all();
+    // Also for what runs in a caller's thread.
+    idle_changed_.wait(lock, [this] { return Idle(); });
   }
   for (auto& slot : slots_) slot->thread.join();
 }
@@ -120,6 +121,8 @@ std::uint64_t BatchExecutor::batches_done() const {
 void BatchExecutor::Submit(Shard shard) {
   absl::Status refusal;
   Slot* taken = nullptr;
+  bool runs_here = false;
+  const int index = shard.slot;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const bool open = state_ == EpochState::kOpen || state_ == EpochState::kRunning;
@@ -129,13 +132,16 @@ void BatchExecutor::Submit(Shard shard) {
     }
     refusal = CheckSlot(shard);
     if (refusal.ok()) {
+      runs_here = MayRunHere(shard);
+      taken = slots_[index].get();
       // The slot may still be handing in its last batch; this one is then next.
-      taken = slots_[shard.slot].get();
-      taken->queued = std::make_unique<Batch>();
-      taken->queued->counts_known = shard.counts.has_value() || shard.device_counts;
-      taken->queued->shard = std::move(shard);
+      std::unique_ptr<Batch>& place = runs_here ? taken->running : taken->queued;
+      place = std::make_unique<Batch>();
+      place->counts_known = shard.counts.has_value() || shard.device_counts;
+      place->shard = std::move(shard);
     }
   }
+  if (runs_here) return RunTaken(index);
   if (taken != nullptr) {
     // After the lock, or the thread woken would at once wait for it.
     taken->changed.notify_one();
@@ -144,6 +150,30 @@ void BatchExecutor::Submit(Shard shard) {
   BatchDone done{.epoch = shard.epoch, .batch = shard.batch, .status = std::move(refusal)};
   done.times.start_monotonic_ns = shard.received_ns;
   reporter_->Report(std::move(done));
+}
+
+// A small batch that waits for nothing but its peers, while nothing else is held: the others'
+// shards would wait behind it.
+bool BatchExecutor::MayRunHere(const Shard& shard) const {
+  return state_ == EpochState::kRunning && engine_->runs_on_any_thread() && IsSmall(shard) &&
+         !shard.separate_triggers && shard.sources.empty() && shard.targets.empty() && Idle();
+}
+
+// Runs the slot's batch in the caller's thread. The next one may have come meanwhile.
+void BatchExecutor::RunTaken(int index) {
+  Slot& slot = *slots_[index];
+  Execute(index, *slot.running);
+  std::unique_lock<std::mutex> lock(mutex_);
+  EndBatch(slot);
+  const bool has_next = slot.queued != nullptr;
+  lock.unlock();
+  if (has_next) slot.changed.notify_one();
+}
+
+void BatchExecutor::EndBatch(Slot& slot) {
+  slot.running.reset();
+  ++batches_done_;
+  idle_changed_.notify_all();
 }
 
 absl::Status BatchExecutor::CheckSlot(const Shard& shard) const {
@@ -215,16 +245,15 @@ void BatchExecutor::RunSlot(int index) {
   Slot& slot = *slots_[index];
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    slot.changed.wait(lock,
-                      [&] { return stopping_ || (slot.queued && state_ == EpochState::kRunning); });
+    slot.changed.wait(lock, [&] {
+      return stopping_ || (slot.queued && !slot.running && state_ == EpochState::kRunning);
+    });
     if (stopping_) return;
     slot.running = std::move(slot.queued);
     lock.unlock();
     Execute(index, *slot.running);
     lock.lock();
-    slot.running.reset();
-    ++batches_done_;
-    idle_changed_.notify_all();
+    EndBatch(slot);
   }
 }
 
@@ -244,71 +273,6 @@ void BatchExecutor::Execute(int index, Batch& batch) {
   if (ReportUnlessAborted(epoch, std::move(done)) && lease_expired && AbortEpoch(epoch)) {
     reporter_->OnLeaseExpired(epoch);
   }
-}
-
-absl::Status BatchExecutor::CheckShard(const Shard& shard) const {
-  const std::int64_t max_tokens =
-      runtime::MaxShardTokens(config_.max_batch_tokens, placement_.num_ranks());
-  if (shard.num_tokens < 0 || shard.num_tokens > max_tokens) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shard: num_tokens ", shard.num_tokens, " is not in [0, ", max_tokens,
-                     "]; give coordinator and workers the same --max-batch-tokens"));
-  }
-  if (shard.topk < 1 || shard.topk > kMaxTopk) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
-  }
-  if (shard.device_counts && shard.counts.has_value()) {
-    return absl::InvalidArgumentError(
-        "shard: a count matrix came, and the ranks are to exchange the counts, too");
-  }
-  if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard));
-  EPS_RETURN_IF_ERROR(CheckRegions(shard));
-  const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
-  EPS_RETURN_IF_ERROR(CheckBytes("hidden", shard.hidden.size(), in_message * RowBytes(shard)));
-  const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
-  EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
-  return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
-}
-
-absl::Status BatchExecutor::CheckInArena(const Shard& shard) const {
-  if (row_arena_ == nullptr) {
-    return absl::InternalError("shard: its rows are in an arena, but this worker has none mapped");
-  }
-  if (shard.first_row < 0 || shard.first_row > config_.max_batch_tokens - shard.num_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("shard: first_row ", shard.first_row, " with ",
-                                                   shard.num_tokens, " rows passes the arena's ",
-                                                   config_.max_batch_tokens, " rows"));
-  }
-  if (shard.topk != engine_->model().topk) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("shard: topk ", shard.topk, " is not the arena's ", engine_->model().topk));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status BatchExecutor::CheckRegions(const Shard& shard) const {
-  if (shard.sources.empty() && shard.targets.empty()) return absl::OkStatus();
-  if (!shard.in_arena || regions_ == nullptr) {
-    return absl::InternalError(
-        "shard: its rows are in clients' regions, but this worker cannot reach any");
-  }
-  constexpr auto kFileEnd = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
-  const auto row_bytes = static_cast<std::uint64_t>(RowBytes(shard));
-  for (const auto* list : {&shard.sources, &shard.targets}) {
-    for (const RegionRows& rows : *list) {
-      const bool inside = rows.num_rows >= 0 && rows.num_rows <= shard.num_tokens &&
-                          rows.first_row >= 0 && rows.first_row <= shard.num_tokens - rows.num_rows;
-      if (!inside ||
-          !server::Fits(rows.object_offset, static_cast<std::uint64_t>(rows.num_rows) * row_bytes,
-                        kFileEnd)) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "shard: ", rows.num_rows, " rows from row ", rows.first_row, " at offset ",
-            rows.object_offset, " of region ", rows.label, " do not fit its ", shard.num_tokens));
-      }
-    }
-  }
-  return absl::OkStatus();
 }
 
 std::int64_t BatchExecutor::RowBytes(const Shard& shard) const {

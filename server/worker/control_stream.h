@@ -8,14 +8,17 @@
 // or about a millisecond has passed: gRPC's window update then rides on the answer, and is no
 // message of its own that wakes the coordinator.
 //
-// Thread-safe. Handler calls come from the stream's thread, one at a time, and must not block; they
-// may call Send and Cancel, but must not destroy the stream.
+// Thread-safe. Handler calls come from the polling thread, one at a time, and must not block, with
+// one exception: OnMessage may take its time with a shard, to carry it out. Where that is long,
+// another thread polls on and makes further calls meanwhile; see poll_turn.h. Handlers may call
+// Send and Cancel, but must not destroy the stream.
 #ifndef EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
 #define EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
 
 #include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -32,6 +35,7 @@
 #include "server/common/immediate_event.h"
 #include "server/common/tls.h"
 #include "server/worker/control_messages.h"
+#include "server/worker/poll_turn.h"
 
 namespace epserve::worker {
 
@@ -57,8 +61,8 @@ class ControlStream {
     virtual void OnMessage(CoordinatorMessage message) = 0;
     // Asked for the first time as soon as the stream is open.
     virtual Tick OnHeartbeatDue() = 0;
-    // The last call, exactly once; nothing is sent or read afterwards. Never OK: an orderly end by
-    // the coordinator is UNAVAILABLE too.
+    // The last call to begin, exactly once; nothing is sent or read afterwards. Never OK: an
+    // orderly end by the coordinator is UNAVAILABLE too.
     virtual void OnClosed(const absl::Status& status) = 0;
   };
 
@@ -85,9 +89,12 @@ class ControlStream {
   void Poll();
   // Next, but no longer than a read may be put off. False: the queue has ended.
   bool NextEvent(void** tag, bool* ok);
-  void OnEvent(void* tag, bool ok);
+  // False, also of the next two: the other thread polls now.
+  bool OnEvent(void* tag, bool ok);
+  bool OnHandedOver();
+  bool OnRead(bool ok);
   void OnStarted(bool ok);
-  void OnRead(bool ok);
+  void OnFinished();
   bool DelayRead(bool is_shard, bool ends_epoch);
   void StartDelayedReadLocked();
   void OnWritten(bool ok);
@@ -95,6 +102,7 @@ class ControlStream {
   std::optional<bool> WriteLocked(const v1::WorkerMessage& proto);
   void ContinueWritingLocked(bool ok);
   void HandOverLocked(const server::ImmediateEvent& event);
+  void SetHandOverAlarmLocked();
   void OnAlarm(bool ok);
   void RequestFinish();
   void SendProto(v1::WorkerMessage proto);
@@ -107,7 +115,9 @@ class ControlStream {
   std::unique_ptr<v1::Control::Stub> stub_;
   std::unique_ptr<Stream> stream_;
 
-  // Used by the polling thread alone.
+  PollTurn turn_;
+
+  // Of the thread that has the turn.
   v1::CoordinatorMessage incoming_;
   grpc::Alarm alarm_;
   grpc::Status final_status_;
@@ -130,7 +140,7 @@ class ControlStream {
   std::deque<server::ImmediateEvent> handed_over_;  // that other threads have come by
   grpc::Alarm hand_over_alarm_;
 
-  std::thread thread_;
+  std::array<std::thread, 2> threads_;  // one polls, the other stands by
 };
 
 }  // namespace epserve::worker
