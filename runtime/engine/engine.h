@@ -58,6 +58,7 @@ struct EngineOptions {
   int num_slots = 2;                     // batches in flight
   int compute_threads = 1;               // per slot, host backend
   absl::Duration peer_timeout = absl::Seconds(30);
+  absl::Duration busy_poll = absl::ZeroDuration();  // before a wait for a peer sleeps, host backend
   CudaOptions cuda;
 };
 

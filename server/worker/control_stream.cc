@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
+#include "server/common/busy_poll.h"
 #include "server/common/grpc_status.h"
 #include "server/common/late_read.h"
 #include "server/worker/control_proto_convert.h"
@@ -60,7 +61,9 @@ std::shared_ptr<grpc::Channel> MakeChannel(const ControlEndpoint& endpoint) {
 }  // namespace
 
 ControlStream::ControlStream(const ControlEndpoint& endpoint, Hello hello, Handler* handler)
-    : handler_(handler), stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
+    : handler_(handler),
+      busy_poll_(endpoint.busy_poll),
+      stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
   ShowSecret(endpoint);
   outgoing_.push_back(ToProto(std::move(hello)));
   stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
@@ -190,9 +193,11 @@ bool ControlStream::NextEvent(void** tag, bool* ok) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (read_delayed_) due = read_due_;
     }
-    if (!due.has_value()) return queue_.Next(tag, ok);
-    const auto wait = *due - std::chrono::steady_clock::now();
-    const auto next = queue_.AsyncNext(tag, ok, std::chrono::system_clock::now() + wait);
+    auto deadline = server::kNoDeadline;
+    if (due.has_value()) {
+      deadline = std::chrono::system_clock::now() + (*due - std::chrono::steady_clock::now());
+    }
+    const auto next = server::BusyNext(&queue_, busy_poll_, deadline, tag, ok);
     if (next != grpc::CompletionQueue::TIMEOUT) return next == grpc::CompletionQueue::GOT_EVENT;
     std::lock_guard<std::mutex> lock(mutex_);
     if (read_delayed_ && read_due_ <= std::chrono::steady_clock::now()) StartDelayedReadLocked();

@@ -45,6 +45,7 @@ struct ControlEndpoint {
   server::TlsFiles tls;
   std::string tls_server_name;  // that its certificate must have; empty: the target's host
   std::string secret_file;      // its first line is shown with the call; empty: none
+  std::chrono::microseconds busy_poll{0};  // looked for so long for a message before a sleep
 };
 
 class ControlStream {
@@ -110,6 +111,7 @@ class ControlStream {
   void GiveUp(absl::Status reason);
 
   Handler* const handler_;
+  const std::chrono::microseconds busy_poll_;
   grpc::ClientContext context_;
   grpc::CompletionQueue queue_;
   std::unique_ptr<v1::Control::Stub> stub_;
