@@ -1,7 +1,7 @@
-// Runs batches: one thread a slot, each taking its slot's shards through Stage, Dispatch,
-// RunExperts, Combine and Finish, and waiting between them for what the coordinator still owes
-// (count matrix, dispatch trigger, combine trigger). Where a shard says so, the ranks exchange the
-// counts among themselves, and the matrix is not waited for.
+// Runs batches: one thread a slot, and for small batches whoever brings them, take a slot's shards
+// through Stage, Dispatch, RunExperts, Combine and Finish, and wait in between for what the
+// coordinator still owes (count matrix, dispatch trigger, combine trigger). Where a shard says so,
+// the ranks exchange the counts among themselves, and the matrix is not waited for.
 //
 //   closed ─OpenEpoch─► open (shards are held) ─StartEpoch─► running ─AbortEpoch─► aborted ─Drain─►
 //   closed
