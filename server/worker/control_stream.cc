@@ -68,7 +68,7 @@ ControlStream::ControlStream(const ControlEndpoint& endpoint, Hello hello, Handl
   outgoing_.push_back(ToProto(std::move(hello)));
   stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
   stream_->StartCall(ToTag(kStarted));
-  for (std::thread& thread : threads_) thread = std::thread([this] { Poll(); });
+  for (std::thread& thread : threads_) thread = std::thread([this] { Run(); });
 }
 
 // Read for every stream anew, so that a renewed secret needs no restart.
@@ -139,7 +139,7 @@ bool ControlStream::OnHandedOver() {
 
 void ControlStream::HurryHeartbeat() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ended_ || closing_ || hurry_) return;
+  if (closing_ || hurry_) return;
   hurry_ = true;
   // A cancelled alarm fires at once, and so comes round on the polling thread.
   alarm_.Cancel();
@@ -156,34 +156,40 @@ void ControlStream::CloseAfterFlush(absl::Duration timeout) {
     }
   }
   if (!ended_changed_.wait_for(lock, absl::ToChronoMilliseconds(timeout),
-                               [this] { return ended_; })) {
+                               [this] { return num_running_ == 0; })) {
     lock.unlock();
     Cancel();
     lock.lock();
-    ended_changed_.wait(lock, [this] { return ended_; });
+    ended_changed_.wait(lock, [this] { return num_running_ == 0; });
   }
 }
 
-void ControlStream::Poll() {
+void ControlStream::Run() {
+  if (PollToTheEnd()) {
+    absl::Status status = gave_up_.ok() ? server::FromGrpcStatus(final_status_) : gave_up_;
+    if (status.ok()) {
+      status = absl::UnavailableError("control stream: the coordinator ended it");
+    }
+    handler_->OnClosed(status);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (--num_running_ == 0) ended_changed_.notify_all();
+}
+
+// False: the other thread saw the end.
+bool ControlStream::PollToTheEnd() {
   void* tag = nullptr;
   bool ok = false;
-  for (bool ended = false; !ended;) {
-    if (!turn_.Await()) return;
-    bool mine = true;
-    while (mine && !ended) {
-      ended = !NextEvent(&tag, &ok);
-      if (!ended) mine = OnEvent(tag, ok);
+  while (turn_.Await()) {
+    for (bool mine = true; mine;) {
+      if (!NextEvent(&tag, &ok)) {
+        turn_.End();
+        return true;
+      }
+      mine = OnEvent(tag, ok);
     }
   }
-  turn_.End();
-  absl::Status status = gave_up_.ok() ? server::FromGrpcStatus(final_status_) : gave_up_;
-  if (status.ok()) {
-    status = absl::UnavailableError("control stream: the coordinator ended it");
-  }
-  handler_->OnClosed(status);
-  std::lock_guard<std::mutex> lock(mutex_);
-  ended_ = true;
-  ended_changed_.notify_all();
+  return false;
 }
 
 bool ControlStream::NextEvent(void** tag, bool* ok) {

@@ -87,7 +87,8 @@ class ControlStream {
   using Stream = grpc::ClientAsyncReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>;
 
   void ShowSecret(const ControlEndpoint& endpoint);
-  void Poll();
+  void Run();
+  bool PollToTheEnd();
   // Next, but no longer than a read may be put off. False: the queue has ended.
   bool NextEvent(void** tag, bool* ok);
   // False, also of the next two: the other thread polls now.
@@ -133,7 +134,9 @@ class ControlStream {
   bool closing_ = false;                    // No more messages are taken.
   bool half_closed_ = false;                // The end of this side was sent or can no longer be.
   bool finished_ = false;                   // The call is over; no operation may be started.
-  bool ended_ = false;                      // OnClosed has returned.
+  // Threads that are not done with the handler. One that is kept by it may outlast OnClosed, and
+  // must not be the one to destroy the stream.
+  int num_running_ = 2;
   bool hurry_ = false;
   bool read_delayed_ = false;                       // Nothing is read until an answer has gone out.
   std::chrono::steady_clock::time_point read_due_;  // by then at the latest
