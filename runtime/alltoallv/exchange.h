@@ -34,6 +34,7 @@ struct ExchangeConfig {
   int num_slots = 2;                  // batches in flight
   Placement placement;
   absl::Duration peer_timeout = absl::Seconds(30);  // bound of every wait for a peer
+  absl::Duration busy_poll = absl::ZeroDuration();  // spent looking before a wait sleeps (host)
 };
 
 struct DispatchArgs {

@@ -83,7 +83,8 @@ absl::StatusOr<CountMatrix> HostExchange::ExchangeCounts(int slot, std::uint64_t
   }
   const CountRecords own = RecordsOf(config_.rank, slot);
   const WaitLimits limits{
-      std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(config_.peer_timeout), &abort_};
+      std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(config_.peer_timeout), &abort_,
+      absl::ToChronoNanoseconds(config_.busy_poll)};
   for (int source = 0; source < config_.num_ranks; ++source) {
     if (source == config_.rank) {
       AddCounts(counts, source, &matrix);

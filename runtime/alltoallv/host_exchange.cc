@@ -297,7 +297,8 @@ void HostExchange::PublishRows(const DispatchArgs& args) const {
 
 absl::Status HostExchange::AwaitRows(const DispatchArgs& args) const {
   const SlotView view{heap_.data() + layout_.SlotOffset(args.slot), &layout_};
-  const WaitLimits limits{After(config_.peer_timeout), &abort_};
+  const WaitLimits limits{After(config_.peer_timeout), &abort_,
+                          absl::ToChronoNanoseconds(config_.busy_poll)};
   for (int src = 0; src < config_.num_ranks; ++src) {
     if (src == config_.rank || args.counts->at(src, config_.rank) == 0) continue;
     Arrival& arrival = view.arrival(src);
@@ -381,7 +382,8 @@ absl::Status HostExchange::Dispatch(const DispatchArgs& args) {
 
 absl::Status HostExchange::AwaitPartials(int slot_index) const {
   const Slot& slot = slots_[slot_index];
-  const WaitLimits limits{After(config_.peer_timeout), &abort_};
+  const WaitLimits limits{After(config_.peer_timeout), &abort_,
+                          absl::ToChronoNanoseconds(config_.busy_poll)};
   for (int peer = 0; peer < config_.num_ranks; ++peer) {
     if (peer == config_.rank || slot.counts->at(config_.rank, peer) == 0) continue;
     const SlotView view{heaps_[peer] + layout_.SlotOffset(slot_index), &layout_};

@@ -6,6 +6,10 @@ namespace epserve::runtime {
 
 inline constexpr int kMaxSlots = 16;  // batches in flight
 
+// Longest that a wait may look before it sleeps: beyond what a small batch waits for, and short
+// enough that an idle service falls asleep.
+inline constexpr int kMaxBusyPollUs = 1'000'000;
+
 }  // namespace epserve::runtime
 
 #endif  // EPSERVE_RUNTIME_BASE_LIMITS_H_

@@ -59,6 +59,7 @@ struct EngineOptions {
   int num_slots = 2;                     // batches in flight
   int compute_threads = 1;               // per slot, host backend
   absl::Duration peer_timeout = absl::Seconds(30);
+  absl::Duration busy_poll = absl::ZeroDuration();  // before a wait for a peer sleeps, host backend
   CudaOptions cuda;
 };
 
@@ -103,6 +104,8 @@ class Engine {
 
   virtual std::string_view backend() const = 0;
   virtual const ModelInfo& model() const = 0;
+  // Whether a slot's batches may be run by one thread now and another then.
+  virtual bool runs_on_any_thread() const { return false; }
 
   // What `rank` of `placement` will hold; computed from the headers alone.
   virtual absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const = 0;

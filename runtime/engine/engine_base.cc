@@ -49,6 +49,7 @@ ExchangeConfig EngineBase::MakeExchangeConfig(const Placement& placement, int ra
   config.num_slots = options_.num_slots;
   config.placement = placement;
   config.peer_timeout = options_.peer_timeout;
+  config.busy_poll = options_.busy_poll;
   return config;
 }
 

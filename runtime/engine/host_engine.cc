@@ -35,6 +35,7 @@ class HostEngine final : public EngineBase {
       : EngineBase(options, std::move(checkpoint)) {}
 
   std::string_view backend() const override { return "host"; }
+  bool runs_on_any_thread() const override { return true; }
 
   absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const override;
   absl::Status LoadExperts(

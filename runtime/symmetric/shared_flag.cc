@@ -36,6 +36,19 @@ void SleepOnFlag(SharedFlag* flag, std::uint64_t seen, std::chrono::nanoseconds 
             nullptr, 0);
 }
 
+// Whether the flag is reached within `limits.busy`.
+bool LookUntil(SharedFlag* flag, std::uint64_t value, const WaitLimits& limits) {
+  if (limits.busy.count() == 0) return false;
+  const auto end = std::min(std::chrono::steady_clock::now() + limits.busy, limits.deadline);
+  while (std::chrono::steady_clock::now() < end &&
+         limits.abort->load(std::memory_order_relaxed) == 0) {
+    // Acquire, as in WaitForValue.
+    if (flag->value.load(std::memory_order_acquire) >= value) return true;
+    CpuRelax();
+  }
+  return false;
+}
+
 }  // namespace
 
 void Publish(SharedFlag* flag, std::uint64_t value) {
@@ -53,6 +66,7 @@ WaitResult WaitForValue(SharedFlag* flag, std::uint64_t value, const WaitLimits&
     if (flag->value.load(std::memory_order_acquire) >= value) return WaitResult::kReached;
     CpuRelax();
   }
+  if (LookUntil(flag, value, limits)) return WaitResult::kReached;
   // Before the look at `value`, pairs with the publisher's look at `waiters` after its store.
   flag->waiters.fetch_add(1, std::memory_order_seq_cst);
   WaitResult result = WaitResult::kReached;

@@ -41,6 +41,7 @@ struct WaitLimits {
   std::chrono::steady_clock::time_point deadline;
   // Nonzero ends the wait within a few milliseconds. Never null.
   const std::atomic<std::uint32_t>* abort = nullptr;
+  std::chrono::nanoseconds busy{0};  // looked for so long before a sleep
 };
 
 // Returns once the flag is `value` or more. A flag that has been reached wins over the abort word,

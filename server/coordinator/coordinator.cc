@@ -195,6 +195,7 @@ struct Coordinator::Parts {
     server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
     server.SetCallLimits({std::chrono::milliseconds(options.message_timeout_ms),
                           std::chrono::milliseconds(options.stream_idle_timeout_ms)});
+    server.SetBusyPoll(std::chrono::microseconds(options.busy_poll_us));
     const bool started = server.Start(&builder, kIoThreads);
     for (std::size_t i = 0; i < options.listen.size(); ++i) {
       // gRPC binds in this order and stops at the first that it cannot, whose port stays below 0

@@ -76,6 +76,12 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_MAX_CONNECTIONS")
       ->check(CLI::Range(1, 1'000'000))
       ->capture_default_str();
+  app.add_option("--busy-poll-us", options.busy_poll_us,
+                 "How long to look for the next message before sleeping, microseconds; above 0 it "
+                 "keeps a core busy")
+      ->envname("EPSERVE_BUSY_POLL_US")
+      ->check(CLI::Range(0, runtime::kMaxBusyPollUs))
+      ->capture_default_str();
   app.add_flag("--allow-client-shm", options.allow_client_shm,
                "Let clients pass tensors in system and CUDA shared memory")
       ->envname("EPSERVE_ALLOW_CLIENT_SHM");

@@ -33,6 +33,7 @@ struct Options {
   std::int64_t formation_timeout_ms = 30000;
   std::int64_t batch_timeout_ms = 60000;
   int max_connections = 1024;
+  int busy_poll_us = 0;
   std::int64_t message_timeout_ms = 60'000;
   std::int64_t stream_idle_timeout_ms = 3'600'000;
   std::int64_t max_message_bytes = 256 << 20;

@@ -15,6 +15,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "server/common/busy_poll.h"
 #include "server/common/grpc_status.h"
 #include "server/common/immediate_event.h"
 #include "server/common/late_read.h"
@@ -53,6 +54,7 @@ struct RpcServer::State {
   };
   std::unordered_map<std::string, MakeHandler> methods;
   CallLimits limits;
+  std::chrono::microseconds busy_poll{0};
   std::vector<Listener> listeners;
   Authorize authorize;  // null: everybody may call everything
   grpc::AsyncGenericService service;
@@ -271,10 +273,12 @@ void RpcServer::Loop::Poll() {
   bool ok = false;
   for (;;) {
     if (delayed_.empty()) {
-      if (!queue_->Next(&tag, &ok)) return;
+      const auto next = BusyNext(queue_.get(), state_->busy_poll, kNoDeadline, &tag, &ok);
+      if (next != grpc::CompletionQueue::GOT_EVENT) return;
     } else {
       const auto wait = delayed_.front()->due() - std::chrono::steady_clock::now();
-      const auto next = queue_->AsyncNext(&tag, &ok, std::chrono::system_clock::now() + wait);
+      const auto next = BusyNext(queue_.get(), state_->busy_poll,
+                                 std::chrono::system_clock::now() + wait, &tag, &ok);
       if (next == grpc::CompletionQueue::SHUTDOWN) return;
       StartDueReads();
       if (next == grpc::CompletionQueue::TIMEOUT) continue;
@@ -328,6 +332,8 @@ void RpcServer::SetMaxConnections(std::size_t max_connections) {
 }
 
 void RpcServer::SetCallLimits(const CallLimits& limits) { state_->limits = limits; }
+
+void RpcServer::SetBusyPoll(std::chrono::microseconds busy) { state_->busy_poll = busy; }
 
 void RpcServer::Listen(const std::string& address,
                        std::shared_ptr<grpc::ServerCredentials> credentials,

@@ -112,6 +112,8 @@ class RpcServer {
   // All callers over one Unix socket count as one.
   void SetMaxConnections(std::size_t max_connections);
   void SetCallLimits(const CallLimits& limits);
+  // How long a thread looks for the next event before it sleeps.
+  void SetBusyPoll(std::chrono::microseconds busy);
   // Has gRPC listen there. `port` as AddListeningPort() has it: set by Start(), and valid until
   // then. REQUIRES: `builder` is Start()'s.
   void Listen(const std::string& address, std::shared_ptr<grpc::ServerCredentials> credentials,

@@ -12,6 +12,16 @@
 namespace epserve::worker {
 namespace {
 
+// A batch is small where no rank sends another more rows: then its phases take microseconds, about
+// what it takes to wake another thread for it.
+constexpr std::int32_t kSmallRows = 16;
+
+bool IsSmall(const Shard& shard) {
+  if (!shard.counts.has_value() || shard.num_tokens > kSmallRows) return false;
+  return std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
+                     [](std::int32_t rows) { return rows <= kSmallRows; });
+}
+
 std::int64_t RowsWantedInRegions(const Shard& shard) {
   std::int64_t num_rows = 0;
   for (const RegionRows& target : shard.targets) num_rows += target.num_rows;
@@ -31,10 +41,12 @@ BatchExecutor::BatchExecutor(const Config& config, runtime::Engine* engine, cons
 
 BatchExecutor::~BatchExecutor() {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     stopping_ = true;
     AbortLocked();
     for (auto& slot : slots_) slot->changed.notify_all();
+    // Also for what runs in a caller's thread.
+    idle_changed_.wait(lock, [this] { return Idle(); });
   }
   for (auto& slot : slots_) slot->thread.join();
 }
@@ -113,6 +125,8 @@ std::uint64_t BatchExecutor::batches_done() const {
 void BatchExecutor::Submit(Shard shard) {
   absl::Status refusal;
   Slot* taken = nullptr;
+  bool runs_here = false;
+  const int index = shard.slot;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const bool open = state_ == EpochState::kOpen || state_ == EpochState::kRunning;
@@ -122,13 +136,16 @@ void BatchExecutor::Submit(Shard shard) {
     }
     refusal = CheckSlot(shard);
     if (refusal.ok()) {
+      runs_here = MayRunHere(shard);
+      taken = slots_[index].get();
       // The slot may still be handing in its last batch; this one is then next.
-      taken = slots_[shard.slot].get();
-      taken->queued = std::make_unique<Batch>();
-      taken->queued->counts_known = shard.counts.has_value() || shard.device_counts;
-      taken->queued->shard = std::move(shard);
+      std::unique_ptr<Batch>& place = runs_here ? taken->running : taken->queued;
+      place = std::make_unique<Batch>();
+      place->counts_known = shard.counts.has_value() || shard.device_counts;
+      place->shard = std::move(shard);
     }
   }
+  if (runs_here) return RunTaken(index);
   if (taken != nullptr) {
     // After the lock, or the thread woken would at once wait for it.
     taken->changed.notify_one();
@@ -137,6 +154,31 @@ void BatchExecutor::Submit(Shard shard) {
   BatchDone done{.epoch = shard.epoch, .batch = shard.batch, .status = std::move(refusal)};
   done.times.start_monotonic_ns = shard.received_ns;
   reporter_->Report(std::move(done));
+}
+
+// A small batch that waits for nothing but its peers, while nothing else is held: the others'
+// shards would wait behind it.
+bool BatchExecutor::MayRunHere(const Shard& shard) const {
+  return state_ == EpochState::kRunning && engine_->runs_on_any_thread() && IsSmall(shard) &&
+         !shard.separate_triggers && shard.sources.empty() && shard.targets.empty() &&
+         shard.device_rows.empty() && Idle();
+}
+
+// Runs the slot's batch in the caller's thread. The next one may have come meanwhile.
+void BatchExecutor::RunTaken(int index) {
+  Slot& slot = *slots_[index];
+  Execute(index, *slot.running);
+  std::unique_lock<std::mutex> lock(mutex_);
+  EndBatch(slot);
+  const bool has_next = slot.queued != nullptr;
+  lock.unlock();
+  if (has_next) slot.changed.notify_one();
+}
+
+void BatchExecutor::EndBatch(Slot& slot) {
+  slot.running.reset();
+  ++batches_done_;
+  idle_changed_.notify_all();
 }
 
 absl::Status BatchExecutor::CheckSlot(const Shard& shard) const {
@@ -208,16 +250,15 @@ void BatchExecutor::RunSlot(int index) {
   Slot& slot = *slots_[index];
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    slot.changed.wait(lock,
-                      [&] { return stopping_ || (slot.queued && state_ == EpochState::kRunning); });
+    slot.changed.wait(lock, [&] {
+      return stopping_ || (slot.queued && !slot.running && state_ == EpochState::kRunning);
+    });
     if (stopping_) return;
     slot.running = std::move(slot.queued);
     lock.unlock();
     Execute(index, *slot.running);
     lock.lock();
-    slot.running.reset();
-    ++batches_done_;
-    idle_changed_.notify_all();
+    EndBatch(slot);
   }
 }
 

@@ -1,14 +1,14 @@
-// Runs batches: one thread a slot, each taking its slot's shards through Stage, Dispatch,
-// RunExperts, Combine and Finish, and waiting between them for what the coordinator still owes
-// (count matrix, dispatch trigger, combine trigger). Where a shard says so, the ranks exchange the
-// counts among themselves, and the matrix is not waited for.
+// Runs batches: one thread a slot, and for small batches whoever brings them, take a slot's shards
+// through Stage, Dispatch, RunExperts, Combine and Finish, and wait in between for what the
+// coordinator still owes (count matrix, dispatch trigger, combine trigger). Where a shard says so,
+// the ranks exchange the counts among themselves, and the matrix is not waited for.
 //
 //   closed ─OpenEpoch─► open (shards are held) ─StartEpoch─► running ─AbortEpoch─► aborted ─Drain─►
 //   closed
 //
-// Thread-safe; no call blocks but Drain and WaitUntilIdle. Whatever carries another epoch than the
-// present one is dropped. After AbortEpoch no new report of the epoch is begun, and after Drain
-// none is under way and the engine is not in use.
+// Thread-safe; no call blocks but Drain, RefuseWhenIdle and, for a small batch, Submit. Whatever
+// carries another epoch than the present one is dropped. After AbortEpoch no new report of the
+// epoch is begun, and after Drain none is under way and the engine is not in use.
 #ifndef EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
 #define EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
 
@@ -34,7 +34,7 @@
 
 namespace epserve::worker {
 
-// Called from slot threads, of several slots at once; must not block for long.
+// Called by the threads that run batches, several at once; must not block for long.
 class BatchReporter {
  public:
   virtual ~BatchReporter() = default;
@@ -77,6 +77,9 @@ class BatchExecutor {
   // Waits for the slots to leave the engine. REQUIRES: aborted or closed.
   void Drain();
 
+  // Has a slot's thread run it; or, where the engine allows that, it is small, needs nothing more
+  // of the coordinator, and nothing else is held, runs it before returning: that saves waking a
+  // thread, and may take up to the peers' timeout.
   void Submit(Shard shard);
   void SetCounts(CountsKnown known);
   void Trigger(const DispatchTrigger& trigger);
@@ -104,11 +107,14 @@ class BatchExecutor {
     std::condition_variable changed;
     std::unique_ptr<Batch> queued;   // Guarded by mutex_, as all here.
     std::unique_ptr<Batch> running;  // Only its flags and counts are guarded.
-    DeviceShard on_device;           // Of the slot's thread alone.
+    DeviceShard on_device;           // Of the thread that runs the batch alone.
     std::thread thread;
   };
 
   void RunSlot(int index);
+  bool MayRunHere(const Shard& shard) const;
+  void RunTaken(int index);
+  void EndBatch(Slot& slot);
   void Execute(int index, Batch& batch);
   absl::Status RunBatch(int index, Batch& batch, BatchDone& done);
   absl::Status CheckSlot(const Shard& shard) const;

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
+#include "server/common/busy_poll.h"
 #include "server/common/grpc_status.h"
 #include "server/common/late_read.h"
 #include "server/worker/control_proto_convert.h"
@@ -60,12 +61,14 @@ std::shared_ptr<grpc::Channel> MakeChannel(const ControlEndpoint& endpoint) {
 }  // namespace
 
 ControlStream::ControlStream(const ControlEndpoint& endpoint, Hello hello, Handler* handler)
-    : handler_(handler), stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
+    : handler_(handler),
+      busy_poll_(endpoint.busy_poll),
+      stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
   ShowSecret(endpoint);
   outgoing_.push_back(ToProto(std::move(hello)));
   stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
   stream_->StartCall(ToTag(kStarted));
-  thread_ = std::thread([this] { Poll(); });
+  for (std::thread& thread : threads_) thread = std::thread([this] { Run(); });
 }
 
 // Read for every stream anew, so that a renewed secret needs no restart.
@@ -81,7 +84,7 @@ void ControlStream::ShowSecret(const ControlEndpoint& endpoint) {
 
 ControlStream::~ControlStream() {
   Cancel();
-  thread_.join();
+  for (std::thread& thread : threads_) thread.join();
 }
 
 void ControlStream::Cancel() { context_.TryCancel(); }
@@ -114,16 +117,29 @@ std::optional<bool> ControlStream::WriteLocked(const v1::WorkerMessage& proto) {
 
 // Of the polling thread alone is what comes of any event but a write's end.
 void ControlStream::HandOverLocked(const server::ImmediateEvent& event) {
-  handed_over_.push_back(event);
-  // The queue is still open: it is shut down only by what comes of the call's last event.
-  if (handed_over_.size() == 1 || event.tag == ToTag(kHandedOver)) {
-    hand_over_alarm_.Set(&queue_, std::chrono::system_clock::now(), ToTag(kHandedOver));
-  }
+  const bool is_alarm = event.tag == ToTag(kHandedOver);  // that says so of others, and is due anew
+  if (!is_alarm) handed_over_.push_back(event);
+  if (is_alarm || handed_over_.size() == 1) SetHandOverAlarmLocked();
+}
+
+// The queue is still open: it is shut down only by what comes of the call's last event.
+void ControlStream::SetHandOverAlarmLocked() {
+  hand_over_alarm_.Set(&queue_, std::chrono::system_clock::now(), ToTag(kHandedOver));
+}
+
+// One at a time, with the alarm set for the next: this thread may be kept by the first.
+bool ControlStream::OnHandedOver() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const server::ImmediateEvent event = handed_over_.front();
+  handed_over_.pop_front();
+  if (!handed_over_.empty()) SetHandOverAlarmLocked();
+  lock.unlock();
+  return OnEvent(event.tag, event.ok);
 }
 
 void ControlStream::HurryHeartbeat() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ended_ || closing_ || hurry_) return;
+  if (closing_ || hurry_) return;
   hurry_ = true;
   // A cancelled alarm fires at once, and so comes round on the polling thread.
   alarm_.Cancel();
@@ -140,26 +156,40 @@ void ControlStream::CloseAfterFlush(absl::Duration timeout) {
     }
   }
   if (!ended_changed_.wait_for(lock, absl::ToChronoMilliseconds(timeout),
-                               [this] { return ended_; })) {
+                               [this] { return num_running_ == 0; })) {
     lock.unlock();
     Cancel();
     lock.lock();
-    ended_changed_.wait(lock, [this] { return ended_; });
+    ended_changed_.wait(lock, [this] { return num_running_ == 0; });
   }
 }
 
-void ControlStream::Poll() {
+void ControlStream::Run() {
+  if (PollToTheEnd()) {
+    absl::Status status = gave_up_.ok() ? server::FromGrpcStatus(final_status_) : gave_up_;
+    if (status.ok()) {
+      status = absl::UnavailableError("control stream: the coordinator ended it");
+    }
+    handler_->OnClosed(status);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (--num_running_ == 0) ended_changed_.notify_all();
+}
+
+// False: the other thread saw the end.
+bool ControlStream::PollToTheEnd() {
   void* tag = nullptr;
   bool ok = false;
-  while (NextEvent(&tag, &ok)) OnEvent(tag, ok);
-  absl::Status status = gave_up_.ok() ? server::FromGrpcStatus(final_status_) : gave_up_;
-  if (status.ok()) {
-    status = absl::UnavailableError("control stream: the coordinator ended it");
+  while (turn_.Await()) {
+    for (bool mine = true; mine;) {
+      if (!NextEvent(&tag, &ok)) {
+        turn_.End();
+        return true;
+      }
+      mine = OnEvent(tag, ok);
+    }
   }
-  handler_->OnClosed(status);
-  std::lock_guard<std::mutex> lock(mutex_);
-  ended_ = true;
-  ended_changed_.notify_all();
+  return false;
 }
 
 bool ControlStream::NextEvent(void** tag, bool* ok) {
@@ -169,43 +199,47 @@ bool ControlStream::NextEvent(void** tag, bool* ok) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (read_delayed_) due = read_due_;
     }
-    if (!due.has_value()) return queue_.Next(tag, ok);
-    const auto wait = *due - std::chrono::steady_clock::now();
-    const auto next = queue_.AsyncNext(tag, ok, std::chrono::system_clock::now() + wait);
+    auto deadline = server::kNoDeadline;
+    if (due.has_value()) {
+      deadline = std::chrono::system_clock::now() + (*due - std::chrono::steady_clock::now());
+    }
+    const auto next = server::BusyNext(&queue_, busy_poll_, deadline, tag, ok);
     if (next != grpc::CompletionQueue::TIMEOUT) return next == grpc::CompletionQueue::GOT_EVENT;
     std::lock_guard<std::mutex> lock(mutex_);
     if (read_delayed_ && read_due_ <= std::chrono::steady_clock::now()) StartDelayedReadLocked();
   }
 }
 
-void ControlStream::OnEvent(void* tag, bool ok) {
+bool ControlStream::OnEvent(void* tag, bool ok) {
   switch (static_cast<Tag>(reinterpret_cast<std::intptr_t>(tag))) {
     case kStarted:
-      return OnStarted(ok);
+      OnStarted(ok);
+      return true;
     case kRead:
       return OnRead(ok);
     case kWritten:
-      return OnWritten(ok);
+      OnWritten(ok);
+      return true;
     case kHalfClosed:
-      return;
+      return true;
     case kAlarm:
-      return OnAlarm(ok);
-    case kHandedOver: {
-      std::unique_lock<std::mutex> lock(mutex_);
-      const std::deque<server::ImmediateEvent> events = std::exchange(handed_over_, {});
-      lock.unlock();
-      for (const server::ImmediateEvent& event : events) OnEvent(event.tag, event.ok);
-      return;
-    }
-    case kFinished: {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-      finished_ = true;
-      alarm_.Cancel();
-      queue_.Shutdown();  // Next returns false once every operation has come back.
-      return;
-    }
+      OnAlarm(ok);
+      return true;
+    case kHandedOver:
+      return OnHandedOver();
+    case kFinished:
+      OnFinished();
+      return true;
   }
+  return true;
+}
+
+void ControlStream::OnFinished() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  closing_ = true;
+  finished_ = true;
+  alarm_.Cancel();
+  queue_.Shutdown();  // Next returns false once every operation has come back.
 }
 
 void ControlStream::RequestFinish() {
@@ -223,16 +257,23 @@ void ControlStream::OnStarted(bool ok) {
   OnAlarm(true);
 }
 
-void ControlStream::OnRead(bool ok) {
+bool ControlStream::OnRead(bool ok) {
   if (!ok) {
     RequestFinish();
-    return;
+    return true;
   }
   const bool is_shard = incoming_.has_shard();
   const bool ends_epoch = incoming_.has_epoch_ended();
   absl::StatusOr<CoordinatorMessage> message = FromProto(incoming_);
   // Before the handler is told: the answer may go out before it returns.
   const bool read_on = !DelayRead(is_shard, ends_epoch);
+  if (is_shard && message.ok()) {
+    // Before, too: the handler may keep this thread, and the next message is another's then.
+    if (read_on) stream_->Read(&incoming_, ToTag(kRead));
+    const std::uint64_t absence = turn_.Leave();
+    handler_->OnMessage(*std::move(message));
+    return turn_.Return(absence);
+  }
   if (message.ok()) {
     handler_->OnMessage(*std::move(message));
   } else if (absl::IsUnimplemented(message.status())) {
@@ -241,6 +282,7 @@ void ControlStream::OnRead(bool ok) {
     GiveUp(message.status());
   }
   if (read_on) stream_->Read(&incoming_, ToTag(kRead));
+  return true;
 }
 
 // False: the next read may not wait for an answer to be written.

@@ -8,14 +8,17 @@
 // or about a millisecond has passed: gRPC's window update then rides on the answer, and is no
 // message of its own that wakes the coordinator.
 //
-// Thread-safe. Handler calls come from the stream's thread, one at a time, and must not block; they
-// may call Send and Cancel, but must not destroy the stream.
+// Thread-safe. Handler calls come from the polling thread, one at a time, and must not block, with
+// one exception: OnMessage may take its time with a shard, to carry it out. Where that is long,
+// another thread polls on and makes further calls meanwhile; see poll_turn.h. Handlers may call
+// Send and Cancel, but must not destroy the stream.
 #ifndef EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
 #define EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
 
 #include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -32,6 +35,7 @@
 #include "server/common/immediate_event.h"
 #include "server/common/tls.h"
 #include "server/worker/control_messages.h"
+#include "server/worker/poll_turn.h"
 
 namespace epserve::worker {
 
@@ -41,6 +45,7 @@ struct ControlEndpoint {
   server::TlsFiles tls;
   std::string tls_server_name;  // that its certificate must have; empty: the target's host
   std::string secret_file;      // its first line is shown with the call; empty: none
+  std::chrono::microseconds busy_poll{0};  // looked for so long for a message before a sleep
 };
 
 class ControlStream {
@@ -57,8 +62,8 @@ class ControlStream {
     virtual void OnMessage(CoordinatorMessage message) = 0;
     // Asked for the first time as soon as the stream is open.
     virtual Tick OnHeartbeatDue() = 0;
-    // The last call, exactly once; nothing is sent or read afterwards. Never OK: an orderly end by
-    // the coordinator is UNAVAILABLE too.
+    // The last call to begin, exactly once; nothing is sent or read afterwards. Never OK: an
+    // orderly end by the coordinator is UNAVAILABLE too.
     virtual void OnClosed(const absl::Status& status) = 0;
   };
 
@@ -82,12 +87,16 @@ class ControlStream {
   using Stream = grpc::ClientAsyncReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>;
 
   void ShowSecret(const ControlEndpoint& endpoint);
-  void Poll();
+  void Run();
+  bool PollToTheEnd();
   // Next, but no longer than a read may be put off. False: the queue has ended.
   bool NextEvent(void** tag, bool* ok);
-  void OnEvent(void* tag, bool ok);
+  // False, also of the next two: the other thread polls now.
+  bool OnEvent(void* tag, bool ok);
+  bool OnHandedOver();
+  bool OnRead(bool ok);
   void OnStarted(bool ok);
-  void OnRead(bool ok);
+  void OnFinished();
   bool DelayRead(bool is_shard, bool ends_epoch);
   void StartDelayedReadLocked();
   void OnWritten(bool ok);
@@ -95,6 +104,7 @@ class ControlStream {
   std::optional<bool> WriteLocked(const v1::WorkerMessage& proto);
   void ContinueWritingLocked(bool ok);
   void HandOverLocked(const server::ImmediateEvent& event);
+  void SetHandOverAlarmLocked();
   void OnAlarm(bool ok);
   void RequestFinish();
   void SendProto(v1::WorkerMessage proto);
@@ -102,12 +112,15 @@ class ControlStream {
   void GiveUp(absl::Status reason);
 
   Handler* const handler_;
+  const std::chrono::microseconds busy_poll_;
   grpc::ClientContext context_;
   grpc::CompletionQueue queue_;
   std::unique_ptr<v1::Control::Stub> stub_;
   std::unique_ptr<Stream> stream_;
 
-  // Used by the polling thread alone.
+  PollTurn turn_;
+
+  // Of the thread that has the turn.
   v1::CoordinatorMessage incoming_;
   grpc::Alarm alarm_;
   grpc::Status final_status_;
@@ -121,7 +134,9 @@ class ControlStream {
   bool closing_ = false;                    // No more messages are taken.
   bool half_closed_ = false;                // The end of this side was sent or can no longer be.
   bool finished_ = false;                   // The call is over; no operation may be started.
-  bool ended_ = false;                      // OnClosed has returned.
+  // Threads that are not done with the handler. One that is kept by it may outlast OnClosed, and
+  // must not be the one to destroy the stream.
+  int num_running_ = 2;
   bool hurry_ = false;
   bool read_delayed_ = false;                       // Nothing is read until an answer has gone out.
   std::chrono::steady_clock::time_point read_due_;  // by then at the latest
@@ -130,7 +145,7 @@ class ControlStream {
   std::deque<server::ImmediateEvent> handed_over_;  // that other threads have come by
   grpc::Alarm hand_over_alarm_;
 
-  std::thread thread_;
+  std::array<std::thread, 2> threads_;  // one polls, the other stands by
 };
 
 }  // namespace epserve::worker

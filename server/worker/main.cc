@@ -2,6 +2,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -66,6 +67,7 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   config.coordinator.tls = options.tls;
   config.coordinator.tls_server_name = options.tls_server_name;
   config.coordinator.secret_file = options.secret_file;
+  config.coordinator.busy_poll = std::chrono::microseconds(options.busy_poll_us);
   config.worker_id = options.worker_id;
   config.cluster_id = options.cluster_id;
   config.version = EPSERVE_VERSION;

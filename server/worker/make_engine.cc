@@ -23,6 +23,7 @@ runtime::EngineOptions EngineOptionsOf(const Options& options) {
   engine.num_slots = options.num_slots;
   engine.compute_threads = options.compute_threads;
   engine.peer_timeout = absl::Milliseconds(options.peer_timeout_ms);
+  engine.busy_poll = absl::Microseconds(options.busy_poll_us);
   engine.cuda.comm_blocks = options.comm_blocks;
   engine.cuda.fp8_dispatch = options.dispatch_dtype == "fp8";
   engine.cuda.handle_dir = options.handle_dir;

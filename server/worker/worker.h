@@ -2,8 +2,9 @@
 // until it is told to leave. What to do about each event is SessionState's; this class has the
 // threads and does it.
 //
-// Threads: Run's own (session, epochs), the control stream's (reads, heartbeats; never blocks), one
-// a slot (batches), and one that loads weights while a load runs.
+// Threads: Run's own (session, epochs), the control stream's two (reads, heartbeats, small batches;
+// one polls where the other is kept), one a slot (other batches), and one that loads weights while
+// a load runs.
 #ifndef EPSERVE_SERVER_WORKER_WORKER_H_
 #define EPSERVE_SERVER_WORKER_WORKER_H_
 

@@ -98,13 +98,15 @@ TEST(OptionsTest, HelpAndVersionAreTextWithoutACommand) {
 }
 
 TEST(OptionsTest, UpHandsFlagsOnToThoseWhoTakeThem) {
-  const auto up =
-      ParseAs<UpOptions>({"up", "--checkpoint=dir", "--max-batch-tokens=128", "--queue-capacity=9",
-                          "--peer-timeout-ms=50", "--allow-client-shm", "--log-format=json"});
+  const auto up = ParseAs<UpOptions>(
+      {"up", "--checkpoint=dir", "--max-batch-tokens=128", "--queue-capacity=9",
+       "--peer-timeout-ms=50", "--busy-poll-us=20", "--allow-client-shm", "--log-format=json"});
   EXPECT_THAT(up.coordinator_args, Contains("--max-batch-tokens=128"));
   EXPECT_THAT(up.worker_args, Contains("--max-batch-tokens=128"));
   EXPECT_THAT(up.coordinator_args, Contains("--queue-capacity=9"));
   EXPECT_THAT(up.worker_args, Not(Contains("--queue-capacity=9")));
+  EXPECT_THAT(up.coordinator_args, Contains("--busy-poll-us=20"));
+  EXPECT_THAT(up.worker_args, Contains("--busy-poll-us=20"));
   EXPECT_THAT(up.worker_args, Contains("--peer-timeout-ms=50"));
   EXPECT_THAT(up.coordinator_args, Not(Contains("--peer-timeout-ms=50")));
   EXPECT_THAT(up.coordinator_args, Contains("--allow-client-shm"));

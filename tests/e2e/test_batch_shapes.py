@@ -11,10 +11,16 @@ from infer import infer, make_request, output_of, random_batch
 WORKERS = 4
 
 
-@pytest.fixture(scope="module")
-def cluster(checkpoint, start_cluster):
+@pytest.fixture(scope="module", params=[0, 50], ids=["sleeping", "busy-polling"])
+def cluster(request, checkpoint, start_cluster):
+    arguments = ["--busy-poll-us", request.param]
     # 10 experts over 4 workers: 3, 3, 2, 2 or the like.
-    with start_cluster(checkpoint(experts=10, topk=3), workers=WORKERS) as running:
+    with start_cluster(
+        checkpoint(experts=10, topk=3),
+        workers=WORKERS,
+        coordinator_args=arguments,
+        worker_args=arguments,
+    ) as running:
         yield running
 
 

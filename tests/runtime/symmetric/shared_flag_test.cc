@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -50,6 +51,32 @@ TEST_F(SharedFlagTest, FlagThatStaysLowTimesOutAtTheDeadline) {
   EXPECT_EQ(WaitForValue(&flag_, 5, Limits(milliseconds(30))), WaitResult::kTimedOut);
   EXPECT_GE(steady_clock::now() - begin, milliseconds(30));
   EXPECT_EQ(flag_.waiters.load(), 0u);
+}
+
+TEST_F(SharedFlagTest, BusyWaitTakesTheFlagOrTheAbortWithoutSleeping) {
+  for (const WaitResult wanted : {WaitResult::kReached, WaitResult::kAborted}) {
+    WaitLimits limits = Limits(milliseconds(60'000));
+    limits.busy = limits.deadline - steady_clock::now();
+    WaitResult result = WaitResult::kTimedOut;
+    std::thread waiter([&] { result = WaitForValue(&flag_, 5, limits); });
+    clockid_t clock;
+    ASSERT_EQ(pthread_getcpuclockid(waiter.native_handle(), &clock), 0);
+    // Until it has looked for longer than any wait does before it sleeps.
+    for (timespec used{}; used.tv_sec == 0 && used.tv_nsec < 20'000'000;) {
+      EXPECT_EQ(flag_.waiters.load(), 0u);
+      if (flag_.waiters.load() != 0) break;
+      std::this_thread::yield();
+      clock_gettime(clock, &used);
+    }
+    if (wanted == WaitResult::kReached) {
+      Publish(&flag_, 5);
+    } else {
+      abort_.store(1);
+    }
+    waiter.join();
+    EXPECT_EQ(result, wanted);
+    flag_.value.store(0);
+  }
 }
 
 TEST_F(SharedFlagTest, AbortEndsASleepingWaitLongBeforeItsDeadline) {

@@ -42,6 +42,13 @@ TEST(OptionsTest, DefaultsAreThoseOfTheHelpText) {
   EXPECT_FALSE(options.separate_triggers);
   EXPECT_EQ(options.count_exchange, "auto");
   EXPECT_EQ(options.lease_ms, 1000);
+  EXPECT_EQ(options.busy_poll_us, 0);
+}
+
+TEST(OptionsTest, BusyPollIsBoundedSoThatAnIdleCoordinatorSleeps) {
+  EXPECT_EQ(Parse({"--checkpoint=/m", "--busy-poll-us=50"})->options->busy_poll_us, 50);
+  EXPECT_THAT(Refusal({"--checkpoint=/m", "--busy-poll-us=1000001"}), HasSubstr("--busy-poll-us"));
+  EXPECT_THAT(Refusal({"--checkpoint=/m", "--busy-poll-us=-1"}), HasSubstr("--busy-poll-us"));
 }
 
 TEST(OptionsTest, ModelIsNamedAsTheDirectoryIsGivenNotAsALinkLeadsOn) {

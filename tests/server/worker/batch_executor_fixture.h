@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -31,6 +32,7 @@ class RecordingReporter : public BatchReporter {
   void Report(WorkerMessage message) override {
     std::lock_guard<std::mutex> lock(mutex_);
     messages_.push_back(std::move(message));
+    reported_by_ = std::this_thread::get_id();
     changed_.notify_all();
   }
   void OnLeaseExpired(std::uint64_t epoch) override {
@@ -39,15 +41,19 @@ class RecordingReporter : public BatchReporter {
     changed_.notify_all();
   }
 
-  template <typename Message>
-  Message Next() {
+  WorkerMessage NextOfAny() {
     std::unique_lock<std::mutex> lock(mutex_);
     if (!changed_.wait_for(lock, std::chrono::seconds(10), [&] { return !messages_.empty(); })) {
       ADD_FAILURE() << "nothing was reported";
-      return {};
+      return BatchDone{};
     }
     WorkerMessage message = std::move(messages_.front());
     messages_.pop_front();
+    return message;
+  }
+  template <typename Message>
+  Message Next() {
+    WorkerMessage message = NextOfAny();
     if (auto* expected = std::get_if<Message>(&message)) return std::move(*expected);
     ADD_FAILURE() << "another kind of message: " << message.index();
     return {};
@@ -55,6 +61,11 @@ class RecordingReporter : public BatchReporter {
   bool empty() {
     std::lock_guard<std::mutex> lock(mutex_);
     return messages_.empty();
+  }
+  // The thread of the last report.
+  std::thread::id reported_by() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return reported_by_;
   }
   bool AwaitExpired(std::uint64_t epoch) {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -66,6 +77,7 @@ class RecordingReporter : public BatchReporter {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<WorkerMessage> messages_;
+  std::thread::id reported_by_;
   std::uint64_t expired_epoch_ = 0;
 };
 

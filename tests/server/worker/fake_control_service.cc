@@ -38,6 +38,11 @@ bool ControlSession::AwaitEnd() {
   return changed_.wait_for(lock, kPatience, [this] { return ended_; });
 }
 
+int ControlSession::num_heartbeats() const {
+  const std::lock_guard lock(mutex_);
+  return heartbeats_;
+}
+
 bool ControlSession::AwaitHeartbeats(int count) {
   std::unique_lock<std::mutex> lock(mutex_);
   return changed_.wait_for(lock, kPatience, [&] { return heartbeats_ >= count; });

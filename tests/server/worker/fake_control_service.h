@@ -33,6 +33,7 @@ class ControlSession {
   void Break();
   bool AwaitEnd();
   bool AwaitHeartbeats(int count);       // of this stream, in all
+  int num_heartbeats() const;            // so far
   bool AwaitLease(std::uint64_t epoch);  // one in answer to a heartbeat of `epoch` was sent
   int progress_reports() const;
 

@@ -58,6 +58,8 @@ class FakeEngine : public runtime::Engine {
   // Whether ranks exchange counts among themselves; set before the engine is used. The fake's peers
   // have nothing to send.
   void set_exchanges_counts(bool exchanges) { exchanges_counts_ = exchanges; }
+  // Whether small batches may run in the thread that brings them; set before the engine is used.
+  void set_runs_on_any_thread(bool runs) { runs_on_any_thread_ = runs; }
   void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
 
   // What device_regions() is from now on, before the engine is used.
@@ -78,6 +80,7 @@ class FakeEngine : public runtime::Engine {
 
   std::string_view backend() const override { return "host"; }
   const runtime::ModelInfo& model() const override { return model_; }
+  bool runs_on_any_thread() const override { return runs_on_any_thread_; }
   absl::StatusOr<runtime::MemoryPlan> PlanMemory(const runtime::Placement& placement,
                                                  int rank) const override;
   absl::Status LoadExperts(
@@ -111,6 +114,7 @@ class FakeEngine : public runtime::Engine {
   const runtime::ModelInfo model_;
   runtime::MemoryPlan plan_;
   bool exchanges_counts_ = true;
+  bool runs_on_any_thread_ = false;
   std::string combined_;
   FakeDeviceRegions* device_regions_ = nullptr;
   mutable std::mutex mutex_;

@@ -43,6 +43,27 @@ TEST_F(WorkerTest, EpochEndedInMidBatchQuiescesAndItsBatchSaysNothingMore) {
   EXPECT_EQ(engine_->Count("load"), 1);
 }
 
+TEST_F(WorkerTest, HeartbeatsAndOtherBatchesGoOnWhileABatchKeepsTheStreamsThread) {
+  std::shared_ptr<ControlSession> session = Serve(7);
+  ASSERT_NE(session, nullptr);
+  engine_->Hold("dispatch 0");
+  session->Send(ShardMessage(7, 1));
+  ASSERT_TRUE(engine_->AwaitStep("dispatch 0"));
+  ASSERT_TRUE(session->AwaitHeartbeats(session->num_heartbeats() + 3));
+  RunBatch(*session, 7, 2, 1);
+  engine_->Release("dispatch 0");
+  const v1::WorkerMessage done = session->Next();
+  ASSERT_TRUE(done.has_batch_done()) << done.DebugString();
+  EXPECT_EQ(done.batch_done().batch(), 1u);
+  // The thread that was kept is of use again.
+  engine_->Hold("combine 1");
+  session->Send(ShardMessage(7, 3, 1));
+  ASSERT_TRUE(engine_->AwaitStep("combine 1", 2));
+  RunBatch(*session, 7, 4);
+  engine_->Release("combine 1");
+  EXPECT_EQ(session->Next().batch_done().batch(), 3u);
+}
+
 TEST_F(WorkerTest, BrokenStreamQuiescesThenReconnectsWithTheRankHeld) {
   std::shared_ptr<ControlSession> session = Serve(7);
   ASSERT_NE(session, nullptr);

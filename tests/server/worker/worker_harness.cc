@@ -144,6 +144,7 @@ WorkerTest::WorkerTest() {
   };
   owned_engine_ = std::make_unique<FakeEngine>();
   engine_ = owned_engine_.get();
+  engine_->set_runs_on_any_thread(true);  // as CPU engines do
 }
 
 WorkerTest::~WorkerTest() {

@@ -1,0 +1,105 @@
+#include "server/common/busy_poll.h"
+
+#include <grpcpp/alarm.h>
+#include <gtest/gtest.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <ctime>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <thread>
+
+namespace epserve::server {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+using std::chrono::steady_clock;
+using NextStatus = grpc::CompletionQueue::NextStatus;
+
+// A thread that waits for one event of a queue.
+class BusyPollTest : public testing::Test {
+ protected:
+  ~BusyPollTest() override {
+    queue_.Shutdown();
+    void* tag = nullptr;
+    bool ok = false;
+    while (queue_.Next(&tag, &ok)) {
+    }
+  }
+
+  void Wait(microseconds busy) {
+    waiter_ = std::thread([this, busy] {
+      thread_id_ = static_cast<pid_t>(::syscall(SYS_gettid));
+      void* tag = nullptr;
+      bool ok = false;
+      status_ = BusyNext(&queue_, busy, kNoDeadline, &tag, &ok);
+    });
+  }
+  // Whether the waiter takes so much processor time before it sleeps.
+  bool Takes(milliseconds wanted) {
+    clockid_t clock;
+    EXPECT_EQ(pthread_getcpuclockid(waiter_.native_handle(), &clock), 0);
+    for (;;) {
+      timespec used{};
+      clock_gettime(clock, &used);
+      if (seconds(used.tv_sec) + std::chrono::nanoseconds(used.tv_nsec) >= wanted) return true;
+      if (IsAsleep()) return false;
+      std::this_thread::yield();
+    }
+  }
+  bool IsAsleep() const {
+    std::ifstream file("/proc/self/task/" + std::to_string(thread_id_.load()) + "/stat");
+    const std::string stat((std::istreambuf_iterator<char>(file)),
+                           std::istreambuf_iterator<char>());
+    return stat.find(") S ") != std::string::npos;
+  }
+  NextStatus Event() {
+    alarm_.Set(&queue_, std::chrono::system_clock::now(), this);
+    waiter_.join();
+    return status_;
+  }
+
+  grpc::CompletionQueue queue_;
+  grpc::Alarm alarm_;
+  std::thread waiter_;
+  std::atomic<pid_t> thread_id_{0};
+  NextStatus status_ = NextStatus::TIMEOUT;
+};
+
+TEST_F(BusyPollTest, WaitWithoutItSleeps) {
+  Wait(microseconds(0));
+  EXPECT_FALSE(Takes(milliseconds(100)));
+  EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
+}
+
+TEST_F(BusyPollTest, WaitWithItLooksAndTakesTheEvent) {
+  Wait(seconds(60));
+  EXPECT_TRUE(Takes(milliseconds(100)));
+  EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
+}
+
+TEST_F(BusyPollTest, WaitSleepsOnceItHasLookedForLongEnough) {
+  Wait(milliseconds(2));
+  EXPECT_FALSE(Takes(milliseconds(100)));
+  EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
+}
+
+TEST_F(BusyPollTest, DeadlineEndsTheLooking) {
+  void* tag = nullptr;
+  bool ok = false;
+  const auto begin = steady_clock::now();
+  EXPECT_EQ(BusyNext(&queue_, seconds(60), std::chrono::system_clock::now() + milliseconds(20),
+                     &tag, &ok),
+            NextStatus::TIMEOUT);
+  EXPECT_GE(steady_clock::now() - begin, milliseconds(19));
+  EXPECT_LT(steady_clock::now() - begin, seconds(50));
+}
+
+}  // namespace
+}  // namespace epserve::server
