@@ -6,7 +6,6 @@
 namespace epserve::coordinator {
 namespace {
 
-using grpc::StatusCode;
 using inference::ModelInferRequest;
 using testing::HasSubstr;
 
@@ -110,11 +109,11 @@ TEST_F(CudaRegionTest, MalformedRegistrationIsRefusedBeforeAnyWorkerIsAsked) {
   no_device.set_device_id(-1);
   for (const auto& request : {short_handle, long_handle, nameless, no_device, Region("a", 0)}) {
     const grpc::Status status = RegisterCuda(request);
-    EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << status.error_message();
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << status.error_message();
     EXPECT_THAT(status.error_message(), HasSubstr("register:"));
   }
   const grpc::Status huge = RegisterCuda(Region("a", std::uint64_t{1} << 63));
-  EXPECT_EQ(huge.error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(huge.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_EQ(devices_.num_opened(), 0);
   EXPECT_EQ(List().regions_size(), 0);
 }
@@ -122,10 +121,10 @@ TEST_F(CudaRegionTest, MalformedRegistrationIsRefusedBeforeAnyWorkerIsAsked) {
 TEST_F(CudaRegionTest, RegionThatAWorkerRefusesIsNotRegisteredAndItsNameIsFree) {
   devices_.AnswerWith(absl::FailedPreconditionError("rank 1 has no such GPU"));
   const grpc::Status refused = RegisterCuda(Region("gpu"));
-  EXPECT_EQ(refused.error_code(), StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
   EXPECT_THAT(refused.error_message(), HasSubstr("rank 1"));
   EXPECT_EQ(List().regions_size(), 0);
-  EXPECT_EQ(Infer(AllIn("gpu")).error_code(), StatusCode::NOT_FOUND);
+  EXPECT_EQ(Infer(AllIn("gpu")).error_code(), grpc::StatusCode::NOT_FOUND);
   devices_.AnswerWith(absl::OkStatus());
   EXPECT_TRUE(RegisterCuda(Region("gpu")).ok());
 }
@@ -135,9 +134,9 @@ TEST_F(CudaRegionTest, NobodyFindsARegionBeforeTheWorkersHaveItButItsNameIsTaken
   devices_.Keep();
   std::thread registering([this] { EXPECT_TRUE(RegisterCuda(Region("gpu")).ok()); });
   ASSERT_TRUE(Await([this] { return devices_.holds(); }));
-  EXPECT_EQ(Infer(AllIn("gpu")).error_code(), StatusCode::NOT_FOUND);
+  EXPECT_EQ(Infer(AllIn("gpu")).error_code(), grpc::StatusCode::NOT_FOUND);
   EXPECT_EQ(List().regions_size(), 0);
-  EXPECT_EQ(RegisterCuda(Region("gpu")).error_code(), StatusCode::ALREADY_EXISTS);
+  EXPECT_EQ(RegisterCuda(Region("gpu")).error_code(), grpc::StatusCode::ALREADY_EXISTS);
   devices_.Answer(absl::OkStatus());
   registering.join();
   EXPECT_EQ(List().regions_size(), 1);
@@ -146,7 +145,7 @@ TEST_F(CudaRegionTest, NobodyFindsARegionBeforeTheWorkersHaveItButItsNameIsTaken
 TEST_F(CudaRegionTest, RegionUnregisteredWhileItIsBeingRegisteredIsClosedAgain) {
   devices_.Keep();
   std::thread registering(
-      [this] { EXPECT_EQ(RegisterCuda(Region("gpu")).error_code(), StatusCode::ABORTED); });
+      [this] { EXPECT_EQ(RegisterCuda(Region("gpu")).error_code(), grpc::StatusCode::ABORTED); });
   ASSERT_TRUE(Await([this] { return devices_.holds(); }));
   std::thread unregistering([this] { EXPECT_TRUE(UnregisterCuda("gpu").ok()); });
   ASSERT_TRUE(Await([this] {
@@ -183,12 +182,12 @@ TEST_F(CudaRegionTest, BothKindsShareOneNamespaceAndEachIsUnregisteredAsWhatItIs
   const ShmObject object(64);
   ASSERT_TRUE(Register("system", object, 64).ok());
   ASSERT_TRUE(RegisterCuda(Region("cuda")).ok());
-  EXPECT_EQ(RegisterCuda(Region("system")).error_code(), StatusCode::ALREADY_EXISTS);
-  EXPECT_EQ(Register("cuda", object, 64).error_code(), StatusCode::ALREADY_EXISTS);
+  EXPECT_EQ(RegisterCuda(Region("system")).error_code(), grpc::StatusCode::ALREADY_EXISTS);
+  EXPECT_EQ(Register("cuda", object, 64).error_code(), grpc::StatusCode::ALREADY_EXISTS);
   const grpc::Status wrong = UnregisterSystem("cuda");
-  EXPECT_EQ(wrong.error_code(), StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(wrong.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_THAT(wrong.error_message(), HasSubstr("CudaSharedMemoryUnregister"));
-  EXPECT_EQ(UnregisterCuda("system").error_code(), StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(UnregisterCuda("system").error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_TRUE(UnregisterCuda("unknown").ok());
   EXPECT_TRUE(UnregisterSystem("").ok());
   EXPECT_EQ(List().regions_size(), 1) << "only the system ones are gone";
@@ -202,13 +201,13 @@ TEST_F(CudaRegionTest, WindowPastTheRegionOrOutputThatShiftsTheInputIsRefused) {
   ASSERT_TRUE(RegisterCuda(Region("alias")).ok()) << "the same handle by another name";
   ModelInferRequest past = AllIn("gpu");
   (*past.mutable_inputs(1)->mutable_parameters())["shared_memory_offset"].set_int64_param(1 << 16);
-  EXPECT_EQ(Infer(past).error_code(), StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(Infer(past).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   ModelInferRequest shifted = AllIn("gpu");
   auto& window = *shifted.mutable_outputs(0)->mutable_parameters();
   window["shared_memory_region"].set_string_param("alias");
   window["shared_memory_offset"].set_int64_param(4);
   const grpc::Status torn = Infer(shifted);
-  EXPECT_EQ(torn.error_code(), StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(torn.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_THAT(torn.error_message(), HasSubstr("overlaps"));
   sink_.HandleBy([](std::unique_ptr<PendingRequest> request) { request->Complete(Ok()); });
   window["shared_memory_offset"].set_int64_param(0);
