@@ -2,8 +2,9 @@
 // symmetric heap (CudaExchange) or a collective library. What the CUDA engine drives.
 //
 // All memory is taken before the first batch; a batch allocates nothing. Batch calls enqueue on the
-// caller's stream and return before they run, so every error of the device's own shows in
-// CheckWaits() or in the stream's synchronisation.
+// caller's stream and return before they run (NCCL's may first wait for its own threads, no longer
+// than the peer timeout), so every error of the device's own shows in CheckWaits() or in the
+// stream's synchronisation.
 //
 // A batch on a slot: [ExchangeCounts ─►] Dispatch ─► LayOutExperts ─► Gather ─► (experts) ─►
 // Combine, on one stream. Thread safety: one thread at a time for a slot (the decode path counts as
@@ -41,7 +42,8 @@ struct CudaTokens {
 
 class DeviceExchange {
  public:
-  // The path a batch takes. kDecode needs no count matrix and can be captured in a CUDA graph.
+  // The path a batch takes. kDecode needs no count matrix and can be captured in a CUDA graph; its
+  // Combine waits with all of its blocks, so nothing else that waits for peers may run beside it.
   enum class Path { kPrefill, kDecode };
 
   virtual ~DeviceExchange() = default;

@@ -7,7 +7,6 @@
 #include "runtime/engine/cuda_engine.h"
 
 #include <cuda_runtime_api.h>
-#include <stdlib.h>
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +20,7 @@
 #include "runtime/base/cuda_status.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "runtime/engine/cuda_device.h"
 #include "runtime/engine/cuda_regions.h"
 #include "runtime/engine/cuda_slot.h"
 #include "runtime/engine/cuda_weights.h"
@@ -36,14 +36,6 @@ namespace {
 constexpr absl::Duration kComputeTimeout = absl::Minutes(1);
 // What is left on the device ends in once its waits have been aborted.
 constexpr absl::Duration kDrainTimeout = absl::Seconds(20);
-constexpr int kMinComputeCapability = 9;
-
-// Before the first CUDA call: queues for all slots' streams, and kernels loaded at start. A kernel
-// loaded at its first launch waits for the device, where another slot's may be waiting for a peer.
-void PrepareProcess() {
-  ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", /*overwrite=*/0);
-  ::setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
-}
 
 DeviceTransport TransportOf(const EngineOptions& options, const cudaDeviceProp& device) {
   return {.options = options.cuda,
@@ -105,6 +97,9 @@ class CudaEngine final : public EngineBase {
   absl::StatusOr<std::uint64_t> AvailableBytes() const;
   absl::Status CheckFits(const MemoryPlan& plan) const;
   absl::Duration BatchTimeout() const { return 2 * options_.peer_timeout + kComputeTimeout; }
+  absl::Status CheckHangs(const char* operation) const;
+  // The error of a batch's operation, as it is to be told. Ends this rank's waits.
+  absl::Status Failed(const CudaSlot& slot, const absl::Status& status);
   // Ends the epoch here, without waiting for what is on the device.
   void GiveUp(const char* operation, const absl::Status& why);
 
@@ -126,9 +121,24 @@ class CudaEngine final : public EngineBase {
 
 CudaEngine::~CudaEngine() {
   CloseEpoch();
-  if (hangs_) {
-    for (auto& slot : slots_) (void)slot.release();
-  }
+  if (!hangs_) return;
+  for (auto& slot : slots_) (void)slot.release();
+  (void)new CudaWeights(std::move(weights_));
+}
+
+absl::Status CudaEngine::CheckHangs(const char* operation) const {
+  if (!hangs_) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat(operation, ": ", device_name_, " hangs; restart the worker"));
+}
+
+// A batch that fails once peers count on it takes its epoch along, whatever it failed of: the peers
+// would wait for their timeout. Said as such, so that they are told at once.
+absl::Status CudaEngine::Failed(const CudaSlot& slot, const absl::Status& status) {
+  if (status.ok() || !slot.engaged()) return status;
+  exchange_.Abort();
+  if (absl::IsAborted(status) || absl::IsDeadlineExceeded(status)) return status;
+  return absl::UnavailableError(absl::StrCat(device_name_, ": ", status.message()));
 }
 
 absl::Status CudaEngine::CheckModel(const Placement& placement, int rank) const {
@@ -199,6 +209,7 @@ absl::Status CudaEngine::LoadExperts(
     const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
   EPS_ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(placement, rank));
   EPS_RETURN_IF_ERROR(exchange_.CheckClosed("load experts"));
+  EPS_RETURN_IF_ERROR(CheckHangs("load experts"));
   EPS_RETURN_IF_ERROR(UseDevice());
   EPS_RETURN_IF_ERROR(CheckFits(plan));
   const std::int64_t first = placement.first_expert[static_cast<std::size_t>(rank)];
@@ -236,10 +247,7 @@ absl::Status CudaEngine::LoadExperts(
 
 absl::StatusOr<std::string> CudaEngine::CreateHeap(std::uint64_t epoch) {
   EPS_RETURN_IF_ERROR(CheckLoaded("create heap"));
-  if (hangs_) {
-    return absl::InternalError(
-        absl::StrCat("create heap: ", device_name_, " hangs; restart the worker"));
-  }
+  EPS_RETURN_IF_ERROR(CheckHangs("create heap"));
   EPS_RETURN_IF_ERROR(exchange_.Begin("create heap"));
   EPS_RETURN_IF_ERROR(UseDevice());
   EPS_ASSIGN_OR_RETURN(std::shared_ptr<DeviceExchange> exchange,
@@ -292,18 +300,25 @@ void CudaEngine::CloseEpoch() {
   std::shared_ptr<DeviceExchange> exchange = exchange_.Take();
   if (exchange == nullptr) return;  // Nothing is on the device.
   exchange->Abort();  // Whatever a failed batch has left on the device ends its waits.
-  absl::Status status = UseDevice();
+  absl::Status status = hangs_ ? CheckHangs("close epoch") : UseDevice();
   for (const auto& slot : slots_) {
     if (status.ok()) status = slot->Drain(kDrainTimeout);
     slot->Disengage();
     slot->Release();
   }
-  host_rows_ = {};
-  if (status.ok()) return;
+  if (status.ok()) {
+    host_rows_ = {};
+    return;
+  }
   GiveUp("close epoch", status);
-  // Kernels may still use the heap: it stays for as long as the process does.
-  static auto* const kept = new std::vector<std::shared_ptr<DeviceExchange>>;
-  kept->push_back(std::move(exchange));
+  // Kernels and copies may still use the heap and the host's rows: both stay for as long as the
+  // process does.
+  struct Kept {
+    std::shared_ptr<DeviceExchange> exchange;
+    PinnedRange host_rows;
+  };
+  static auto* const kept = new std::vector<Kept>;
+  kept->push_back({std::move(exchange), std::move(host_rows_)});
 }
 
 absl::StatusOr<std::vector<float>> CudaEngine::ReferenceExpert(std::int64_t layer,
@@ -362,8 +377,8 @@ absl::Status CudaEngine::Dispatch(int index, const CountMatrix& counts) {
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("dispatch"));
   EPS_RETURN_IF_ERROR(exchange->CheckWaits());
   EPS_RETURN_IF_ERROR(CheckCounts(*slot, counts));
-  EPS_RETURN_IF_ERROR(slot->EnqueueDispatch(
-      *exchange, index, counts, placement().first_expert[static_cast<std::size_t>(rank())]));
+  const std::int64_t first = placement().first_expert[static_cast<std::size_t>(rank())];
+  EPS_RETURN_IF_ERROR(Failed(*slot, slot->EnqueueDispatch(*exchange, index, counts, first)));
   slot->SetState(CudaSlot::State::kDispatched);
   return absl::OkStatus();
 }
@@ -374,7 +389,7 @@ absl::Status CudaEngine::RunExperts(int index) {
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("run experts"));
   const bool any = placement().num_local_experts(rank()) > 0;
   const std::byte* const layer = any ? weights_.layer(slot->layer_index()) : nullptr;
-  EPS_RETURN_IF_ERROR(slot->EnqueueExperts(*exchange, index, layer));
+  EPS_RETURN_IF_ERROR(Failed(*slot, slot->EnqueueExperts(*exchange, index, layer)));
   slot->SetState(CudaSlot::State::kComputed);
   return absl::OkStatus();
 }
@@ -382,7 +397,7 @@ absl::Status CudaEngine::RunExperts(int index) {
 absl::Status CudaEngine::Combine(int index) {
   EPS_ASSIGN_OR_RETURN(CudaSlot * slot, BatchIn("combine", index, CudaSlot::State::kComputed));
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("combine"));
-  EPS_RETURN_IF_ERROR(slot->EnqueueCombine(*exchange, index));
+  EPS_RETURN_IF_ERROR(Failed(*slot, slot->EnqueueCombine(*exchange, index)));
   slot->SetState(CudaSlot::State::kCombined);
   return absl::OkStatus();
 }
@@ -393,7 +408,7 @@ absl::Status CudaEngine::Finish(int index, void* output, BatchTimes* times,
   // Also after an Abort(): the device's own report says what was waited for.
   const std::shared_ptr<DeviceExchange> exchange = exchange_.Peek();
   if (exchange == nullptr) return absl::FailedPreconditionError("finish: no epoch is open");
-  EPS_RETURN_IF_ERROR(slot->Finish(*exchange, output, BatchTimeout()));
+  EPS_RETURN_IF_ERROR(Failed(*slot, slot->Finish(*exchange, output, BatchTimeout())));
   if (times != nullptr) *times = slot->times();
   if (local_expert_rows != nullptr) *local_expert_rows = slot->local_expert_rows();
   slot->Disengage();
@@ -423,43 +438,11 @@ absl::Status CheckOptions(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<cudaDeviceProp> FindDevice(int device) {
-  const int count = NumCudaDevices();
-  if (count == 0) {
-    return absl::FailedPreconditionError(
-        "create engine: the cuda and nccl backends need a GPU and its driver, and this process "
-        "sees none; "
-        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend=host");
-  }
-  if (device < 0 || device >= count) {
-    return absl::FailedPreconditionError(absl::StrCat("create engine: device ", device,
-                                                      " is outside [0, ", count,
-                                                      "), the GPUs that this process sees"));
-  }
-  cudaDeviceProp properties;
-  EPS_CUDA_RETURN_IF_ERROR(cudaGetDeviceProperties(&properties, device));
-  if (properties.major < kMinComputeCapability) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("create engine: GPU ", device, " (", properties.name,
-                     ") has compute capability ", properties.major, ".", properties.minor,
-                     ", below ", kMinComputeCapability, ".0; use an H100 or newer"));
-  }
-  return properties;
-}
-
 }  // namespace
-
-int NumCudaDevices() {
-  PrepareProcess();
-  int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
-  (void)cudaGetLastError();
-  return 0;
-}
 
 absl::StatusOr<std::unique_ptr<Engine>> CreateCudaEngine(const EngineOptions& options) {
   EPS_RETURN_IF_ERROR(CheckOptions(options));
-  EPS_ASSIGN_OR_RETURN(const cudaDeviceProp device, FindDevice(options.cuda.device));
+  EPS_ASSIGN_OR_RETURN(const cudaDeviceProp device, FindCudaDevice(options.cuda.device));
   EPS_CUDA_RETURN_IF_ERROR(cudaSetDevice(options.cuda.device));
   EPS_RETURN_IF_ERROR(TransportOf(options, device).Prepare());
   if (!options.cuda.handle_dir.empty()) {
