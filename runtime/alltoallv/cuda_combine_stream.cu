@@ -48,8 +48,8 @@ struct SumNote {
 
 struct Ring {
   BulkBarrier filled[kMaxSlots];  // the feeder's arrival, and the copy's bytes
-  BulkBarrier freed[kMaxSlots];   // all adder warps
-  BulkBarrier summed[kMaxSums];   // all adder warps have stored the sum; only where rows are pushed
+  BulkBarrier freed[kMaxSlots];   // all adders
+  BulkBarrier summed[kMaxSums];   // all adders have stored the sum; only where rows are pushed
   BulkBarrier raised[kMaxSums];   // RaiseFlags() has read the note; only where rows are pushed
   SlotNote slot[kMaxSlots];
   SumNote sum[kMaxSums];
@@ -263,7 +263,6 @@ __device__ void AddPiece(const uint4* piece, int vectors, int adder, float weigh
 template <typename Element>
 __device__ void AddSlots(const Pieces& pieces, bool pushes, int adder, const uint4* slots,
                          Ring* ring) {
-  const bool leads = adder % kWarpSize == 0;
   Place slot, sum_place;
   Sums<Element> sum = {};
   for (;; slot = slot.After(1, pieces.num_slots)) {
@@ -274,8 +273,7 @@ __device__ void AddSlots(const Pieces& pieces, bool pushes, int adder, const uin
       AddPiece<Element>(piece, note.vectors, adder, note.weight, sum);
     }
     uint4* const out = note.ends_sum ? ring->sum[sum_place.index].out : nullptr;
-    __syncwarp();  // All lanes have read slot and notes.
-    if (leads) ring->freed[slot.index].Arrive();
+    ring->freed[slot.index].Arrive();  // Slot and notes have been read.
     if (!note.ends_sum) continue;
     const int left = note.vectors - adder;
 #pragma unroll
@@ -285,8 +283,7 @@ __device__ void AddSlots(const Pieces& pieces, bool pushes, int adder, const uin
       for (int e = 0; e < Vector16<Element>::kElements; ++e) sum[u][e] = 0.0f;
     }
     if (pushes) {
-      __syncwarp();  // Orders the warp's stores before the arrival, which RaiseFlags() sees.
-      if (leads) ring->summed[sum_place.index].Arrive();
+      ring->summed[sum_place.index].Arrive();  // Orders the stores; RaiseFlags() waits for it.
     }
     if (note.vectors == 0) return;
     sum_place = sum_place.After(1, kMaxSums);
@@ -339,8 +336,8 @@ __device__ void InitRings(StreamShared* shared) {
     Ring& ring = shared->ring[i / kMaxSlots];
     const int slot = i % kMaxSlots;
     ring.filled[slot].Init(1);
-    ring.freed[slot].Init(kAdderWarps);
-    ring.summed[slot].Init(kAdderWarps);
+    ring.freed[slot].Init(kAdders);
+    ring.summed[slot].Init(kAdders);
     ring.raised[slot].Init(1);
   }
   BulkBarrier::FenceInit();
