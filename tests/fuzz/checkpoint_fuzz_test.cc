@@ -209,8 +209,12 @@ TEST(CheckpointFuzzTest, MutatedDirectoryIsRefusedOrLoads) {
       } else {
         const auto weights =
             (*checkpoint)->LoadExpertRange(0, (*checkpoint)->info().num_experts, nullptr);
-        EXPECT_TRUE(weights.ok()) << weights.status();
-        ++loaded;
+        // A weight may have become NaN or Inf.
+        if (weights.ok()) {
+          ++loaded;
+        } else {
+          ExpectRefusal(weights.status());
+        }
       }
       WriteFileBytes(file, good);
       if (::testing::Test::HasFailure()) return;
