@@ -33,7 +33,8 @@ inline constexpr PassThrough kPassThrough[] = {
      "coordinator's own)",
      true, false, true},
     {"--max-connections",
-     "Connections that may have calls under way at once, workers' included (default: the "
+     "Connections that may have calls under way at once, beside health checks and workers' "
+     "streams (default: the "
      "coordinator's own)",
      true, false, true},
     {"--message-timeout-ms",

@@ -226,14 +226,17 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
 }  // namespace
 
 void AddControlService(Host* host, HelloPolicy policy, server::RpcServer* server) {
-  server->Handle("/epserve.v1.Control/Connect",
-                 [host, shared = std::make_shared<const HelloPolicy>(std::move(policy))](
-                     server::ServerCall* call) -> server::CallHandler* {
-                   auto stream = std::make_shared<ControlStream>(call, host, shared.get());
-                   ControlStream* const begun = stream.get();
-                   begun->Begin(std::move(stream));
-                   return begun;
-                 });
+  server->Handle(
+      "/epserve.v1.Control/Connect",
+      [host, shared = std::make_shared<const HelloPolicy>(std::move(policy))](
+          server::ServerCall* call) -> server::CallHandler* {
+        auto stream = std::make_shared<ControlStream>(call, host, shared.get());
+        ControlStream* const begun = stream.get();
+        begun->Begin(std::move(stream));
+        return begun;
+      },
+      // However many callers there are, a worker that comes back finds its place.
+      server::RpcServer::Places::kFree);
 }
 
 }  // namespace epserve::coordinator

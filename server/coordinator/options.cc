@@ -71,7 +71,8 @@ void AddListenFlags(CLI::App& app, Options& options) {
       ->capture_default_str();
   app.add_option(
          "--max-connections", options.max_connections,
-         "Connections that may have calls under way at once, workers' included; all callers over "
+         "Connections that may have calls under way at once, beside health checks and workers' "
+         "streams; all callers over "
          "one Unix socket count as one")
       ->envname("EPSERVE_MAX_CONNECTIONS")
       ->check(CLI::Range(1, 1'000'000))

@@ -1,5 +1,6 @@
 #include "server/rpc/health_service.h"
 
+#include <cstddef>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -19,6 +20,9 @@ namespace {
 using grpc::health::v1::HealthCheckRequest;
 using grpc::health::v1::HealthCheckResponse;
 using ServingStatus = HealthCheckResponse::ServingStatus;
+
+// Anybody may watch, for as long as they like, and takes no place among the connections.
+constexpr std::size_t kMaxWatches = 1024;
 
 }  // namespace
 
@@ -63,6 +67,10 @@ class Health::Watch final : public CallHandler, public std::enable_shared_from_t
     if (!status.ok()) return End(status);
     service_ = request.service();
     const std::lock_guard lock(state_->mutex);
+    if (state_->watches.size() >= kMaxWatches) {
+      return End(absl::ResourceExhaustedError(absl::StrCat("health watch: there are ", kMaxWatches,
+                                                           " already; end some, or use Check")));
+    }
     state_->watches.insert(self_);
     Tell(state_->StatusOf(service_));
   }
@@ -136,13 +144,16 @@ void Health::AddTo(RpcServer* server) {
                        }
                        response->set_status(status);
                        return absl::OkStatus();
-                     }));
-  server->Handle("/grpc.health.v1.Health/Watch",
-                 [state = state_](ServerCall* call) -> CallHandler* {
-                   auto watch = std::make_shared<Watch>(call, state);
-                   watch->Begin();
-                   return watch.get();
-                 });
+                     }),
+                 RpcServer::Places::kFree);
+  server->Handle(
+      "/grpc.health.v1.Health/Watch",
+      [state = state_](ServerCall* call) -> CallHandler* {
+        auto watch = std::make_shared<Watch>(call, state);
+        watch->Begin();
+        return watch.get();
+      },
+      RpcServer::Places::kFree);
 }
 
 void Health::Set(const std::string& service, bool serving) {

@@ -52,7 +52,11 @@ struct RpcServer::State {
     const int* bound_by_grpc = nullptr;  // valid until the start is over
     int port = 0;                        // from then on
   };
-  std::unordered_map<std::string, MakeHandler> methods;
+  struct Method {
+    MakeHandler make_handler;
+    Places places = Places::kCounted;
+  };
+  std::unordered_map<std::string, Method> methods;
   CallLimits limits;
   std::chrono::microseconds busy_poll{0};
   std::vector<Listener> listeners;
@@ -69,28 +73,35 @@ struct RpcServer::State {
   std::size_t max_connections = SIZE_MAX;
   std::map<std::string, int> calls_of_peer;
 
-  // Not OK: the call is to be refused with it. Its end must be told all the same.
-  absl::Status CallBegins(const std::string& peer, bool* taken) {
+  // Not OK: the server takes no more. The call's end must be told all the same.
+  absl::Status CallBegins(bool* taken) {
     const std::lock_guard lock(mutex);
     ++num_calls;
     *taken = !stopping;
     num_taken += *taken ? 1 : 0;
-    const bool fits = calls_of_peer.size() < max_connections || calls_of_peer.contains(peer);
-    ++calls_of_peer[peer];
-    if (stopping) {
-      return absl::UnavailableError("server: shutting down; retry against another, or later");
-    }
-    if (fits) return absl::OkStatus();
-    return absl::ResourceExhaustedError(
-        "server: too many connections have calls under way; retry, or use fewer connections");
+    if (!stopping) return absl::OkStatus();
+    return absl::UnavailableError("server: shutting down; retry against another, or later");
   }
-  void CallEnds(const std::string& peer, bool taken) {
+  void CallEnds(bool taken) {
     const std::lock_guard lock(mutex);
-    const auto of_peer = calls_of_peer.find(peer);
-    if (--of_peer->second == 0) calls_of_peer.erase(of_peer);
     --num_calls;
     num_taken -= taken ? 1 : 0;
     if (num_taken == 0) all_done.notify_all();
+  }
+  // Not OK: there is no place for another connection. Otherwise LeavePlace is owed.
+  absl::Status TakePlace(const std::string& peer) {
+    const std::lock_guard lock(mutex);
+    if (calls_of_peer.size() >= max_connections && !calls_of_peer.contains(peer)) {
+      return absl::ResourceExhaustedError(
+          "server: too many connections have calls under way; retry, or use fewer connections");
+    }
+    ++calls_of_peer[peer];
+    return absl::OkStatus();
+  }
+  void LeavePlace(const std::string& peer) {
+    const std::lock_guard lock(mutex);
+    const auto of_peer = calls_of_peer.find(peer);
+    if (--of_peer->second == 0) calls_of_peer.erase(of_peer);
   }
 };
 
@@ -190,22 +201,34 @@ class RpcServer::Call final : public ServerCall {
     Hold();  // for ended_
     peer_ = context_.peer();
     connection_ = std::hash<std::string>()(peer_);
-    absl::Status allowed = loop_->state()->CallBegins(peer_, &taken_);
+    const absl::Status taken = loop_->state()->CallBegins(&taken_);
     loop_->AwaitCall();
     const auto& methods = loop_->state()->methods;
-    const auto& authorize = loop_->state()->authorize;
     const auto found = methods.find(context_.method());
-    if (allowed.ok() && authorize) allowed = authorize(context_.method(), context_);
-    if (!allowed.ok()) {
-      Finish(ToGrpcStatus(allowed));
+    if (!taken.ok()) {
+      Finish(ToGrpcStatus(taken));
     } else if (found == methods.end()) {
       Finish(grpc::Status(grpc::StatusCode::UNIMPLEMENTED,
                           "this server has no method " + context_.method()));
+    } else if (const absl::Status admitted = Admit(found->second); !admitted.ok()) {
+      Finish(ToGrpcStatus(admitted));
     } else {
-      handler_ = found->second(this);
+      handler_ = found->second.make_handler(this);
       place_ = loop_->calls().insert(loop_->calls().end(), this);
     }
     Release();
+  }
+  // Who may not call takes no place from those who may.
+  absl::Status Admit(const State::Method& method) {
+    State* const state = loop_->state();
+    if (state->authorize) {
+      const absl::Status allowed = state->authorize(context_.method(), context_);
+      if (!allowed.ok()) return allowed;
+    }
+    if (method.places == Places::kFree) return absl::OkStatus();
+    const absl::Status has_place = state->TakePlace(peer_);
+    counted_ = has_place.ok();
+    return has_place;
   }
   void Read(bool ok) {
     handler_->OnReadDone(ok);
@@ -234,8 +257,10 @@ class RpcServer::Call final : public ServerCall {
     State* const state = loop_->state();
     const std::string peer = std::move(peer_);
     const bool taken = taken_;
+    const bool counted = counted_;
     delete this;
-    state->CallEnds(peer, taken);
+    if (counted) state->LeavePlace(peer);
+    state->CallEnds(taken);
   }
 
   Loop* const loop_;
@@ -244,6 +269,7 @@ class RpcServer::Call final : public ServerCall {
   std::string peer_;  // set once accepted, as the next two
   std::uint64_t connection_ = 0;
   bool taken_ = false;
+  bool counted_ = false;              // has a place among the connections
   CallHandler* handler_ = nullptr;    // null where there is none for it
   std::list<Call*>::iterator place_;  // among the loop's, where there is
   // Of the loop's thread alone.
@@ -321,8 +347,8 @@ RpcServer::RpcServer() : state_(std::make_unique<State>()) {}
 
 RpcServer::~RpcServer() { Stop(std::chrono::milliseconds(0)); }
 
-void RpcServer::Handle(const std::string& method, MakeHandler make_handler) {
-  state_->methods[method] = std::move(make_handler);
+void RpcServer::Handle(const std::string& method, MakeHandler make_handler, Places places) {
+  state_->methods[method] = {std::move(make_handler), places};
 }
 
 void RpcServer::SetAuthorizer(Authorize authorize) { state_->authorize = std::move(authorize); }

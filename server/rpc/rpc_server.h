@@ -103,12 +103,18 @@ class RpcServer {
   RpcServer(const RpcServer&) = delete;
   RpcServer& operator=(const RpcServer&) = delete;
 
+  // Whether a method's calls take a place among the connections of SetMaxConnections.
+  enum class Places { kCounted, kFree };
+
   // `method` as on the wire: "/package.Service/Method".
-  void Handle(const std::string& method, MakeHandler make_handler);
-  // Asked before a call's handler is made; what is not OK ends the call. Must not block.
+  void Handle(const std::string& method, MakeHandler make_handler,
+              Places places = Places::kCounted);
+  // Asked before a call of a method that there is takes its place and its handler is made; what is
+  // not OK ends the call. Must not block.
   using Authorize = std::function<absl::Status(const std::string& method, grpc::ServerContext&)>;
   void SetAuthorizer(Authorize authorize);
-  // Connections that may have calls under way at once; further ones' calls are RESOURCE_EXHAUSTED.
+  // Connections that may have counted calls under way at once; further ones' are
+  // RESOURCE_EXHAUSTED.
   // All callers over one Unix socket count as one.
   void SetMaxConnections(std::size_t max_connections);
   void SetCallLimits(const CallLimits& limits);

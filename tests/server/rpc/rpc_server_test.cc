@@ -307,6 +307,34 @@ TEST_F(RpcServerTest, CallsOfOneConnectionTooManyAreRefusedUntilAnotherEnds) {
   server_.Stop(std::chrono::milliseconds(0));
 }
 
+TEST_F(RpcServerTest, CallsThatAreRefusedOrOfAFreeMethodTakeNoPlace) {
+  Recorder::Log log;
+  const auto record = [&](ServerCall* call) { return new Recorder(call, &log); };
+  server_.Handle(kWatch, record, RpcServer::Places::kFree);
+  server_.Handle(kCheck, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
+                             [](const auto&, auto*) { return absl::OkStatus(); }));
+  server_.SetAuthorizer([](const std::string& method, grpc::ServerContext& context) {
+    return method == kWatch || context.client_metadata().contains("known")
+               ? absl::OkStatus()
+               : absl::UnauthenticatedError("who?");
+  });
+  server_.SetMaxConnections(0);  // There is no place at all.
+  Start();
+  grpc::ClientContext watching;
+  const auto watch = Health::NewStub(channel_)->Watch(&watching, HealthCheckRequest());
+  EXPECT_THAT(log.WaitFor("read"), ElementsAre("read")) << "a free method's call has its handler";
+  const auto check = [&](bool known) {
+    grpc::ClientContext context;
+    if (known) context.AddMetadata("known", "yes");
+    HealthCheckResponse response;
+    return Health::NewStub(channel_)->Check(&context, HealthCheckRequest(), &response);
+  };
+  EXPECT_EQ(check(false).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(check(true).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  watching.TryCancel();
+  log.WaitFor("done");
+}
+
 TEST_F(RpcServerTest, StopCancelsWhatIsLeftAndWaitsForItsHandler) {
   Recorder::Log log;
   server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
