@@ -45,11 +45,13 @@ constexpr absl::Duration kStableLifetime = absl::Seconds(30);
 constexpr absl::Duration kStopGrace = absl::Seconds(3);
 constexpr absl::Duration kWorkerStopTimeout = absl::Seconds(8);
 
-std::optional<int> ReadPort(const std::string& path) {
+// The port that a child wrote there once it was bound; 0 stands for a Unix socket.
+std::optional<int> ReadPort(const std::string& path, int least = 1) {
   std::ifstream file(path);
   std::string line;
   int port = 0;
-  if (!std::getline(file, line) || !absl::SimpleAtoi(line, &port) || port <= 0) return std::nullopt;
+  if (!std::getline(file, line) || !absl::SimpleAtoi(line, &port) || port < least)
+    return std::nullopt;
   return port;
 }
 
@@ -184,7 +186,7 @@ absl::Status Session::StartCoordinator() {
   const bool unix_socket = absl::StartsWith(listen_, "unix:");
   const bool metrics = metrics_listen_ != "off";
   while (stop_requests_ == 0) {
-    const auto port = unix_socket ? std::optional<int>(1) : ReadPort(scratch_->File("port"));
+    const auto port = ReadPort(scratch_->File("port"), unix_socket ? 0 : 1);
     const auto metrics_port =
         metrics ? ReadPort(scratch_->File("metrics_port")) : std::optional<int>(1);
     if (port && metrics_port) {
@@ -449,6 +451,7 @@ absl::Status CheckReadyFile(const std::string& path) {
   const FileHandle file(open(partial.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
   if (file.get() < 0) return refuse(errno);
   unlink(partial.c_str());
+  unlink(path.c_str());  // What an earlier service left says nothing of this one.
   return absl::OkStatus();
 }
 

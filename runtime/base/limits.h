@@ -8,7 +8,7 @@ inline constexpr int kMaxSlots = 16;  // batches in flight
 
 // Longest that a wait may look before it sleeps: beyond what a small batch waits for, and short
 // enough that an idle service falls asleep.
-inline constexpr int kMaxBusyPollUs = 1'000'000;
+inline constexpr int kMaxBusyPollUs = 10'000;
 
 }  // namespace epserve::runtime
 

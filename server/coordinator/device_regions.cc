@@ -115,7 +115,14 @@ void DeviceRegions::Finish() {
   }
   ended.region = nullptr;
   ended.done(ended.outcome);
-  actions_->HoldBatches(current_.has_value());
+  HoldForNext();
+}
+
+// In between the batches that wait are let go: whoever registers without pause delays the others'
+// requests by an operation at a time, and keeps none from being served.
+void DeviceRegions::HoldForNext() {
+  actions_->HoldBatches(false);
+  if (current_.has_value() && current_->phase == Phase::kHolding) actions_->HoldBatches(true);
 }
 
 void DeviceRegions::OnHoldExpired() {
@@ -140,10 +147,10 @@ void DeviceRegions::OnHoldExpired() {
   if (!waiting_.empty()) {
     current_ = std::move(waiting_.front());
     waiting_.pop_front();
-    actions_->HoldBatches(true);
   }
   ended.region = nullptr;
   ended.done(late);
+  HoldForNext();
 }
 
 void DeviceRegions::OnAnswer(const DeviceRegionAnswer& answer) {

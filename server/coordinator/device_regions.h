@@ -96,6 +96,7 @@ class DeviceRegions {
   void Advance();  // once nobody is awaited any more
   void EndOpening();
   void Finish();
+  void HoldForNext();
 
   DeviceRegionActions* const actions_;
   std::map<std::uint64_t, std::weak_ptr<const ShmRegion>> regions_;  // opened and not closed

@@ -60,6 +60,17 @@ class Lease {
   std::optional<std::int64_t> expires_us_;
 };
 
+// How long after a heartbeat the next one is due. `duration_us`: of the last lease granted; 0: none
+// was yet, and nobody has said how long one is.
+inline std::int64_t HeartbeatIntervalUs(bool holds_lease, std::int64_t duration_us) {
+  constexpr std::int64_t kShortestUs = 5'000;
+  constexpr std::int64_t kBeforeFirstUs = 12'500;  // a quarter of the shortest lease there is
+  constexpr std::int64_t kLongestWithoutUs = 100'000;
+  if (duration_us == 0) return kBeforeFirstUs;
+  const std::int64_t quarter_us = std::max(duration_us / 4, kShortestUs);
+  return holds_lease ? quarter_us : std::min(quarter_us, kLongestWithoutUs);
+}
+
 }  // namespace epserve::worker
 
 #endif  // EPSERVE_SERVER_WORKER_LEASE_H_

@@ -88,8 +88,8 @@ int Main(int argc, char** argv) {
     return kUsageExitCode;
   }
   if (!parsed->options) {
-    std::fputs(parsed->text.c_str(), stdout);
-    return EXIT_SUCCESS;
+    return std::fputs(parsed->text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0 ? EXIT_SUCCESS
+                                                                                     : EXIT_FAILURE;
   }
   const Options& options = *parsed->options;
   const absl::Status log =

@@ -26,9 +26,6 @@ using runtime::LogWarning;
 
 // Assumed until the first lease says otherwise: the coordinator's default.
 constexpr std::int64_t kFirstLeaseUs = 1'000'000;
-// Heartbeats before the coordinator has said how long a lease is, and at most so often afterwards.
-constexpr absl::Duration kFirstHeartbeat = absl::Milliseconds(100);
-constexpr absl::Duration kLeastHeartbeat = absl::Milliseconds(5);
 // A coordinator that answers no heartbeat of an epoch for so many leases has long given this worker
 // up, or is gone; a new connection finds out. It may be paused for less and go on.
 constexpr std::int64_t kSilentLeases = 4;
@@ -99,6 +96,7 @@ void Worker::OnMessage(CoordinatorMessage message) {
                  [&](LeaseGrant& grant) {
                    if (!lease_.Renew(grant.epoch, grant.echo_us, grant.duration_us)) return;
                    lease_duration_us_ = grant.duration_us;
+                   lease_is_known_ = true;
                    last_answered_us_ = grant.echo_us;
                  },
                  [&](Shard& shard) {
@@ -125,8 +123,8 @@ ControlStream::Tick Worker::OnHeartbeatDue() {
   ControlStream::Tick tick;
   tick.heartbeat = {
       .epoch = lease_.epoch(), .sent_monotonic_us = now_us, .resident_bytes = ResidentBytes()};
-  tick.next = lease_.expires_us() ? std::max(absl::Microseconds(duration_us) / 4, kLeastHeartbeat)
-                                  : kFirstHeartbeat;
+  tick.next = absl::Microseconds(
+      HeartbeatIntervalUs(lease_.expires_us().has_value(), lease_is_known_ ? duration_us : 0));
   const std::int64_t silent_us = now_us - last_answered_us_;
   if (tick.heartbeat.epoch != 0 && silent_us > kSilentLeases * duration_us) {
     tick.status = absl::UnavailableError(

@@ -158,6 +158,7 @@ class Worker : private ControlStream::Handler, private BatchReporter {
 
   Lease lease_;
   std::atomic<std::int64_t> lease_duration_us_;
+  std::atomic<bool> lease_is_known_ = false;        // one was granted, once
   std::atomic<std::int64_t> last_answered_us_ = 0;  // when that heartbeat was sent
   std::atomic<std::uint64_t> generation_ = 0;       // of the present stream
 

@@ -2,6 +2,7 @@
 and why, and nothing else disturbed. With GPUs: tests/gpu/cuda_shared_memory.py."""
 
 import subprocess
+import time
 
 import grpc
 import pytest
@@ -96,6 +97,26 @@ def test_requests_wait_while_regions_are_tried_and_none_fails(cluster):
     _, errors = load.communicate(timeout=20)
     assert load.returncode == 0, errors
     assert tried > 10
+
+
+def test_registrations_without_pause_keep_no_request_from_being_served(cluster, rng):
+    batch = random_batch(cluster.checkpoint.spec, rng, 4)
+    flood, answered, longest_s = [], 0, 0.0
+    last = time.monotonic()
+    until = last + 1.5
+    while time.monotonic() < until:
+        while len(flood) < 32:  # One is always waiting behind another.
+            request = registration(f"gpu{answered}-{len(flood)}-{time.monotonic_ns()}")
+            flood.append(cluster.front_door.CudaSharedMemoryRegister.future(request, timeout=20))
+        infer(cluster, *batch)
+        answered += 1
+        longest_s = max(longest_s, time.monotonic() - last)
+        last = time.monotonic()
+        flood = [call for call in flood if not call.done()]
+    for call in flood:
+        call.exception(20)
+    assert answered > 1
+    assert longest_s < 1.0, "requests waited for the flood to end"
 
 
 def test_worker_lost_while_it_is_asked_makes_the_registration_unavailable(cluster, rng):

@@ -105,8 +105,13 @@ TEST_F(CoordinatorDeviceRegionTest, EveryWorkerOpensTheRegionUsesItForItsRowsAnd
   ASSERT_TRUE(inferred.ok()) << inferred.error_message();
   ASSERT_EQ(response.raw_output_contents_size(), 1);
   EXPECT_EQ(response.raw_output_contents(0), "");
-  ASSERT_EQ(shards.size(), static_cast<std::size_t>(kRanks));
-  for (const v1::Shard& shard : shards) {
+  std::vector<v1::Shard> seen;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    seen = shards;
+  }
+  ASSERT_EQ(seen.size(), static_cast<std::size_t>(kRanks));
+  for (const v1::Shard& shard : seen) {
     const v1::DeviceRows& rows = shard.device_rows(0);
     EXPECT_EQ(rows.num_rows(), kTokens / kRanks);
     EXPECT_EQ(rows.hidden().offset(), static_cast<std::uint64_t>(rows.request_row() * kHidden * 4));

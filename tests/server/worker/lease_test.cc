@@ -50,5 +50,14 @@ TEST(LeaseTest, NothingIsGrantedOutsideAnEpoch) {
   EXPECT_FALSE(lease.Renew(5, 1000, 100));
 }
 
+TEST(HeartbeatIntervalTest, IsAQuarterOfALeaseAndShorterUntilOneIsHeld) {
+  EXPECT_EQ(HeartbeatIntervalUs(true, 1'000'000), 250'000);
+  EXPECT_EQ(HeartbeatIntervalUs(false, 1'000'000), 100'000);
+  EXPECT_EQ(HeartbeatIntervalUs(false, 100'000), 25'000)
+      << "an epoch's first lease must not run out";
+  EXPECT_EQ(HeartbeatIntervalUs(false, 0), 12'500) << "the first of all may be of the shortest";
+  EXPECT_EQ(HeartbeatIntervalUs(true, 50), 5'000);
+}
+
 }  // namespace
 }  // namespace epserve::worker
