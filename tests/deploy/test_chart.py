@@ -14,6 +14,7 @@ OLDEST = "1.29"  # Chart.yaml's kubeVersion.
 NEWEST = "1.37"
 # Their schemas are their operators', not Kubernetes'.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "LeaderWorkerSet"}
+NCCL = {"backend": "nccl", "gpu": {"allocation": "dra"}}
 
 
 @pytest.fixture(scope="module", params=chart.VALUE_SETS)
@@ -241,9 +242,9 @@ def test_gpus_of_a_pod_are_seen_by_all_of_its_containers():
 
     pod = chart.render(chart.values("nodes")).workers()["spec"]
     limits = [c["resources"]["limits"].get("nvidia.com/gpu") for c in pod["containers"]]
-    assert limits == [8] + 7 * [None]
+    assert limits == [4] + 3 * [None]
     env = [{e["name"]: e.get("value") for e in c["env"]} for c in pod["containers"]]
-    assert [e.get("NVIDIA_VISIBLE_DEVICES") for e in env] == [None] + 7 * ["all"]
+    assert [e.get("NVIDIA_VISIBLE_DEVICES") for e in env] == [None] + 3 * ["all"]
     assert pod["runtimeClassName"] == "nvidia"
 
 
@@ -263,6 +264,7 @@ def test_host_workers_share_one_dev_shm(rendered):
         ({"checkpoint": {"subPath": "/absolute"}}, "subPath"),
         ({"workers": {"pods": 2}}, "pods"),
         ({"workers": {"perPod": 0}}, "perPod"),
+        ({"workers": {"perPod": 65}}, "perPod"),
         ({"workers": {"leaderWorkerSet": {"enabled": True}}}, "enabled"),
         ({"workers": {"extraArgs": ["-x"]}}, "extraArgs"),
         ({"backend": "mpi"}, "backend"),
@@ -286,9 +288,26 @@ def test_schema_refuses(changes, named):
     [
         ({"workers": {"standbys": 4}}, "workers.standbys 4 leaves no rank"),
         ({"maxBatchTokens": 7}, "maxBatchTokens 7 is below 8"),
+        ({**NCCL, "workers": {"pods": 2, "perPod": 8}}, "16 ranks, above the 8 of backend nccl"),
+        ({**NCCL, "workers": {"pods": 9, "perPod": 1}}, "9 ranks, above the 8 of backend nccl"),
     ],
     ids=str,
 )
 def test_templates_refuse_what_the_coordinator_would(changes, message):
     with pytest.raises(helm_python.HelmError, match=message):
         chart.render(chart.merged(chart.values("cpu"), changes))
+
+
+@pytest.mark.parametrize(
+    "changes, ranks",
+    [
+        ({"workers": {"perPod": 64}, "maxBatchTokens": 128}, "64"),
+        ({**NCCL, "workers": {"pods": 2, "perPod": 4}}, "8"),
+        ({**NCCL, "workers": {"pods": 3, "perPod": 3, "standbys": 1}}, "8"),
+    ],
+    ids=str,
+)
+def test_as_many_ranks_as_the_backend_takes_are_rendered(changes, ranks):
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    (coordinator,) = rendered.coordinator()["spec"]["containers"]
+    assert chart.flag(coordinator, "--workers") == ranks

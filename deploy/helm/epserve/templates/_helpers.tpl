@@ -44,6 +44,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $text := "values: workers.standbys %d leaves no rank of workers.pods %d times workers.perPod %d; lower it" -}}
 {{- fail (printf $text (int $w.standbys) (int $w.pods) (int $w.perPod)) -}}
 {{- end -}}
+{{- /* Of host workers, which are one pod, the schema bounds perPod. */ -}}
+{{- if and (gt $ranks 8) (ne .Values.backend "host") -}}
+{{- $text := "values: workers.pods %d times workers.perPod %d less workers.standbys %d is %d ranks, above the 8 of backend %s; lower them" -}}
+{{- fail (printf $text (int $w.pods) (int $w.perPod) (int $w.standbys) $ranks .Values.backend) -}}
+{{- end -}}
 {{- $least := mul 2 $ranks -}}
 {{- if lt (int .Values.maxBatchTokens) (int $least) -}}
 {{- $text := "values: maxBatchTokens %d is below %d, which the readiness probe of %d workers needs; raise it" -}}
