@@ -298,6 +298,43 @@ def test_templates_refuse_what_the_coordinator_would(changes, message):
         chart.render(chart.merged(chart.values("cpu"), changes))
 
 
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    "memory, most",
+    [
+        ("2Gi", GIB),
+        ("3G", 3 * 10**9 - GIB),
+        ("1.5Gi", GIB // 2),
+        ("2e9", 2 * 10**9 - GIB),
+        (2 * GIB, GIB),
+        (str(2 * GIB), GIB),
+    ],
+    ids=str,
+)
+def test_what_requests_hold_fits_the_coordinators_memory(memory, most):
+    def rendered(held):
+        coordinator = {"maxHeldBytes": held, "resources": {"limits": {"memory": memory}}}
+        return chart.render(chart.merged(chart.values("cpu"), {"coordinator": coordinator}))
+
+    (coordinator,) = rendered(most).coordinator()["spec"]["containers"]
+    assert chart.flag(coordinator, "--max-held-bytes") == str(most)
+    with pytest.raises(helm_python.HelmError, match=f"maxHeldBytes {most + 1} and 1 GiB .* exceed"):
+        rendered(most + 1)
+
+
+def test_without_a_limit_requests_may_hold_any_amount_and_a_wrong_one_is_named():
+    unlimited = {"maxHeldBytes": 1 << 40, "resources": {"limits": {"memory": None}}}
+    rendered = chart.render(chart.merged(chart.values("cpu"), {"coordinator": unlimited}))
+    (coordinator,) = rendered.coordinator()["spec"]["containers"]
+    assert chart.flag(coordinator, "--max-held-bytes") == str(1 << 40)
+    for wrong in ("2GiB", "Gi"):
+        changes = {"coordinator": {"resources": {"limits": {"memory": wrong}}}}
+        with pytest.raises(helm_python.HelmError, match="is not a quantity of bytes"):
+            chart.render(chart.merged(chart.values("cpu"), changes))
+
+
 @pytest.mark.parametrize(
     "changes, ranks",
     [

@@ -57,6 +57,34 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $ranks -}}
 {{- end }}
 
+{{/* Takes a Kubernetes quantity of bytes, a number or a string. */}}
+{{- define "epserve.bytes" -}}
+{{- $text := kindIs "string" . | ternary (toString .) (. | int64 | toString) -}}
+{{- $number := regexFind "^[0-9]+([.][0-9]+)?([eE][0-9]+)?" $text -}}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "m" 1e-3 -}}
+{{- $units = merge $units (dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776) -}}
+{{- $unit := trimPrefix $number $text -}}
+{{- if or (not $number) (not (hasKey $units $unit)) -}}
+{{- fail (printf "values: memory %q is not a quantity of bytes; write it as 2Gi" $text) -}}
+{{- end -}}
+{{- mulf (float64 $number) (get $units $unit | float64) | floor | int64 -}}
+{{- end }}
+
+{{/* Most bytes that requests and replies hold; with what gRPC buffers, 1 GiB, it fits the limit. */}}
+{{- define "epserve.maxHeldBytes" -}}
+{{- $held := int64 .Values.coordinator.maxHeldBytes -}}
+{{- $memory := dig "limits" "memory" "" .Values.coordinator.resources -}}
+{{- if $memory -}}
+{{- $limit := include "epserve.bytes" $memory | int64 -}}
+{{- $needed := add $held 1073741824 -}}
+{{- if gt $needed $limit -}}
+{{- $text := "values: coordinator.maxHeldBytes %d and 1 GiB of gRPC's buffers exceed coordinator.resources.limits.memory %v; lower the one or raise the other" -}}
+{{- fail (printf $text $held $memory) -}}
+{{- end -}}
+{{- end -}}
+{{- $held -}}
+{{- end }}
+
 {{/* Seconds from SIGTERM to SIGKILL: the drain, and time to write the last replies and exit. */}}
 {{- define "epserve.coordinatorGraceSeconds" -}}
 {{- add 10 (ceil (divf .Values.coordinator.drainTimeoutMs 1000)) -}}
