@@ -62,6 +62,24 @@ def test_with_the_overlay_every_port_that_others_reach_has_tls(tmp_path):
     assert "EPSERVE_PLAINTEXT_METRICS" not in environment
 
 
+@pytest.mark.parametrize("files", FILES)
+def test_ports_are_published_on_loopback_and_prometheus_apart_from_the_service(files, tmp_path):
+    def addresses(**settings):
+        services = compose_config(compose_environment(tmp_path, **settings), *FILES[files])
+        published = {}
+        for name, service in services["services"].items():
+            for port in service.get("ports", []):
+                at = port["host_ip"] if isinstance(port, dict) else port.rsplit(":", 2)[0]
+                published.setdefault(name, set()).add(at)
+        return published
+
+    assert addresses() == {"coordinator": {"127.0.0.1"}, "prometheus": {"127.0.0.1"}}
+    opened = addresses(EPSERVE_BIND="0.0.0.0")
+    assert opened == {"coordinator": {"0.0.0.0"}, "prometheus": {"127.0.0.1"}}
+    opened = addresses(PROMETHEUS_BIND="192.0.2.1")
+    assert opened == {"coordinator": {"127.0.0.1"}, "prometheus": {"192.0.2.1"}}
+
+
 def test_overlay_without_certificates_is_refused(tmp_path):
     env = compose_environment(tmp_path, EPSERVE_TLS_DIR="")
     with pytest.raises(AssertionError, match="EPSERVE_TLS_DIR"):
@@ -100,6 +118,15 @@ def test_coordinator_has_longer_to_stop_than_it_drains(services):
     assert sorted(coordinator["depends_on"]) == list(WORKERS), "it is stopped before the workers"
     grace = re.fullmatch(r"(\d+)s", coordinator["stop_grace_period"])
     assert int(grace[1]) * 1000 > int(coordinator["environment"]["EPSERVE_DRAIN_TIMEOUT_MS"])
+
+
+def test_workers_have_longer_to_stop_than_they_take_to_leave(services):
+    # Twice worker.h's leave_timeout, and a little: for the batches, and for the farewell.
+    source = (ROOT / "server" / "worker" / "worker.h").read_text()
+    leave = int(re.search(r"leave_timeout = absl::Seconds\((\d+)\)", source)[1])
+    for worker in WORKERS:
+        grace = re.fullmatch(r"(\d+)s", services[worker]["stop_grace_period"])
+        assert int(grace[1]) >= 2 * leave + 5, worker
 
 
 def test_checkpoint_must_be_named(tmp_path):
