@@ -271,6 +271,17 @@ def test_host_workers_share_one_dev_shm(rendered):
         ({"backend": "cuda"}, "allocation"),
         ({"backend": "cuda", "gpu": {"allocation": "dra"}, "workers": {"perPod": 9}}, "perPod"),
         ({"tls": {"enabled": True}}, "secretName"),
+        ({"fullnameOverride": "123"}, "fullnameOverride"),
+        ({"fullnameOverride": "a: b"}, "fullnameOverride"),
+        ({"nameOverride": "Mix"}, "nameOverride"),
+        ({"model": {"name": "mix\n  injected: true"}}, "model"),
+        ({"checkpoint": {"existingClaim": "models #1"}}, "existingClaim"),
+        ({"checkpoint": {"subPath": "a\nb"}}, "subPath"),
+        ({"sharedSecrets": {"secretName": "a, key: b"}}, "secretName"),
+        ({"serviceAccount": {"name": "a\nb"}}, "serviceAccount"),
+        ({"workers": {"podLabels": {"app.kubernetes.io/component": "test"}}}, "podLabels"),
+        ({"coordinator": {"podLabels": {"app.kubernetes.io/instance": "x"}}}, "podLabels"),
+        ({"monitoring": {"serviceMonitor": {"labels": {"helm.sh/chart": "x"}}}}, "labels"),
         ({"slots": 65}, "slots"),
         ({"coordinator": {"leaseMs": "1s"}}, "leaseMs"),
         ({"workers": {"replicas": 3}}, "replicas"),
@@ -299,6 +310,67 @@ def test_templates_refuse_what_the_coordinator_would(changes, message):
 
 
 GIB = 1 << 30
+
+
+@pytest.mark.parametrize("text", ["mix #1", "a: b", "123", "true", "- {x", '"quoted" \\n', "ä"])
+def test_strings_arrive_as_they_were_written(text):
+    changes = {
+        "model": {"name": text},
+        "checkpoint": {"existingClaim": "", "hostPath": f"/srv/{text}", "subPath": text},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    for pod, name in ((rendered.coordinator(), "--model-name"), (rendered.verify(), "--model")):
+        (container,) = pod["spec"]["containers"]
+        assert chart.flag(container, name) == text
+    for pod in rendered.pods().values():
+        (volume,) = [v for v in pod["spec"]["volumes"] if v["name"] == "checkpoint"]
+        assert volume["hostPath"]["path"] == f"/srv/{text}"
+        for container in pod["spec"]["containers"]:
+            (mount,) = [m for m in container["volumeMounts"] if m["name"] == "checkpoint"]
+            assert mount["subPath"] == text
+
+
+def texts(node):
+    """All that Kubernetes takes as text and yet may look like a number or a truth value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("name", "claimName", "secretName", "serviceAccountName", "interval"):
+                yield key, value
+            elif key in ("priorityClassName", "labels", "matchLabels"):
+                yield from value.items() if isinstance(value, dict) else [(key, value)]
+            if key not in ("labels", "matchLabels"):
+                yield from texts(value)
+    elif isinstance(node, list):
+        for each in node:
+            yield from texts(each)
+
+
+@pytest.mark.parametrize("name", ["123", "on", "null", "1e3", "0x1f"])
+def test_names_that_look_like_something_else_stay_names(name):
+    tls = {"enabled": True, "secretName": name, "workerSecretName": name}
+    changes = {
+        "checkpoint": {"existingClaim": name},
+        "fullnameOverride": name if name.isalpha() else "experts",
+        "serviceAccount": {"name": name},
+        "workers": {"priorityClassName": name, "podLabels": {"team": name}},
+        "coordinator": {"priorityClassName": name},
+        "tls": {**tls, "operatorSecretName": name},
+        "monitoring": {"serviceMonitor": {"enabled": True, "tlsSecretName": name}},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes), name=name)
+    found = [each for o in rendered.objects for each in texts(o)]
+    assert len(found) > 50
+    assert [(key, value) for key, value in found if not isinstance(value, str)] == []
+    secrets = chart.merged(chart.values("cpu"), {"sharedSecrets": {"secretName": name}})
+    secrets = chart.merged(secrets, {"monitoring": {"serviceMonitor": {"enabled": True}}})
+    found = [each for o in chart.render(secrets).objects for each in texts(o)]
+    assert [(key, value) for key, value in found if not isinstance(value, str)] == []
+
+
+def test_a_release_whose_name_no_service_may_have_is_refused():
+    with pytest.raises(helm_python.HelmError, match='"123-epserve" is no name of a Service'):
+        chart.render(chart.values("cpu"), name="123")
+    chart.render(chart.merged(chart.values("cpu"), {"fullnameOverride": "experts"}), name="123")
 
 
 @pytest.mark.parametrize(

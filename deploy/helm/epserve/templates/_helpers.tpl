@@ -1,23 +1,27 @@
 {{/* Short enough for pods' names and workers' ids: at most 64 with "-workers-NN-wNN". */}}
 {{- define "epserve.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
-{{- else -}}
-{{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- $name := .Values.fullnameOverride -}}
+{{- if not $name -}}
+{{- $part := default .Chart.Name .Values.nameOverride -}}
+{{- $name = ternary .Release.Name (printf "%s-%s" .Release.Name $part) (contains $part .Release.Name) -}}
 {{- end -}}
+{{- $name = $name | trunc 40 | trimSuffix "-" -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "values: full name %q is no name of a Service; set fullnameOverride" $name) -}}
+{{- end -}}
+{{- $name -}}
 {{- end }}
 
 {{- define "epserve.selectorLabels" -}}
 app.kubernetes.io/name: epserve
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "epserve.labels" -}}
 {{ include "epserve.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 {{- end }}
 
 {{- define "epserve.image" -}}
@@ -101,7 +105,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* Of a pod: what every pod of the chart has alike. */}}
 {{- define "epserve.podCommon" -}}
-serviceAccountName: {{ include "epserve.serviceAccountName" . }}
+serviceAccountName: {{ include "epserve.serviceAccountName" . | quote }}
 # No part speaks to the Kubernetes API.
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -130,7 +134,7 @@ tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end }}
 
@@ -141,24 +145,24 @@ priorityClassName: {{ . }}
 - name: checkpoint
   {{- if $.Values.checkpoint.existingClaim }}
   persistentVolumeClaim:
-    claimName: {{ $.Values.checkpoint.existingClaim }}
+    claimName: {{ $.Values.checkpoint.existingClaim | quote }}
     readOnly: true
   {{- else }}
   # Forbidden by the baseline and restricted Pod Security Standards; existingClaim is not.
   hostPath:
-    path: {{ $.Values.checkpoint.hostPath }}
+    path: {{ $.Values.checkpoint.hostPath | quote }}
     type: Directory
   {{- end }}
 {{- if $.Values.tls.enabled }}
 - name: tls
   secret:
-    secretName: {{ default $.Values.tls.secretName (get $.Values.tls (printf "%sSecretName" $role)) }}
+    secretName: {{ default $.Values.tls.secretName (get $.Values.tls (printf "%sSecretName" $role)) | quote }}
     defaultMode: 0440
 {{- end }}
 {{- with $.Values.sharedSecrets.secretName }}
 - name: shared-secret
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0440
     # Each part sees its own, the coordinator the list.
     items: [{key: {{ eq $role "coordinator" | ternary "secrets" $role }}, path: secret}]

@@ -19,7 +19,7 @@ spec:
   {{- . | nindent 2 }}
   {{- end }}
   {{- if and $gpus (eq .Values.gpu.allocation "devicePlugin") }}
-  runtimeClassName: {{ .Values.gpu.runtimeClassName }}
+  runtimeClassName: {{ .Values.gpu.runtimeClassName | quote }}
   {{- end }}
   affinity:
     podAntiAffinity:
@@ -54,7 +54,7 @@ spec:
     {{- include "epserve.volumes" (list . "worker") | nindent 4 }}
     # Heaps of host workers, and NCCL's way within a node: one /dev/shm for all containers.
     - name: shm
-      emptyDir: {medium: Memory, sizeLimit: {{ $w.sharedMemory }}}
+      emptyDir: {medium: Memory, sizeLimit: {{ $w.sharedMemory | quote }}}
 {{- end }}
 
 {{/* Takes (list . INDEX). */}}
