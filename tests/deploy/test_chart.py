@@ -14,6 +14,14 @@ OLDEST = "1.29"  # Chart.yaml's kubeVersion.
 NEWEST = "1.37"
 # Their schemas are their operators', not Kubernetes'.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "LeaderWorkerSet"}
+TLS = {
+    "tls": {
+        "enabled": True,
+        "secretName": "coordinator",
+        "workerSecretName": "worker",
+        "operatorSecretName": "operator",
+    }
+}
 NCCL = {"backend": "nccl", "gpu": {"allocation": "dra"}}
 
 
@@ -282,7 +290,8 @@ def test_host_workers_share_one_dev_shm(rendered):
         ({"workers": {"podLabels": {"app.kubernetes.io/component": "test"}}}, "podLabels"),
         ({"coordinator": {"podLabels": {"app.kubernetes.io/instance": "x"}}}, "podLabels"),
         ({"monitoring": {"serviceMonitor": {"labels": {"helm.sh/chart": "x"}}}}, "labels"),
-        ({"slots": 65}, "slots"),
+        ({"slots": 17}, "slots"),
+        ({"workers": {"extraArgs": ["--comm-blocks 24"]}}, "extraArgs"),
         ({"coordinator": {"leaseMs": "1s"}}, "leaseMs"),
         ({"workers": {"replicas": 3}}, "replicas"),
         ({"worker": {}}, "worker"),
@@ -299,6 +308,13 @@ def test_schema_refuses(changes, named):
     [
         ({"workers": {"standbys": 4}}, "workers.standbys 4 leaves no rank"),
         ({"maxBatchTokens": 7}, "maxBatchTokens 7 is below 8"),
+        ({"coordinator": {"metricsPort": 8001}}, "metricsPort 8001 is coordinator.port too"),
+        ({**TLS, "coordinator": {"healthPort": 8001}}, "healthPort 8001 is coordinator.port too"),
+        ({**TLS, "coordinator": {"healthPort": 8002}}, "healthPort 8002 .*metricsPort too"),
+        ({"coordinator": {"extraArgs": ["--slots=3"]}}, "coordinator.extraArgs has --slots,"),
+        ({"coordinator": {"extraArgs": ["--tls-ca=/x"]}}, "coordinator.extraArgs has --tls-ca,"),
+        ({"workers": {"extraArgs": ["--slots=3"]}}, "workers.extraArgs has --slots,"),
+        ({"workers": {"extraArgs": ["--device=1"]}}, "workers.extraArgs has --device,"),
         ({**NCCL, "workers": {"pods": 2, "perPod": 8}}, "16 ranks, above the 8 of backend nccl"),
         ({**NCCL, "workers": {"pods": 9, "perPod": 1}}, "9 ranks, above the 8 of backend nccl"),
     ],
@@ -405,6 +421,36 @@ def test_without_a_limit_requests_may_hold_any_amount_and_a_wrong_one_is_named()
         changes = {"coordinator": {"resources": {"limits": {"memory": wrong}}}}
         with pytest.raises(helm_python.HelmError, match="is not a quantity of bytes"):
             chart.render(chart.merged(chart.values("cpu"), changes))
+
+
+def test_further_flags_come_after_the_charts_own():
+    prefixes = ["--shm-key-prefix=a #b", "--shm-key-prefix=c", "--allow-client-shm"]
+    changes = {
+        "coordinator": {"extraArgs": prefixes, "healthPort": 8001},  # Of no port without TLS.
+        "workers": {"extraArgs": ["--busy-poll-us=5"]},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    assert rendered.coordinator()["spec"]["containers"][0]["args"][-3:] == prefixes
+    for worker in rendered.workers()["spec"]["containers"]:
+        assert worker["args"][-1] == "--busy-poll-us=5"
+
+
+def test_large_numbers_are_written_out():
+    million = 1000000
+    changes = {
+        "maxBatchTokens": 16 * million,
+        "coordinator": {"queueCapacity": million, "leaseMs": 2 * million},
+        "test": {"batches": million, "tokens": 20 * million, "timeoutSeconds": million},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    for pod in rendered.pods().values():
+        for container in pod["spec"]["containers"]:
+            assert [a for a in container["args"] if re.search(r"=[0-9.]+e[+-]?[0-9]", a)] == []
+    (verify,) = rendered.verify()["spec"]["containers"]
+    assert chart.flag(verify, "--batches") == chart.flag(verify, "--timeout") == "1000000"
+    assert chart.flag(verify, "--tokens") == "16000000"  # A request takes no more.
+    (verify,) = chart.render(chart.values("cpu")).verify()["spec"]["containers"]
+    assert chart.flag(verify, "--tokens") == "16"
 
 
 @pytest.mark.parametrize(

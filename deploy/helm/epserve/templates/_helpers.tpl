@@ -94,6 +94,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- add 10 (ceil (divf .Values.coordinator.drainTimeoutMs 1000)) -}}
 {{- end }}
 
+{{/* The coordinator's ports, each of its own: fails where two are the same. */}}
+{{- define "epserve.checkPorts" -}}
+{{- $c := .Values.coordinator -}}
+{{- $taken := dict (toString $c.port) "port" -}}
+{{- range ternary (list "metricsPort" "healthPort") (list "metricsPort") .Values.tls.enabled -}}
+{{- $port := get $c . | toString -}}
+{{- if hasKey $taken $port -}}
+{{- $text := "values: coordinator.%s %s is coordinator.%s too; give each a port of its own" -}}
+{{- fail (printf $text . $port (get $taken $port)) -}}
+{{- end -}}
+{{- $_ := set $taken $port . -}}
+{{- end -}}
+{{- end }}
+
 {{- define "epserve.modelName" -}}
 {{- default .Release.Name .Values.model.name -}}
 {{- end }}

@@ -68,29 +68,10 @@ spec:
   {{- include "epserve.containerCommon" $ | nindent 2 }}
   command: [epserve-worker]
   args:
-    - --coordinator={{ include "epserve.controlAddress" $ }}
-    - --checkpoint=/checkpoint
-    - --cluster-id={{ include "epserve.fullname" $ }}
-    # Host name and process id, the default, are alike in the pod's containers.
-    - --worker-id=$(POD_NAME)-w{{ $index }}
-    # The pod's containers share its ports.
-    - --health-listen=0.0.0.0:{{ $health }}
-    - --backend={{ $.Values.backend }}
-    {{- if $gpus }}
-    - --device={{ $index }}
-    {{- else }}
-    - --compute-threads={{ $w.computeThreads }}
-    {{- end }}
-    - --max-batch-tokens={{ int64 $.Values.maxBatchTokens }}
-    - --slots={{ $.Values.slots }}
-    - --peer-timeout-ms={{ int64 $w.peerTimeoutMs }}
-    - --log-format={{ $.Values.log.format }}
-    - --log-level={{ $.Values.log.level }}
-    {{- with include "epserve.callerArgs" $ }}
+    {{- $args := include "epserve.workerArgs" . }}
+    {{- $args | nindent 4 }}
+    {{- with include "epserve.extraArgs" (list "workers" $args $w.extraArgs) }}
     {{- . | nindent 4 }}
-    {{- end }}
-    {{- with $w.extraArgs }}
-    {{- toYaml . | nindent 4 }}
     {{- end }}
   env:
     - name: POD_NAME
