@@ -90,6 +90,13 @@ def test_queries_are_about_metrics_and_labels_that_exist(expression):
     assert labels_without_source(expression) == set()
 
 
+def test_panels_show_what_is_chosen():
+    chosen = {variable["name"] for variable in DASHBOARD["templating"]["list"]} - {"datasource"}
+    for query in QUERIES:
+        for selector in re.findall(r"\bepserve_[a-z_]+(?:\{([^}]*)\})?", query):
+            assert set(re.findall(r"=~\"\$(\w+)\"", selector)) == chosen, query
+
+
 def test_every_metric_is_shown():
     shown = " ".join(QUERIES)
     assert {name for name in chart.metrics() if name not in shown} == set()
@@ -103,7 +110,7 @@ def test_promtool_accepts_the_dashboards_queries(tmp_path):
     rules = []
     for number, query in enumerate(QUERIES):
         text = query.replace("$__rate_interval", "1m")
-        text = re.sub(r"\$(job|namespace)\b", ".*", text)
+        text = re.sub(r"\$(job|namespace|release)\b", ".*", text)
         assert "$" not in text, query
         rules.append({"record": f"query{number}", "expr": text})
     path = tmp_path / "queries.yml"

@@ -170,7 +170,7 @@ priorityClassName: {{ . | quote }}
 {{- if $.Values.tls.enabled }}
 - name: tls
   secret:
-    secretName: {{ default $.Values.tls.secretName (get $.Values.tls (printf "%sSecretName" $role)) | quote }}
+    secretName: {{ get $.Values.tls (eq $role "coordinator" | ternary "secretName" (printf "%sSecretName" $role)) | quote }}
     defaultMode: 0440
 {{- end }}
 {{- with $.Values.sharedSecrets.secretName }}
