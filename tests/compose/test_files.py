@@ -1,6 +1,7 @@
 """The files of deploy/docker and deploy/compose, without a daemon: linted, and about flags that the
 programs have."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -84,6 +85,37 @@ def test_overlay_without_certificates_is_refused(tmp_path):
     env = compose_environment(tmp_path, EPSERVE_TLS_DIR="")
     with pytest.raises(AssertionError, match="EPSERVE_TLS_DIR"):
         compose_config(env, *FILES["tls"])
+
+
+def coordinator_names(directory, *names):
+    """What the coordinator's certificate is good for, once the script has run."""
+    script = ROOT / "deploy" / "compose" / "make-certificates.sh"
+    made = subprocess.run(
+        [script, directory, *names], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    certificate = (directory / "coordinator" / "tls.crt").read_bytes()
+    decoded = subprocess.run(
+        ["openssl", "x509", "-noout", "-serial", "-ext", "subjectAltName"],
+        input=certificate, capture_output=True, timeout=60, check=True,
+    ).stdout.decode()  # fmt: skip
+    serial = re.search(r"serial=(\w+)", decoded)[1]
+    return serial, set(re.findall(r"(?:DNS|IP Address):([^,\s]+)", decoded))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="keys are given to the containers' users by root")
+def test_renewed_certificates_keep_the_coordinators_names(tmp_path):
+    own = {"coordinator", "localhost", "127.0.0.1"}
+    first, names = coordinator_names(tmp_path)
+    assert names == own
+    given = ("moe.example.org", "192.0.2.7", "2001:db8::7")
+    wanted = own | {"moe.example.org", "192.0.2.7", "2001:DB8:0:0:0:0:0:7"}
+    second, names = coordinator_names(tmp_path, *given)
+    assert names == wanted
+    third, names = coordinator_names(tmp_path)
+    assert names == wanted
+    assert len({first, second, third}) == 3
+    assert coordinator_names(tmp_path, "new.example.org")[1] == own | {"new.example.org"}
 
 
 def test_workers_differ_in_their_names_and_devices_alone(services):
