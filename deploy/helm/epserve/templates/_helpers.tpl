@@ -217,3 +217,17 @@ priorityClassName: {{ . | quote }}
 - --secret-file=/etc/epserve/shared/secret
 {{- end }}
 {{- end }}
+
+{{/* A coordinator without a pod, as one that no node has room for, has no target that could be down. */}}
+{{- define "epserve.releaseRules" -}}
+{{- $series := "up{job=\"epserve\", namespace=%q, app_kubernetes_io_instance=%q}" -}}
+name: {{ printf "epserve.release.%s" .Release.Name }}
+rules:
+  - alert: EpserveCoordinatorDown
+    expr: {{ printf "absent(%s)" (printf $series .Release.Namespace .Release.Name) | quote }}
+    for: 1m
+    labels: {severity: critical}
+    annotations:
+      summary: {{ printf "Release %s has no coordinator to scrape" .Release.Name | quote }}
+      description: Its pod is gone or waits for a node, or Prometheus does not find it.
+{{- end }}

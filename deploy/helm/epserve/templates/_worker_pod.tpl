@@ -70,7 +70,7 @@ spec:
   args:
     {{- $args := include "epserve.workerArgs" . }}
     {{- $args | nindent 4 }}
-    {{- with include "epserve.extraArgs" (list "workers" $args $w.extraArgs) }}
+    {{- with include "epserve.extraArgs" (list "workers" $args $w.extraArgs) | trim }}
     {{- . | nindent 4 }}
     {{- end }}
   env:
