@@ -9,7 +9,8 @@ Usage: deploy/compose/make-certificates.sh [--days N] DIR [NAME...]
 
   --days N  how long the certificates are good, days (default: 365; the authority: ten times that)
   DIR       where they go: DIR/PART/{tls.crt,tls.key,ca.crt}, and DIR/ca.key, which stays here
-  NAME      further names or IP addresses of the coordinator, as clients elsewhere call it
+  NAME      further names or IP addresses of the coordinator, as clients elsewhere call it; without
+            any, those of its certificate in DIR stay
 
 PART is coordinator, worker, operator, frontend or metrics. Run it as root: a part's key belongs to
 the user that its container runs as, and nobody else may read it.
@@ -75,7 +76,20 @@ issue() {
   mv -f "$made/tls.key" "$made/tls.crt" "$made/ca.crt" "$directory/$part/"
 }
 
+# names_of CERTIFICATE: its DNS names and addresses, as subjectAltName has them.
+names_of() {
+  openssl x509 -in "$1" -noout -ext subjectAltName | tr ',' '\n' |
+    sed -nE 's/^ *(DNS:.*)$/\1/p; s/^ *IP Address:(.*)$/IP:\1/p' | paste -sd ,
+}
+
 coordinator_names="DNS:coordinator,DNS:localhost,IP:127.0.0.1"
+if (($# == 0)) && [[ -e "$directory/coordinator/tls.crt" ]]; then
+  coordinator_names="$(names_of "$directory/coordinator/tls.crt")"
+  if [[ -z "$coordinator_names" ]]; then
+    echo "make-certificates: $directory/coordinator/tls.crt has no names to keep; give them" >&2
+    exit 1
+  fi
+fi
 for name in "$@"; do
   if [[ "$name" =~ ^[0-9.]+$ || "$name" == *:* ]]; then
     coordinator_names+=",IP:$name"
@@ -89,3 +103,4 @@ for role in worker operator frontend; do
 done
 issue metrics "$prometheus_user" "URI:spiffe://compose/epserve/metrics"
 echo "certificates in $directory: coordinator worker operator frontend metrics, good for $days days"
+echo "the coordinator's is for $coordinator_names"

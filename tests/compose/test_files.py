@@ -1,6 +1,7 @@
 """The files of deploy/docker and deploy/compose, without a daemon: linted, and about flags that the
 programs have."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -62,10 +63,59 @@ def test_with_the_overlay_every_port_that_others_reach_has_tls(tmp_path):
     assert "EPSERVE_PLAINTEXT_METRICS" not in environment
 
 
+@pytest.mark.parametrize("files", FILES)
+def test_ports_are_published_on_loopback_and_prometheus_apart_from_the_service(files, tmp_path):
+    def addresses(**settings):
+        services = compose_config(compose_environment(tmp_path, **settings), *FILES[files])
+        published = {}
+        for name, service in services["services"].items():
+            for port in service.get("ports", []):
+                at = port["host_ip"] if isinstance(port, dict) else port.rsplit(":", 2)[0]
+                published.setdefault(name, set()).add(at)
+        return published
+
+    assert addresses() == {"coordinator": {"127.0.0.1"}, "prometheus": {"127.0.0.1"}}
+    opened = addresses(EPSERVE_BIND="0.0.0.0")
+    assert opened == {"coordinator": {"0.0.0.0"}, "prometheus": {"127.0.0.1"}}
+    opened = addresses(PROMETHEUS_BIND="192.0.2.1")
+    assert opened == {"coordinator": {"127.0.0.1"}, "prometheus": {"192.0.2.1"}}
+
+
 def test_overlay_without_certificates_is_refused(tmp_path):
     env = compose_environment(tmp_path, EPSERVE_TLS_DIR="")
     with pytest.raises(AssertionError, match="EPSERVE_TLS_DIR"):
         compose_config(env, *FILES["tls"])
+
+
+def coordinator_names(directory, *names):
+    """What the coordinator's certificate is good for, once the script has run."""
+    script = ROOT / "deploy" / "compose" / "make-certificates.sh"
+    made = subprocess.run(
+        [script, directory, *names], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    certificate = (directory / "coordinator" / "tls.crt").read_bytes()
+    decoded = subprocess.run(
+        ["openssl", "x509", "-noout", "-serial", "-ext", "subjectAltName"],
+        input=certificate, capture_output=True, timeout=60, check=True,
+    ).stdout.decode()  # fmt: skip
+    serial = re.search(r"serial=(\w+)", decoded)[1]
+    return serial, set(re.findall(r"(?:DNS|IP Address):([^,\s]+)", decoded))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="keys are given to the containers' users by root")
+def test_renewed_certificates_keep_the_coordinators_names(tmp_path):
+    own = {"coordinator", "localhost", "127.0.0.1"}
+    first, names = coordinator_names(tmp_path)
+    assert names == own
+    given = ("moe.example.org", "192.0.2.7", "2001:db8::7")
+    wanted = own | {"moe.example.org", "192.0.2.7", "2001:DB8:0:0:0:0:0:7"}
+    second, names = coordinator_names(tmp_path, *given)
+    assert names == wanted
+    third, names = coordinator_names(tmp_path)
+    assert names == wanted
+    assert len({first, second, third}) == 3
+    assert coordinator_names(tmp_path, "new.example.org")[1] == own | {"new.example.org"}
 
 
 def test_workers_differ_in_their_names_and_devices_alone(services):
@@ -100,6 +150,15 @@ def test_coordinator_has_longer_to_stop_than_it_drains(services):
     assert sorted(coordinator["depends_on"]) == list(WORKERS), "it is stopped before the workers"
     grace = re.fullmatch(r"(\d+)s", coordinator["stop_grace_period"])
     assert int(grace[1]) * 1000 > int(coordinator["environment"]["EPSERVE_DRAIN_TIMEOUT_MS"])
+
+
+def test_workers_have_longer_to_stop_than_they_take_to_leave(services):
+    # Twice worker.h's leave_timeout, and a little: for the batches, and for the farewell.
+    source = (ROOT / "server" / "worker" / "worker.h").read_text()
+    leave = int(re.search(r"leave_timeout = absl::Seconds\((\d+)\)", source)[1])
+    for worker in WORKERS:
+        grace = re.fullmatch(r"(\d+)s", services[worker]["stop_grace_period"])
+        assert int(grace[1]) >= 2 * leave + 5, worker
 
 
 def test_checkpoint_must_be_named(tmp_path):

@@ -14,6 +14,15 @@ OLDEST = "1.29"  # Chart.yaml's kubeVersion.
 NEWEST = "1.37"
 # Their schemas are their operators', not Kubernetes'.
 CUSTOM = {"ServiceMonitor", "PrometheusRule", "LeaderWorkerSet"}
+TLS = {
+    "tls": {
+        "enabled": True,
+        "secretName": "coordinator",
+        "workerSecretName": "worker",
+        "operatorSecretName": "operator",
+    }
+}
+NCCL = {"backend": "nccl", "gpu": {"allocation": "dra"}}
 
 
 @pytest.fixture(scope="module", params=chart.VALUE_SETS)
@@ -241,9 +250,9 @@ def test_gpus_of_a_pod_are_seen_by_all_of_its_containers():
 
     pod = chart.render(chart.values("nodes")).workers()["spec"]
     limits = [c["resources"]["limits"].get("nvidia.com/gpu") for c in pod["containers"]]
-    assert limits == [8] + 7 * [None]
+    assert limits == [4] + 3 * [None]
     env = [{e["name"]: e.get("value") for e in c["env"]} for c in pod["containers"]]
-    assert [e.get("NVIDIA_VISIBLE_DEVICES") for e in env] == [None] + 7 * ["all"]
+    assert [e.get("NVIDIA_VISIBLE_DEVICES") for e in env] == [None] + 3 * ["all"]
     assert pod["runtimeClassName"] == "nvidia"
 
 
@@ -263,13 +272,29 @@ def test_host_workers_share_one_dev_shm(rendered):
         ({"checkpoint": {"subPath": "/absolute"}}, "subPath"),
         ({"workers": {"pods": 2}}, "pods"),
         ({"workers": {"perPod": 0}}, "perPod"),
+        ({"workers": {"perPod": 65}}, "perPod"),
         ({"workers": {"leaderWorkerSet": {"enabled": True}}}, "enabled"),
         ({"workers": {"extraArgs": ["-x"]}}, "extraArgs"),
         ({"backend": "mpi"}, "backend"),
         ({"backend": "cuda"}, "allocation"),
         ({"backend": "cuda", "gpu": {"allocation": "dra"}, "workers": {"perPod": 9}}, "perPod"),
         ({"tls": {"enabled": True}}, "secretName"),
-        ({"slots": 65}, "slots"),
+        ({"tls": {**TLS["tls"], "workerSecretName": ""}}, "workerSecretName"),
+        ({"tls": {**TLS["tls"], "operatorSecretName": ""}}, "operatorSecretName"),
+        ({**TLS, "sharedSecrets": {"secretName": "secrets"}}, "sharedSecrets/secretName"),
+        ({"fullnameOverride": "123"}, "fullnameOverride"),
+        ({"fullnameOverride": "a: b"}, "fullnameOverride"),
+        ({"nameOverride": "Mix"}, "nameOverride"),
+        ({"model": {"name": "mix\n  injected: true"}}, "model"),
+        ({"checkpoint": {"existingClaim": "models #1"}}, "existingClaim"),
+        ({"checkpoint": {"subPath": "a\nb"}}, "subPath"),
+        ({"sharedSecrets": {"secretName": "a, key: b"}}, "secretName"),
+        ({"serviceAccount": {"name": "a\nb"}}, "serviceAccount"),
+        ({"workers": {"podLabels": {"app.kubernetes.io/component": "test"}}}, "podLabels"),
+        ({"coordinator": {"podLabels": {"app.kubernetes.io/instance": "x"}}}, "podLabels"),
+        ({"monitoring": {"serviceMonitor": {"labels": {"helm.sh/chart": "x"}}}}, "labels"),
+        ({"slots": 17}, "slots"),
+        ({"workers": {"extraArgs": ["--comm-blocks 24"]}}, "extraArgs"),
         ({"coordinator": {"leaseMs": "1s"}}, "leaseMs"),
         ({"workers": {"replicas": 3}}, "replicas"),
         ({"worker": {}}, "worker"),
@@ -286,9 +311,161 @@ def test_schema_refuses(changes, named):
     [
         ({"workers": {"standbys": 4}}, "workers.standbys 4 leaves no rank"),
         ({"maxBatchTokens": 7}, "maxBatchTokens 7 is below 8"),
+        ({"coordinator": {"metricsPort": 8001}}, "metricsPort 8001 is coordinator.port too"),
+        ({**TLS, "coordinator": {"healthPort": 8001}}, "healthPort 8001 is coordinator.port too"),
+        ({**TLS, "coordinator": {"healthPort": 8002}}, "healthPort 8002 .*metricsPort too"),
+        ({"coordinator": {"extraArgs": ["--slots=3"]}}, "coordinator.extraArgs has --slots,"),
+        ({"coordinator": {"extraArgs": ["--tls-ca=/x"]}}, "coordinator.extraArgs has --tls-ca,"),
+        ({"workers": {"extraArgs": ["--slots=3"]}}, "workers.extraArgs has --slots,"),
+        ({"workers": {"extraArgs": ["--device=1"]}}, "workers.extraArgs has --device,"),
+        ({**NCCL, "workers": {"pods": 2, "perPod": 8}}, "16 ranks, above the 8 of backend nccl"),
+        ({**NCCL, "workers": {"pods": 9, "perPod": 1}}, "9 ranks, above the 8 of backend nccl"),
     ],
     ids=str,
 )
 def test_templates_refuse_what_the_coordinator_would(changes, message):
     with pytest.raises(helm_python.HelmError, match=message):
         chart.render(chart.merged(chart.values("cpu"), changes))
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("text", ["mix #1", "a: b", "123", "true", "- {x", '"quoted" \\n', "ä"])
+def test_strings_arrive_as_they_were_written(text):
+    changes = {
+        "model": {"name": text},
+        "checkpoint": {"existingClaim": "", "hostPath": f"/srv/{text}", "subPath": text},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    for pod, name in ((rendered.coordinator(), "--model-name"), (rendered.verify(), "--model")):
+        (container,) = pod["spec"]["containers"]
+        assert chart.flag(container, name) == text
+    for pod in rendered.pods().values():
+        (volume,) = [v for v in pod["spec"]["volumes"] if v["name"] == "checkpoint"]
+        assert volume["hostPath"]["path"] == f"/srv/{text}"
+        for container in pod["spec"]["containers"]:
+            (mount,) = [m for m in container["volumeMounts"] if m["name"] == "checkpoint"]
+            assert mount["subPath"] == text
+
+
+def texts(node):
+    """All that Kubernetes takes as text and yet may look like a number or a truth value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("name", "claimName", "secretName", "serviceAccountName", "interval"):
+                yield key, value
+            elif key in ("priorityClassName", "labels", "matchLabels"):
+                yield from value.items() if isinstance(value, dict) else [(key, value)]
+            if key not in ("labels", "matchLabels"):
+                yield from texts(value)
+    elif isinstance(node, list):
+        for each in node:
+            yield from texts(each)
+
+
+@pytest.mark.parametrize("name", ["123", "on", "null", "1e3", "0x1f"])
+def test_names_that_look_like_something_else_stay_names(name):
+    tls = {"enabled": True, "secretName": name, "workerSecretName": name}
+    changes = {
+        "checkpoint": {"existingClaim": name},
+        "fullnameOverride": name if name.isalpha() else "experts",
+        "serviceAccount": {"name": name},
+        "workers": {"priorityClassName": name, "podLabels": {"team": name}},
+        "coordinator": {"priorityClassName": name},
+        "tls": {**tls, "operatorSecretName": name},
+        "monitoring": {"serviceMonitor": {"enabled": True, "tlsSecretName": name}},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes), name=name)
+    found = [each for o in rendered.objects for each in texts(o)]
+    assert len(found) > 50
+    assert [(key, value) for key, value in found if not isinstance(value, str)] == []
+    secrets = chart.merged(chart.values("cpu"), {"sharedSecrets": {"secretName": name}})
+    secrets = chart.merged(secrets, {"monitoring": {"serviceMonitor": {"enabled": True}}})
+    found = [each for o in chart.render(secrets).objects for each in texts(o)]
+    assert [(key, value) for key, value in found if not isinstance(value, str)] == []
+
+
+def test_a_release_whose_name_no_service_may_have_is_refused():
+    with pytest.raises(helm_python.HelmError, match='"123-epserve" is no name of a Service'):
+        chart.render(chart.values("cpu"), name="123")
+    chart.render(chart.merged(chart.values("cpu"), {"fullnameOverride": "experts"}), name="123")
+
+
+@pytest.mark.parametrize(
+    "memory, most",
+    [
+        ("2Gi", GIB),
+        ("3G", 3 * 10**9 - GIB),
+        ("1.5Gi", GIB // 2),
+        ("2e9", 2 * 10**9 - GIB),
+        (2 * GIB, GIB),
+        (str(2 * GIB), GIB),
+    ],
+    ids=str,
+)
+def test_what_requests_hold_fits_the_coordinators_memory(memory, most):
+    def rendered(held):
+        coordinator = {"maxHeldBytes": held, "resources": {"limits": {"memory": memory}}}
+        return chart.render(chart.merged(chart.values("cpu"), {"coordinator": coordinator}))
+
+    (coordinator,) = rendered(most).coordinator()["spec"]["containers"]
+    assert chart.flag(coordinator, "--max-held-bytes") == str(most)
+    with pytest.raises(helm_python.HelmError, match=f"maxHeldBytes {most + 1} and 1 GiB .* exceed"):
+        rendered(most + 1)
+
+
+def test_without_a_limit_requests_may_hold_any_amount_and_a_wrong_one_is_named():
+    unlimited = {"maxHeldBytes": 1 << 40, "resources": {"limits": {"memory": None}}}
+    rendered = chart.render(chart.merged(chart.values("cpu"), {"coordinator": unlimited}))
+    (coordinator,) = rendered.coordinator()["spec"]["containers"]
+    assert chart.flag(coordinator, "--max-held-bytes") == str(1 << 40)
+    for wrong in ("2GiB", "Gi"):
+        changes = {"coordinator": {"resources": {"limits": {"memory": wrong}}}}
+        with pytest.raises(helm_python.HelmError, match="is not a quantity of bytes"):
+            chart.render(chart.merged(chart.values("cpu"), changes))
+
+
+def test_further_flags_come_after_the_charts_own():
+    prefixes = ["--shm-key-prefix=a #b", "--shm-key-prefix=c", "--allow-client-shm"]
+    changes = {
+        "coordinator": {"extraArgs": prefixes, "healthPort": 8001},  # Of no port without TLS.
+        "workers": {"extraArgs": ["--busy-poll-us=5"]},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    assert rendered.coordinator()["spec"]["containers"][0]["args"][-3:] == prefixes
+    for worker in rendered.workers()["spec"]["containers"]:
+        assert worker["args"][-1] == "--busy-poll-us=5"
+
+
+def test_large_numbers_are_written_out():
+    million = 1000000
+    changes = {
+        "maxBatchTokens": 16 * million,
+        "coordinator": {"queueCapacity": million, "leaseMs": 2 * million},
+        "test": {"batches": million, "tokens": 20 * million, "timeoutSeconds": million},
+    }
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    for pod in rendered.pods().values():
+        for container in pod["spec"]["containers"]:
+            assert [a for a in container["args"] if re.search(r"=[0-9.]+e[+-]?[0-9]", a)] == []
+    (verify,) = rendered.verify()["spec"]["containers"]
+    assert chart.flag(verify, "--batches") == chart.flag(verify, "--timeout") == "1000000"
+    assert chart.flag(verify, "--tokens") == "16000000"  # A request takes no more.
+    (verify,) = chart.render(chart.values("cpu")).verify()["spec"]["containers"]
+    assert chart.flag(verify, "--tokens") == "16"
+
+
+@pytest.mark.parametrize(
+    "changes, ranks",
+    [
+        ({"workers": {"perPod": 64}, "maxBatchTokens": 128}, "64"),
+        ({**NCCL, "workers": {"pods": 2, "perPod": 4}}, "8"),
+        ({**NCCL, "workers": {"pods": 3, "perPod": 3, "standbys": 1}}, "8"),
+    ],
+    ids=str,
+)
+def test_as_many_ranks_as_the_backend_takes_are_rendered(changes, ranks):
+    rendered = chart.render(chart.merged(chart.values("cpu"), changes))
+    (coordinator,) = rendered.coordinator()["spec"]["containers"]
+    assert chart.flag(coordinator, "--workers") == ranks

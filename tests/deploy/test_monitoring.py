@@ -90,6 +90,13 @@ def test_queries_are_about_metrics_and_labels_that_exist(expression):
     assert labels_without_source(expression) == set()
 
 
+def test_panels_show_what_is_chosen():
+    chosen = {variable["name"] for variable in DASHBOARD["templating"]["list"]} - {"datasource"}
+    for query in QUERIES:
+        for selector in re.findall(r"\bepserve_[a-z_]+(?:\{([^}]*)\})?", query):
+            assert set(re.findall(r"=~\"\$(\w+)\"", selector)) == chosen, query
+
+
 def test_every_metric_is_shown():
     shown = " ".join(QUERIES)
     assert {name for name in chart.metrics() if name not in shown} == set()
@@ -103,7 +110,7 @@ def test_promtool_accepts_the_dashboards_queries(tmp_path):
     rules = []
     for number, query in enumerate(QUERIES):
         text = query.replace("$__rate_interval", "1m")
-        text = re.sub(r"\$(job|namespace)\b", ".*", text)
+        text = re.sub(r"\$(job|namespace|release)\b", ".*", text)
         assert "$" not in text, query
         rules.append({"record": f"query{number}", "expr": text})
     path = tmp_path / "queries.yml"
@@ -113,6 +120,40 @@ def test_promtool_accepts_the_dashboards_queries(tmp_path):
 
 def test_alerts_fire_when_they_should():
     assert "SUCCESS" in promtool("test", "rules", str(chart.ROOT / "tests/deploy/alerts_test.yml"))
+
+
+def test_a_release_without_a_pod_is_missed_while_another_is_there(tmp_path):
+    rules = chart.render(chart.values("gpu")).one("PrometheusRule")["spec"]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+
+    def up(release, namespace, values):
+        labels = f'job="epserve", namespace="{namespace}", app_kubernetes_io_instance="{release}"'
+        return {"series": f"up{{{labels}}}", "values": values}
+
+    series = [
+        up(chart.RELEASE, chart.NAMESPACE, "1x5 _x10 1x10"),
+        up("another", chart.NAMESPACE, "1x25"),
+        up(chart.RELEASE, "another", "1x25"),
+    ]
+    firing = 'ALERTS{alertname="EpserveCoordinatorDown", alertstate="firing"}'
+    counted = f"count by (app_kubernetes_io_instance, namespace, severity) ({firing})"
+    labels = (
+        f'{{app_kubernetes_io_instance="{chart.RELEASE}", '
+        f'namespace="{chart.NAMESPACE}", severity="critical"}}'
+    )
+    cases = [
+        {"expr": counted, "eval_time": "5m", "exp_samples": []},
+        {"expr": counted, "eval_time": "13m", "exp_samples": [{"labels": labels, "value": 1}]},
+        {"expr": counted, "eval_time": "20m", "exp_samples": []},
+    ]
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": cases}
+    path = tmp_path / "test.yml"
+    path.write_text(
+        yaml.safe_dump(
+            {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [test]}
+        )
+    )
+    assert "SUCCESS" in promtool("test", "rules", str(path))
 
 
 def test_every_alert_has_a_test_and_a_place_in_the_manual():
@@ -180,7 +221,11 @@ def test_scrapes_over_tls_without_a_certificate_are_refused():
 
 def test_the_chart_ships_rules_dashboard_and_scrape_as_they_are():
     rendered = chart.render(chart.values("gpu"))
-    assert rendered.one("PrometheusRule")["spec"] == RULES
+    *groups, own = rendered.one("PrometheusRule")["spec"]["groups"]
+    assert groups == RULES["groups"] and len(own["rules"]) == 1
+    unscraped = {"monitoring": {"serviceMonitor": {"enabled": False}}}
+    unscraped = chart.render(chart.merged(chart.values("gpu"), unscraped))
+    assert unscraped.one("PrometheusRule")["spec"] == RULES
     data = rendered.one("ConfigMap", "-dashboard")["data"]
     assert json.loads(data["epserve.json"]) == DASHBOARD
     monitor = rendered.one("ServiceMonitor")["spec"]
@@ -194,6 +239,13 @@ def test_the_chart_ships_rules_dashboard_and_scrape_as_they_are():
     assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     job = service["metadata"]["labels"][monitor["jobLabel"]]
     assert f'up{{job="{job}"}}' in " ".join(EXPRESSIONS)
+    (copied,) = monitor["targetLabels"]
+    assert service["metadata"]["labels"][copied] == chart.RELEASE
+    # Prometheus' spelling of it keeps releases apart wherever rules aggregate.
+    label = re.sub(r"[^a-zA-Z0-9_]", "_", copied)
+    for expression in EXPRESSIONS:
+        for grouping in re.findall(r"\bby \(([^)]*)\)", expression):
+            assert {"namespace", "job", label} <= set(grouping.split(", ")), expression
     plain = chart.render(chart.values("cpu"))
     for kind in ("ServiceMonitor", "PrometheusRule", "ConfigMap"):
         assert plain.of(kind) == []

@@ -145,3 +145,16 @@ def test_network_policies_let_in_who_is_meant_and_nobody_else(value_set):
     assert policies.allows("ingress", worker, worker, 40000) is among_workers
     assert policies.allows("egress", worker, worker, 40000) is among_workers
     assert not policies.allows("ingress", worker, frontend, 40000)
+
+
+@pytest.mark.parametrize("kind", ["ClusterIP", "NodePort", "LoadBalancer"])
+def test_notes_warn_of_callers_from_outside_whom_the_policy_keeps_out(kind):
+    warning = f"No caller from outside the cluster gets through the {kind}"
+
+    def notes(**policy):
+        changes = {"service": {"type": kind}, "networkPolicy": policy}
+        return chart.render(chart.merged(chart.values("cpu"), changes)).notes
+
+    assert (warning in notes()) is (kind != "ClusterIP")
+    assert warning not in notes(enabled=False)
+    assert warning not in notes(frontends=[{"ipBlock": {"cidr": "192.0.2.0/24"}}])

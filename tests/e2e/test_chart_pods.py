@@ -1,6 +1,7 @@
 """The Helm chart's processes, run here as a cluster would run them: with the arguments, probes and
 secrets that the chart renders, as plain processes of one machine in place of containers."""
 
+import json
 import pathlib
 import re
 import socket
@@ -108,6 +109,35 @@ def values(value_set, cluster_id, port):
         "coordinator": ports,
     }
     return chart.merged(chart.values(value_set), changes)
+
+
+def flag_ranges(program):
+    """flag -> (least, most), as the program's --help gives them."""
+    help_text = run_program(program, "--help").stdout
+    found = re.findall(r"--([a-z-]+) INT:INT in \[(\d+) - (\d+)\]", help_text)
+    return {name: (int(least), int(most)) for name, least, most in found}
+
+
+def test_values_have_the_ranges_of_their_flags():
+    schema = json.loads((chart.CHART_DIR / "values.schema.json").read_text())["properties"]
+    coordinator, workers = schema["coordinator"]["properties"], schema["workers"]["properties"]
+    common = {name: schema[name] for name in ("maxBatchTokens", "slots")}
+    compared = set()
+    for program, values in (
+        ("epserve-coordinator", {**common, **coordinator}),
+        ("epserve-worker", {**common, **workers}),
+    ):
+        ranges = flag_ranges(program)
+        for name, rule in values.items():
+            flag = re.sub("([A-Z])", lambda found: "-" + found[0].lower(), name)
+            if flag in ranges:
+                assert (rule["minimum"], rule["maximum"]) == ranges[flag], name
+                compared.add(name)
+    assert compared >= {
+        *("maxBatchTokens", "slots", "queueCapacity", "maxHeldBytes", "batchWindowUs", "leaseMs"),
+        *("formationTimeoutMs", "batchTimeoutMs", "drainTimeoutMs"),
+        *("computeThreads", "peerTimeoutMs"),
+    }
 
 
 @pytest.mark.parametrize("value_set", ["cpu", "secrets", "tls"])

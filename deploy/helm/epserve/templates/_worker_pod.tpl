@@ -19,7 +19,7 @@ spec:
   {{- . | nindent 2 }}
   {{- end }}
   {{- if and $gpus (eq .Values.gpu.allocation "devicePlugin") }}
-  runtimeClassName: {{ .Values.gpu.runtimeClassName }}
+  runtimeClassName: {{ .Values.gpu.runtimeClassName | quote }}
   {{- end }}
   affinity:
     podAntiAffinity:
@@ -54,7 +54,7 @@ spec:
     {{- include "epserve.volumes" (list . "worker") | nindent 4 }}
     # Heaps of host workers, and NCCL's way within a node: one /dev/shm for all containers.
     - name: shm
-      emptyDir: {medium: Memory, sizeLimit: {{ $w.sharedMemory }}}
+      emptyDir: {medium: Memory, sizeLimit: {{ $w.sharedMemory | quote }}}
 {{- end }}
 
 {{/* Takes (list . INDEX). */}}
@@ -68,29 +68,10 @@ spec:
   {{- include "epserve.containerCommon" $ | nindent 2 }}
   command: [epserve-worker]
   args:
-    - --coordinator={{ include "epserve.controlAddress" $ }}
-    - --checkpoint=/checkpoint
-    - --cluster-id={{ include "epserve.fullname" $ }}
-    # Host name and process id, the default, are alike in the pod's containers.
-    - --worker-id=$(POD_NAME)-w{{ $index }}
-    # The pod's containers share its ports.
-    - --health-listen=0.0.0.0:{{ $health }}
-    - --backend={{ $.Values.backend }}
-    {{- if $gpus }}
-    - --device={{ $index }}
-    {{- else }}
-    - --compute-threads={{ $w.computeThreads }}
-    {{- end }}
-    - --max-batch-tokens={{ int64 $.Values.maxBatchTokens }}
-    - --slots={{ $.Values.slots }}
-    - --peer-timeout-ms={{ int64 $w.peerTimeoutMs }}
-    - --log-format={{ $.Values.log.format }}
-    - --log-level={{ $.Values.log.level }}
-    {{- with include "epserve.callerArgs" $ }}
+    {{- $args := include "epserve.workerArgs" . }}
+    {{- $args | nindent 4 }}
+    {{- with include "epserve.extraArgs" (list "workers" $args $w.extraArgs) | trim }}
     {{- . | nindent 4 }}
-    {{- end }}
-    {{- with $w.extraArgs }}
-    {{- toYaml . | nindent 4 }}
     {{- end }}
   env:
     - name: POD_NAME
