@@ -192,18 +192,20 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   bench->add_option("--seed", options.seed, "Seed of the random tokens and ids")
       ->check(WholeNumber())
       ->capture_default_str();
-  bench
-      ->add_option("--shared-memory", parsed.bench_shared_memory,
-                   "Where tensors lie: none (in the messages), system (shared memory of this "
-                   "machine, which the service must allow), cuda (memory of a GPU, likewise)")
-      ->check(CLI::IsMember({"none", "system", "cuda"}))
-      ->capture_default_str();
+  CLI::Option* const shared_memory =
+      bench
+          ->add_option("--shared-memory", parsed.bench_shared_memory,
+                       "Where tensors lie: none (in the messages), system (shared memory of this "
+                       "machine, which the service must allow), cuda (memory of a GPU, likewise)")
+          ->check(CLI::IsMember({"none", "system", "cuda"}))
+          ->capture_default_str();
   bench
       ->add_option("--shm-key-prefix", options.shm_key_prefix,
                    "What the key of that memory begins with, as the service asks for")
       ->capture_default_str();
   bench->add_option("--cuda-device", options.cuda_device, "GPU of --shared-memory=cuda")
       ->check(AtLeast(0))
+      ->needs(shared_memory)
       ->capture_default_str();
   bench->add_option("--trace", options.trace_path,
                     "Write a timeline of the requests and of every worker's phases to this file, "

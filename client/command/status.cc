@@ -38,8 +38,12 @@ std::string Heading(const ClusterState& cluster, const Terminal& terminal) {
       terminal.Paint(Color::kBold, Printable(cluster.model)), "  ",
       terminal.Paint(ColorOf(cluster.state), Printable(cluster.state)), "  epoch ", cluster.epoch,
       "  up ", FormatSeconds(static_cast<double>(cluster.uptime_ms) / 1e3), "\n");
-  absl::StrAppend(&text, "workers ", cluster.workers.size(), " of ", cluster.expected_workers,
-                  "   queue ", cluster.queued_requests, " of ", cluster.queue_capacity,
+  const auto standbys = std::count_if(cluster.workers.begin(), cluster.workers.end(),
+                                      [](const WorkerState& worker) { return worker.rank < 0; });
+  const auto size = static_cast<std::int64_t>(cluster.workers.size());
+  absl::StrAppend(&text, "workers ", size - standbys, " of ", cluster.expected_workers);
+  if (standbys > 0) absl::StrAppend(&text, " and ", standbys, " standing by");
+  absl::StrAppend(&text, "   queue ", cluster.queued_requests, " of ", cluster.queue_capacity,
                   "   batches in flight ", cluster.batches_in_flight, "   requests ",
                   FormatCount(cluster.requests_ok), " ok, ", FormatCount(cluster.requests_failed),
                   " failed\n");

@@ -391,12 +391,12 @@ void Session::StopOne(const std::vector<std::string>& names, absl::Duration pati
 
 // The coordinator first: it answers what is under way, for which it needs the workers.
 absl::Status Session::Stop() {
-  watch_.reset();
   if (supervisor_->AnyRunning()) Say(Color::kDim, "stopping");
   StopOne({kCoordinator}, absl::Milliseconds(options_.drain_timeout_ms) + kStopGrace);
   std::vector<std::string> workers;
   for (int index = 0; index < options_.num_workers; ++index) workers.push_back(WorkerName(index));
   StopOne(workers, kWorkerStopTimeout);
+  watch_.reset();  // Not before: it may be waiting for a coordinator that hangs.
   if (!options_.ready_file.empty()) unlink(options_.ready_file.c_str());
   return absl::OkStatus();
 }

@@ -32,11 +32,6 @@ int Fail(const absl::Status& status) {
   return absl::IsInvalidArgument(status) ? kUsageExitCode : EXIT_FAILURE;
 }
 
-int Print(const std::string& text) {
-  return std::fputs(text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0 ? EXIT_SUCCESS
-                                                                           : EXIT_FAILURE;
-}
-
 int RunAsLauncher(const MicrobenchOptions& options) {
   const auto report = runtime::RunAllToAllV(options.params);
   if (!report.ok()) return Fail(report.status());

@@ -266,6 +266,11 @@ Command CommandOf(const CLI::App& app) {
 
 }  // namespace
 
+int Print(const std::string& text) {
+  return std::fputs(text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0 ? EXIT_SUCCESS
+                                                                           : EXIT_FAILURE;
+}
+
 std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, int* exit_code) {
   MicrobenchOptions options;
   CLI::App app(kDescription, "epserve-microbench");
@@ -288,12 +293,10 @@ std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, i
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {  // CLI11 reports by exception; they end here.
-    std::fputs(app.help().c_str(), stdout);
-    *exit_code = EXIT_SUCCESS;
+    *exit_code = Print(app.help());
     return std::nullopt;
   } catch (const CLI::CallForVersion&) {
-    std::puts("epserve-microbench " EPSERVE_VERSION);
-    *exit_code = EXIT_SUCCESS;
+    *exit_code = Print("epserve-microbench " EPSERVE_VERSION "\n");
     return std::nullopt;
   } catch (const CLI::ParseError& error) {
     const auto commands = app.get_subcommands();

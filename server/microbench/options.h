@@ -40,6 +40,9 @@ struct MicrobenchOptions {
 // after a usage error (kUsageExitCode), all of which have been printed.
 std::optional<MicrobenchOptions> ParseMicrobenchOptions(int argc, char** argv, int* exit_code);
 
+// Prints to stdout. The program's exit code: success only where all of it got out.
+int Print(const std::string& text);
+
 }  // namespace epserve::microbench
 
 #endif  // EPSERVE_SERVER_MICROBENCH_OPTIONS_H_
