@@ -15,7 +15,7 @@ QUERIES = [
     for target in panel.get("targets", [])
 ]
 # What Grafana puts in for variables.
-VARIABLES = {"$__rate_interval": "30s", "$namespace": ".*", "$job": ".*"}
+VARIABLES = {"$__rate_interval": "30s", "$namespace": ".*", "$job": ".*", "$release": ".*"}
 
 
 @pytest.fixture(scope="module")
