@@ -312,7 +312,7 @@ __device__ void CastRow(const uint4* row, std::int64_t hidden, bool has_head, co
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
       }
       const float scale = Fp8Scale(largest);
-      const uint4 packed = CastToFp8(low[u], high[u], Fp8InverseScale(largest));
+      const uint4 packed = CastToFp8(low[u], high[u], 1.0f / scale);
       if (p < num_pieces) {
         for (int d = 0; d < num_destinations; ++d) shared.destination[T::index()][d][p] = packed;
       }

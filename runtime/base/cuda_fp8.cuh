@@ -4,21 +4,11 @@
 
 namespace epserve::runtime {
 
-// Magnitudes below this bound round to 0: the reciprocal of their scale would overflow.
-inline constexpr float kLeastFp8Bound = 1e-30f;
-inline constexpr float kLargestFp8 = 448.0f;
-
-// The scale of values of which `largest` is the largest magnitude: it becomes e4m3's largest. An
-// infinite scale, where a value is infinite, has the reciprocal 0: every value that is read back is
-// NaN, none is finite and wrong.
-__device__ inline float Fp8Scale(float largest) {
-  return fmaxf(largest, kLeastFp8Bound) / kLargestFp8;
-}
-
-// Its reciprocal to within 2 ulp, without waiting for it.
-__device__ inline float Fp8InverseScale(float largest) {
-  return __fdividef(kLargestFp8, fmaxf(largest, kLeastFp8Bound));
-}
+// The scale of values of which `largest` is the largest magnitude: it becomes e4m3's largest. Below
+// the bound the scale's reciprocal would overflow; such values round to 0. An infinite scale, where
+// a value is infinite, has the reciprocal 0: every value that is read back is NaN, none is finite
+// and wrong.
+__device__ inline float Fp8Scale(float largest) { return fmaxf(largest, 1e-30f) / 448.0f; }
 
 }  // namespace epserve::runtime
 
