@@ -126,7 +126,7 @@ absl::Status NcclLanes::Exchange(int lane, std::span<const NcclTransfer> transfe
 }
 
 absl::Status NcclLanes::Settle(Lane& lane, const char* call, const Deadline& deadline) {
-  const Deadline started(absl::ZeroDuration());
+  const auto start = std::chrono::steady_clock::now();
   for (;;) {
     {
       const std::lock_guard lock(lane.mutex);
@@ -136,12 +136,13 @@ absl::Status NcclLanes::Settle(Lane& lane, const char* call, const Deadline& dea
       if (Failed(asked)) return NcclStatus(api_, asked, "ncclCommGetAsyncError", lane.comm);
       if (state != ncclInProgress) return NcclStatus(api_, state, call, lane.comm);
     }
+    const absl::Duration waited = absl::FromChrono(std::chrono::steady_clock::now() - start);
     if (deadline.passed()) {
       return absl::DeadlineExceededError(absl::StrCat("nccl: ", call, " has not ended within ",
-                                                      absl::ToDoubleMilliseconds(started.waited()),
+                                                      absl::ToDoubleMilliseconds(waited),
                                                       " ms on rank ", config_.rank));
     }
-    PauseAfter(started.waited());
+    PauseAfter(waited);
   }
 }
 

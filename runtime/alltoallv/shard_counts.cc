@@ -3,7 +3,6 @@
 #include <cstddef>
 
 #include "absl/strings/str_cat.h"
-#include "runtime/base/status.h"
 
 namespace epserve::runtime {
 namespace {
@@ -22,7 +21,6 @@ absl::Status ValidateCountsSlot(const ExchangeConfig& config, int slot) {
 
 absl::Status ValidateShardCounts(const ExchangeConfig& config, int slot, std::uint64_t sequence,
                                  std::uint64_t last, const ShardCounts& counts) {
-  EPS_RETURN_IF_ERROR(ValidateCountsSlot(config, slot));
   if (sequence <= last) {
     return Refuse("sequence ", sequence, " does not exceed ", last, ", the last one of slot ",
                   slot);

@@ -10,12 +10,12 @@
 
 namespace epserve::runtime {
 
-// INVALID_ARGUMENT names what is outside the config: the slot, a batch's number `sequence` that
-// does not exceed the slot's `last`, or an entry of the counts.
+// INVALID_ARGUMENT: there is no such slot.
+absl::Status ValidateCountsSlot(const ExchangeConfig& config, int slot);
+// INVALID_ARGUMENT names what is outside the config: a batch's number `sequence` that does not
+// exceed the slot's `last`, or an entry of the counts. REQUIRES: the slot is valid.
 absl::Status ValidateShardCounts(const ExchangeConfig& config, int slot, std::uint64_t sequence,
                                  std::uint64_t last, const ShardCounts& counts);
-// The slot's part alone.
-absl::Status ValidateCountsSlot(const ExchangeConfig& config, int slot);
 
 }  // namespace epserve::runtime
 

@@ -109,20 +109,23 @@ void DeviceRegions::EndOpening() {
 
 void DeviceRegions::Finish() {
   Operation ended = *std::exchange(current_, std::nullopt);
+  const absl::Status outcome = ended.outcome;
+  End(std::move(ended), outcome);
+}
+
+// Tells the outcome, and goes on to the next operation. In between the batches that wait are let
+// go: whoever registers without pause delays the others' requests by an operation at a time, and
+// keeps none from being served.
+void DeviceRegions::End(Operation ended, const absl::Status& outcome) {
   if (!waiting_.empty()) {
     current_ = std::move(waiting_.front());
     waiting_.pop_front();
   }
   ended.region = nullptr;
-  ended.done(ended.outcome);
-  HoldForNext();
-}
-
-// In between the batches that wait are let go: whoever registers without pause delays the others'
-// requests by an operation at a time, and keeps none from being served.
-void DeviceRegions::HoldForNext() {
+  ended.done(outcome);
+  if (current_.has_value() && current_->phase != Phase::kHolding) return;  // done() began it.
   actions_->HoldBatches(false);
-  if (current_.has_value() && current_->phase == Phase::kHolding) actions_->HoldBatches(true);
+  if (current_.has_value()) actions_->HoldBatches(true);
 }
 
 void DeviceRegions::OnHoldExpired() {
@@ -144,13 +147,7 @@ void DeviceRegions::OnHoldExpired() {
     undo.done = [](const absl::Status&) {};
     waiting_.push_front(std::move(undo));
   }
-  if (!waiting_.empty()) {
-    current_ = std::move(waiting_.front());
-    waiting_.pop_front();
-  }
-  ended.region = nullptr;
-  ended.done(late);
-  HoldForNext();
+  End(std::move(ended), late);
 }
 
 void DeviceRegions::OnAnswer(const DeviceRegionAnswer& answer) {

@@ -96,7 +96,7 @@ class DeviceRegions {
   void Advance();  // once nobody is awaited any more
   void EndOpening();
   void Finish();
-  void HoldForNext();
+  void End(Operation ended, const absl::Status& outcome);
 
   DeviceRegionActions* const actions_;
   std::map<std::uint64_t, std::weak_ptr<const ShmRegion>> regions_;  // opened and not closed
