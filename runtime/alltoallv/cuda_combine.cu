@@ -8,13 +8,15 @@
 // push blocks: no cycle, however blocks are scheduled. Where the blocks have both roles, each has
 // pushed all of its rows before it waits, and all blocks are resident at once.
 //
-// The kernel here is for few rows, whose latency counts: a whole block works on each. The one for
-// many rows is in cuda_combine_stream.cu; both add in the same order, so that the bits are the
-// same.
+// The kernel here is for few rows, whose latency counts: a whole block works on each, or many warps
+// where sums travel as packets, as the rows that they belong to have (cuda_combine_packets.cuh).
+// The one for many rows is in cuda_combine_stream.cu; all add in the same order, so that the bits
+// are the same.
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_combine_device.cuh"
+#include "runtime/alltoallv/cuda_combine_packets.cuh"
 #include "runtime/alltoallv/cuda_combine_stream.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
@@ -39,7 +41,8 @@ struct SourceList {
 
 struct CombineShared {
   SourceList list;
-  int rows_from[kMaxCudaRanks];  // that each rank sent to this one
+  int rows_from[kMaxCudaRanks];     // that each rank sent to this one, other than as packets
+  int packets_from[kMaxCudaRanks];  // rows that came as packets
   bool gave_up;
 };
 
@@ -189,27 +192,79 @@ __device__ void Reduce(const CudaCombineArgs& args, std::int64_t num_vectors, Ow
   }
 }
 
+// How this rank's own tokens went to the peers, and their sums come back. A peer's may differ.
+enum class OwnWay { kRows, kPackets };
+
+// What came the other way than this rank's own tokens went. Out of line: it is rare, and must not
+// cost the kernel's other parts their registers.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads, 2)
+__device__ __noinline__ void PushRowsToo(const CudaCombineArgs& args, AreaUse use,
+                                         std::int64_t num_vectors, CombineShared* shared) {
+  PeerRows rows(args, use, static_cast<int>(blockIdx.x), args.push_blocks);
+  rows.Begin(shared->rows_from);
+  Push<Element>(args, use, num_vectors, &rows, &shared->list);
+}
+
+template <typename Element>
+__device__ __noinline__ void PushPacketsToo(const CudaCombineArgs& args, AreaUse use,
+                                            std::int64_t num_vectors, const CombineShared& shared) {
+  const PacketPushes packets(args, use, num_vectors);
+  packets.Push<Element>(shared.packets_from);
+}
+
+// Pushes what peers sent as rows and as packets, this rank's own way first. False where nothing may
+// be sent.
+template <typename Element, OwnWay kWay>
+__device__ bool PushAll(const CudaCombineArgs& args, const AreaUse& use, std::int64_t num_vectors,
+                        CombineShared* shared) {
+  const auto look = [&] {
+    LoadRowsFrom(args, use, shared->rows_from);
+    LoadPacketsFrom(args, use, shared->packets_from, shared->rows_from);
+    if (threadIdx.x == 0) shared->gave_up = GaveUp(args.wait);
+    __syncthreads();
+    return !shared->gave_up;  // What would be sent is made of rows that never came.
+  };
+  if constexpr (kWay == OwnWay::kRows) {
+    PeerRows rows(args, use, static_cast<int>(blockIdx.x), args.push_blocks);
+    if (!look()) return false;
+    rows.Begin(shared->rows_from);
+    Push<Element>(args, use, num_vectors, &rows, &shared->list);
+    if (args.area.layout.packet_capacity > 0) {
+      PushPacketsToo<Element>(args, use, num_vectors, *shared);
+    }
+  } else {
+    const PacketPushes packets(args, use, num_vectors);
+    if (!look()) return false;
+    packets.Push<Element>(shared->packets_from);
+    int some = 0;
+    for (int r = 0; r < args.area.num_ranks; ++r) {
+      if (r != args.area.rank) some |= shared->rows_from[r];
+    }
+    if (some != 0) PushRowsToo<Element>(args, use, num_vectors, shared);
+  }
+  return true;
+}
+
+template <typename Element, OwnWay kWay>
+__global__ void __launch_bounds__(kThreads, kWay == OwnWay::kPackets ? 1 : 2)
     CombineKernel(const __grid_constant__ CudaCombineArgs args) {
   __shared__ CombineShared shared;
-  const AreaUse use = BeginUse(args.area, 1);
+  const AreaUse use = CurrentUse(args.area, 1);
+  AwaitEarlierKernels();
+  AdvanceUse(args.area, 1);
   const std::int64_t num_vectors = args.hidden / Vector16<Element>::kElements;
   const int block = static_cast<int>(blockIdx.x);
-  if (block < args.push_blocks) {
-    PeerRows rows(args, use, block, args.push_blocks);
-    LoadRowsFrom(args, use, shared.rows_from);
-    if (threadIdx.x == 0) shared.gave_up = GaveUp(args.wait);
-    __syncthreads();
-    if (shared.gave_up) return;  // What would be sent is made of rows that never came.
-    rows.Begin(shared.rows_from);
-    Push<Element>(args, use, num_vectors, &rows, &shared.list);
-  }
+  if (block < args.push_blocks && !PushAll<Element, kWay>(args, use, num_vectors, &shared)) return;
   if (!args.merged_roles && block < args.push_blocks) return;
-  // With both roles, the blocks that push least reduce first.
-  const int reducer = args.merged_roles ? args.reduce_blocks - 1 - block : block - args.push_blocks;
-  OwnTokens tokens(args, use, reducer, args.reduce_blocks);
-  Reduce<Element>(args, num_vectors, &tokens, &shared.list);
+  if constexpr (kWay == OwnWay::kPackets) {
+    ReducePackets<Element>(args, use, num_vectors);
+  } else {
+    // With both roles, the blocks that push least reduce first.
+    const int reducer =
+        args.merged_roles ? args.reduce_blocks - 1 - block : block - args.push_blocks;
+    OwnTokens tokens(args, use, reducer, args.reduce_blocks);
+    Reduce<Element>(args, num_vectors, &tokens, &shared.list);
+  }
 }
 
 // Blocks that have both roles must all be resident: one that waits must not keep one that has yet
@@ -228,18 +283,30 @@ cudaError_t ResidentBlocks(Kernel kernel, int threads, int* blocks) {
   return error;
 }
 
-template <typename Element>
+template <typename Element, OwnWay kWay>
 cudaError_t LaunchFew(CudaCombineArgs args, cudaStream_t stream) {
+  const auto kernel = CombineKernel<Element, kWay>;
   int blocks = args.push_blocks + args.reduce_blocks;
   if (args.merged_roles) {
     int resident = 0;
-    const cudaError_t error = ResidentBlocks(CombineKernel<Element>, kThreads, &resident);
+    const cudaError_t error = ResidentBlocks(kernel, kThreads, &resident);
     if (error != cudaSuccess) return error;
     blocks = std::min(args.push_blocks, resident);
     args.push_blocks = args.reduce_blocks = blocks;
   }
-  CombineKernel<Element><<<blocks, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  // Few rows: the launch takes as long as the work, and may overlap with the kernel before. Counted
+  // on the device, where dispatch, which does not start early, stands between two of the counter's
+  // uses.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = args.area.device_sequence != nullptr ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 template <typename Element>
@@ -253,16 +320,26 @@ cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
   }
   const bool few =
       args.num_tokens <= kFewRows * args.reduce_blocks && pushed <= kFewRows * args.push_blocks;
-  return few || args.merged_roles ? LaunchFew<Element>(args, stream)
+  const std::int64_t most_as_packets = args.area.layout.packet_capacity;
+  if (most_as_packets > 0 && args.num_tokens <= most_as_packets) {
+    return LaunchFew<Element, OwnWay::kPackets>(args, stream);
+  }
+  return few || args.merged_roles ? LaunchFew<Element, OwnWay::kRows>(args, stream)
                                   : LaunchStreamCombine<Element>(args, stream);
 }
 
 }  // namespace
 
+template <typename Element>
+absl::Status LoadFew() {
+  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<Element, OwnWay::kRows>));
+  return LoadKernel(CombineKernel<Element, OwnWay::kPackets>);
+}
+
 absl::Status LoadCombineKernels() {
-  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<__nv_bfloat16>));
-  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<__half>));
-  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<float>));
+  EPS_RETURN_IF_ERROR(LoadFew<__nv_bfloat16>());
+  EPS_RETURN_IF_ERROR(LoadFew<__half>());
+  EPS_RETURN_IF_ERROR(LoadFew<float>());
   return LoadStreamCombineKernels();
 }
 

@@ -31,8 +31,36 @@ __device__ inline bool GaveUp(const WaitControl& control) {
   return *const_cast<const volatile std::uint32_t*>(control.report_claim) != 0;
 }
 
-// Waits until *flag >= target. False where the wait gave up, with the reason in the report, or
-// another wait of this rank has; the host turns the report into a Status.
+// Whether a wait that began at `start` is to end without what it waits for; then that, or another
+// wait of this rank, is in the report, which the host turns into a Status.
+__device__ inline bool GivesUp(std::uint64_t start, int peer, WaitStage stage,
+                               const WaitControl& control) {
+  if (GaveUp(control)) return true;
+  const std::uint64_t waited = GlobalTimerNs() - start;
+  const bool aborted = *const_cast<const volatile std::uint32_t*>(control.abort_word) != 0;
+  if (!aborted && waited < static_cast<std::uint64_t>(control.timeout_ns)) return false;
+  // The first to give up reports; the others' reports would name the same cause.
+  if (atomicCAS(control.report_claim, 0u, 1u) == 0u) {
+    control.report->peer = peer;
+    control.report->waited_ns = waited;
+    control.report->aborted = aborted ? 1u : 0u;
+    // release: the fields first. system: the host reads them.
+    cuda::atomic_ref<std::uint32_t, cuda::thread_scope_system>(control.report->stage)
+        .store(static_cast<std::uint32_t>(stage), cuda::memory_order_release);
+  }
+  return true;
+}
+
+// Between two looks at what is waited for; true where it is time to ask GivesUp().
+__device__ inline bool PauseBetweenPolls(unsigned spin) {
+  // Thousands of waiting threads would crowd out the very stores they wait for: after the first
+  // polls, which keep the short waits of the decode path short, they pause between looks.
+  if (spin > kEagerPolls) __nanosleep(kPauseNs);
+  // The abort word lies in host memory, a PCIe read away: look at it, and at the clock, rarely.
+  return spin % 1024 == 0;
+}
+
+// Waits until *flag >= target. False where the wait gave up.
 __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, int peer,
                                    WaitStage stage, const WaitControl& control) {
   // acquire: what the peer wrote before its release is visible after. system: the writer is another
@@ -42,25 +70,22 @@ __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, in
   const std::uint64_t start = GlobalTimerNs();
   for (unsigned spin = 1;; ++spin) {
     if (word.load(cuda::memory_order_acquire) >= target) return true;
-    // Thousands of waiting threads would crowd out the very stores they wait for: after the first
-    // polls, which keep the short waits of the decode path short, they pause between looks.
-    if (spin > kEagerPolls) __nanosleep(kPauseNs);
-    // The abort word lies in host memory, a PCIe read away: look at it, and at the clock, rarely.
-    if (spin % 1024 != 0) continue;
-    if (GaveUp(control)) return false;
-    const std::uint64_t waited = GlobalTimerNs() - start;
-    const bool aborted = *const_cast<const volatile std::uint32_t*>(control.abort_word) != 0;
-    if (!aborted && waited < static_cast<std::uint64_t>(control.timeout_ns)) continue;
-    // The first to give up reports; the others' reports would name the same cause.
-    if (atomicCAS(control.report_claim, 0u, 1u) == 0u) {
-      control.report->peer = peer;
-      control.report->waited_ns = waited;
-      control.report->aborted = aborted ? 1u : 0u;
-      // release: the fields first. system: the host reads them.
-      cuda::atomic_ref<std::uint32_t, cuda::thread_scope_system>(control.report->stage)
-          .store(static_cast<std::uint32_t>(stage), cuda::memory_order_release);
-    }
-    return false;
+    if (PauseBetweenPolls(spin) && GivesUp(start, peer, stage, control)) return false;
+  }
+}
+
+// A whole warp waits until `ready()`, which says the same to all lanes. False where it gave up; the
+// peer that it then names is the one that the last `ready()` has left in `peer`.
+template <typename Ready>
+__device__ inline bool WarpWaitUntil(Ready ready, const int& peer, WaitStage stage,
+                                     const WaitControl& control) {
+  if (ready()) return true;
+  const std::uint64_t start = GlobalTimerNs();
+  for (unsigned spin = 1;; ++spin) {
+    if (ready()) return true;
+    if (!PauseBetweenPolls(spin)) continue;
+    const bool ends = threadIdx.x % 32 == 0 && GivesUp(start, peer, stage, control);
+    if (__any_sync(0xffffffffu, ends)) return false;
   }
 }
 
@@ -178,11 +203,11 @@ __device__ inline AreaUse CurrentUse(const AreaView& area, int counter) {
           area.area_offset + static_cast<std::int64_t>(sequence % 2) * area.layout.bytes};
 }
 
-// CurrentUse, called once by every block of the launch that this use is: the last block to have
-// read the counter advances it for the next launch, long before its work is done.
-__device__ inline AreaUse BeginUse(const AreaView& area, int counter) {
-  const AreaUse use = CurrentUse(area, counter);
-  if (area.device_sequence == nullptr) return use;
+// Called once by every block of the launch that is the area's current use, with all of its threads
+// and after all have called CurrentUse(): the last block to come advances the counter for the next
+// launch, long before its work is done.
+__device__ inline void AdvanceUse(const AreaView& area, int counter) {
+  if (area.device_sequence == nullptr) return;
   __syncthreads();                      // All of the block's threads have read the counter.
   if (threadIdx.x == blockDim.x - 1) {  // Not of the first warp, which has other work.
     std::uint64_t* ticket = area.device_sequence + 2 + counter;
@@ -193,8 +218,23 @@ __device__ inline AreaUse BeginUse(const AreaView& area, int counter) {
       area.device_sequence[counter] += 1;
     }
   }
+}
+
+__device__ inline AreaUse BeginUse(const AreaView& area, int counter) {
+  const AreaUse use = CurrentUse(area, counter);
+  AdvanceUse(area, counter);
   return use;
 }
+
+// Lets the next kernel of the stream start where it asks for that (see AwaitEarlierKernels): its
+// launch then overlaps with this kernel's work.
+__device__ inline void AllowNextKernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// In a kernel launched to start before the earlier ones end: waits until they have, and for what
+// they wrote.
+__device__ inline void AwaitEarlierKernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace epserve::runtime
 

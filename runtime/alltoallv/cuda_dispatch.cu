@@ -3,11 +3,12 @@
 // Each block owns a contiguous range of tokens. It counts, for every rank, the tokens before its
 // range that go there (the ids are small and sit in L2), so that no block waits for another; then
 // its teams write each row to all of the row's ranks from one read, metadata beside it, and the
-// block raises every peer's arrival counter by one. Block 0 waits for all sources.
-#include <cuda_fp8.h>
-
+// block raises every peer's arrival counter by one. Block 0 waits for all sources; where some may
+// send packets (see cuda_dispatch_packets.cu), all warps take in what they send.
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
+#include "runtime/alltoallv/cuda_dispatch_device.cuh"
+#include "runtime/alltoallv/cuda_dispatch_packets.h"
 #include "runtime/alltoallv/cuda_kernels.h"
 #include "runtime/alltoallv/device_limits.h"
 #include "runtime/base/cuda_fp8.cuh"
@@ -16,7 +17,6 @@
 namespace epserve::runtime {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
 
 struct DispatchShared {
@@ -27,35 +27,6 @@ struct DispatchShared {
   int num_destinations[kWarpSize];
   int position[kMaxThreads][kMaxCudaRanks];  // of the present step's tokens; -1 = none
 };
-
-__device__ int OwnerOf(int expert, const CudaDispatchArgs& args) {
-  int owner = 0;
-#pragma unroll
-  for (int r = 1; r < kMaxCudaRanks; ++r) {
-    owner += (r < args.area.num_ranks && expert >= args.first_expert[r]) ? 1 : 0;
-  }
-  return owner;
-}
-
-// Bit r is set where rank r owns one of the token's experts.
-__device__ unsigned RankMask(const CudaDispatchArgs& args, std::int64_t token) {
-  unsigned mask = 0;
-  const std::int32_t* ids = args.topk_ids + token * args.topk;
-  if (args.topk % 4 == 0) {
-    for (int k = 0; k < args.topk; k += 4) {
-      const int4 four = *reinterpret_cast<const int4*>(ids + k);
-      if (four.x >= 0) mask |= 1u << OwnerOf(four.x, args);
-      if (four.y >= 0) mask |= 1u << OwnerOf(four.y, args);
-      if (four.z >= 0) mask |= 1u << OwnerOf(four.z, args);
-      if (four.w >= 0) mask |= 1u << OwnerOf(four.w, args);
-    }
-  } else {
-    for (int k = 0; k < args.topk; ++k) {
-      if (ids[k] >= 0) mask |= 1u << OwnerOf(ids[k], args);
-    }
-  }
-  return mask;
-}
 
 // base[r] = tokens in [0, end) that go to rank r.
 __device__ void CountBefore(const CudaDispatchArgs& args, std::int64_t end,
@@ -219,36 +190,6 @@ __device__ void CopyRow(const uint4* row, std::int64_t num_vectors, bool has_hea
   }
 }
 
-// Sixteen bf16 values to e4m3, given what they are multiplied with.
-__device__ uint4 CastToFp8(const uint4& low, const uint4& high, float inverse_scale) {
-  uint4 packed;
-  auto* out = reinterpret_cast<__nv_fp8x2_storage_t*>(&packed);
-  const uint4 halves[2] = {low, high};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&halves[h]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 f = __bfloat1622float2(pairs[i]);
-      f.x *= inverse_scale;
-      f.y *= inverse_scale;
-      out[h * 4 + i] = __nv_cvt_float2_to_fp8x2(f, __NV_SATFINITE, __NV_E4M3);
-    }
-  }
-  return packed;
-}
-
-__device__ float MaxMagnitude(const uint4& v) {
-  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&v);
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 f = __bfloat1622float2(pairs[i]);
-    largest = fmaxf(largest, fmaxf(fabsf(f.x), fabsf(f.y)));
-  }
-  return largest;
-}
-
 // Stores the scales of the warp's four groups `group` to `group` + 3, each known to its eight
 // lanes. A warp that has the row to itself keeps them until it has a whole line's worth: short
 // stores cost the link as much as long ones.
@@ -324,9 +265,9 @@ __device__ void CastRow(const uint4* row, std::int64_t hidden, bool has_head, co
   }
 }
 
-// After the block's last row: tell every peer, and let block 0 wait for all sources.
-__device__ void PublishAndWait(const CudaDispatchArgs& args, const AreaUse& use,
-                               const DispatchShared& shared) {
+// After the block's last row: tells every peer.
+__device__ void Publish(const CudaDispatchArgs& args, const AreaUse& use,
+                        const DispatchShared& shared) {
   const int num_ranks = args.area.num_ranks;
   const AreaLayout& layout = args.area.layout;
   // The last block's range ends at T, so that its base holds the totals.
@@ -340,11 +281,6 @@ __device__ void PublishAndWait(const CudaDispatchArgs& args, const AreaUse& use,
     std::byte* area = args.area.heap[threadIdx.x] + use.byte_offset;
     PublishToPeer(FlagOf(area + layout.arrivals, args.area.rank));
   }
-  if (blockIdx.x == 0 && threadIdx.x < num_ranks) {
-    std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-    WaitAtLeast(FlagOf(own + layout.arrivals, threadIdx.x), use.use * gridDim.x, threadIdx.x,
-                WaitStage::kDispatch, args.wait);
-  }
 }
 
 template <RowTeam kTeam, RowPayload kPayload>
@@ -353,6 +289,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   __shared__ DispatchShared shared;
   using T = Team<kTeam>;
   const AreaUse use = BeginUse(args.area, 0);
+  bool some_send_packets = false;
+  if constexpr (kTeam == RowTeam::kBlock) {  // Always, in an area that has packets.
+    AllowNextKernel();
+    some_send_packets = args.area.layout.packet_capacity > 0;
+    if (some_send_packets && blockIdx.x == 0) TellPeers(args, use, {});
+  }
   const std::int64_t begin = args.num_tokens * blockIdx.x / gridDim.x;
   const std::int64_t end = args.num_tokens * (blockIdx.x + 1) / gridDim.x;
   const std::int64_t element_bytes = args.dtype == DataType::kFp32 ? 4 : 2;
@@ -387,7 +329,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     __syncthreads();
   }
-  PublishAndWait(args, use, shared);
+  Publish(args, use, shared);
+  if (some_send_packets) {
+    Receive<kPayload>(args, use, GridWarp(static_cast<int>(gridDim.x)),
+                      static_cast<int>(gridDim.x * (blockDim.x / kWarpSize)));
+  } else if (blockIdx.x == 0 && threadIdx.x < args.area.num_ranks) {
+    WaitForArrivals(args, use, static_cast<int>(threadIdx.x));
+  }
 }
 
 template <RowTeam kTeam>
@@ -406,6 +354,7 @@ absl::Status LoadDispatchKernels() {
   EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowTeam::kWarp, RowPayload::kCopy>));
   EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowTeam::kWarp, RowPayload::kFp8>));
   EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowTeam::kBlock, RowPayload::kCopy>));
+  EPS_RETURN_IF_ERROR(LoadPacketDispatchKernels());
   return LoadKernel(DispatchKernel<RowTeam::kBlock, RowPayload::kFp8>);
 }
 
@@ -425,9 +374,14 @@ absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
         "dispatch: the fp8 cast takes bf16 rows with a hidden size that is a multiple of ",
         kFp8GroupElements, ", got ", std::string(DataTypeName(args.dtype)), " and ", args.hidden));
   }
+  const std::int64_t most_as_packets = args.area.layout.packet_capacity;
+  if (most_as_packets > 0 && args.num_tokens <= most_as_packets) {
+    EPS_CUDA_RETURN_IF_ERROR(LaunchPacketDispatch(args, stream));
+    return absl::OkStatus();
+  }
   // Few rows a block: their latency counts, so a whole block works on each.
   const bool few = args.num_tokens <= std::int64_t{8} * args.num_blocks;
-  if (few) {
+  if (few || most_as_packets > 0) {
     EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kBlock>(args, 512, stream));
   } else {
     EPS_CUDA_RETURN_IF_ERROR(Launch<RowTeam::kWarp>(args, kMaxThreads, stream));

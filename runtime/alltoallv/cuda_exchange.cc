@@ -20,15 +20,23 @@ CudaHeapShape ShapeOf(const CudaExchangeConfig& config) {
   return {config.base.num_ranks,        config.base.num_slots,
           config.base.max_topk,         config.base.hidden,
           config.base.max_batch_tokens, config.max_decode_tokens,
-          config.max_element_bytes,     config.base.placement.num_experts()};
+          config.max_element_bytes,     config.base.placement.num_experts(),
+          config.packet_tokens};
 }
 
 absl::Status Validate(const CudaExchangeConfig& config) {
   EPS_RETURN_IF_ERROR(CheckDeviceConfig("cuda exchange", config.base));
-  if (config.max_decode_tokens < 1 || config.comm_blocks < 1 || config.reduce_blocks < 1 ||
-      config.decode_blocks < 1 || config.decode_combine_blocks < 1) {
+  if (config.max_decode_tokens < 1 || config.comm_blocks < 1 || config.push_blocks < 0 ||
+      config.reduce_blocks < 0 || config.max_reduce_blocks < 1 || config.decode_blocks < 1 ||
+      config.decode_combine_blocks < 1) {
     return absl::InvalidArgumentError(
-        "cuda exchange: max_decode_tokens and the numbers of blocks must be at least 1");
+        "cuda exchange: max_decode_tokens and the numbers of blocks must be at least 1, those of "
+        "combine's roles 1 or, to have them divided, 0");
+  }
+  if (config.packet_tokens < 0 || config.packet_tokens > kMaxPacketTokens) {
+    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: packet_tokens ",
+                                                   config.packet_tokens, " is outside [0, ",
+                                                   kMaxPacketTokens, "]"));
   }
   return absl::OkStatus();
 }
@@ -37,6 +45,7 @@ absl::Status Validate(const CudaExchangeConfig& config) {
 std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& layout) {
   return DigestOfDeviceConfig(config.base)
       .Add(config.max_decode_tokens)
+      .Add(config.packet_tokens)
       .Add(config.max_element_bytes)
       .Add(config.comm_blocks)
       .Add(config.decode_blocks)
@@ -371,6 +380,14 @@ absl::Status CudaExchange::Gather(Path path, int slot, const CudaTokens& tokens,
   return LaunchGather(args, stream);
 }
 
+CombineBlocks CudaExchange::PrefillCombineBlocks(int topk) const {
+  CombineBlocks blocks = DivideCombineBlocks(2 * config_.comm_blocks, config_.base.num_ranks, topk);
+  blocks.reduce = std::min(blocks.reduce, config_.max_reduce_blocks);
+  if (config_.push_blocks > 0) blocks.push = config_.push_blocks;
+  if (config_.reduce_blocks > 0) blocks.reduce = config_.reduce_blocks;
+  return blocks;
+}
+
 absl::Status CudaExchange::Combine(Path path, int slot, const CudaTokens& tokens,
                                    const void* expert_rows, void* out, cudaStream_t stream) {
   Local& local = LocalOf(path, slot);
@@ -389,8 +406,9 @@ absl::Status CudaExchange::Combine(Path path, int slot, const CudaTokens& tokens
   std::copy_n(local.return_base, kMaxCudaRanks, args.return_base);
   std::copy_n(local.partial_base, kMaxCudaRanks, args.partial_base);
   const bool decode = path == Path::kDecode;
-  args.push_blocks = decode ? config_.decode_combine_blocks : config_.comm_blocks;
-  args.reduce_blocks = decode ? config_.decode_combine_blocks : config_.reduce_blocks;
+  const CombineBlocks blocks = PrefillCombineBlocks(tokens.topk);
+  args.push_blocks = decode ? config_.decode_combine_blocks : blocks.push;
+  args.reduce_blocks = decode ? config_.decode_combine_blocks : blocks.reduce;
   args.merged_roles = decode;
   args.wait = Wait();
   return LaunchCombine(args, stream);

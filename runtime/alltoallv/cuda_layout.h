@@ -31,10 +31,28 @@ struct AreaLayout {
   std::int64_t scales;        // f32 [row_capacity, H / 128]; fp8 only
   std::int64_t rows;          // [row_capacity, row bytes]
   std::int64_t partials;      // [partial_capacity, H] the batch's type
-  std::int64_t bytes;         // of the whole area, a multiple of 256
+  std::int64_t packet_heads;  // Packet [kMaxCudaRanks], kFlagStrideBytes apart; how a source sends
+  std::int64_t packet_rows;   // [R, packet_capacity, packet_row_bytes]
+  std::int64_t packet_row_bytes;
+  std::int64_t packet_partials;  // [R, packet_capacity, packet_partial_bytes]
+  std::int64_t packet_partial_bytes;
+  std::int64_t bytes;  // of the whole area, a multiple of 256
   std::int64_t row_capacity;
   std::int64_t partial_capacity;
+  std::int64_t packet_capacity;  // tokens of a rank that travel as packets; 0: none do
 };
+
+// Of a row: 8 bytes, and the number of the use of the area that they belong to. It is written and
+// read as a whole, so that a row of packets needs no flag, and no fence before one.
+struct alignas(16) Packet {
+  std::uint64_t data;
+  std::uint64_t use;
+};
+inline constexpr int kPacketDataBytes = 8;
+inline constexpr int kMaxPacketTokens = 32;  // of a rank: each is a lane's of a warp
+// First of a row's packets: an expert and its weight for each of the token's K, the token's index
+// at kMaxCudaTopk. Then a scale each, where the row is fp8, and then the row.
+inline constexpr int kPacketsBeforeScales = 32;
 
 struct CudaHeapShape {
   int num_ranks;
@@ -45,6 +63,7 @@ struct CudaHeapShape {
   std::int64_t max_decode_tokens;  // a rank, decode path
   int max_element_bytes;           // 4 where FP32 batches are served, else 2
   std::int64_t num_experts;        // E; 0: ranks do not exchange counts
+  std::int64_t packet_tokens = 0;  // a rank, decode path: up to so many travel as packets
 };
 
 // What a source tells every rank of its shard. Behind it: i32 [R] rows to each rank, then i32 [E]
@@ -58,7 +77,8 @@ constexpr std::int64_t AlignUp(std::int64_t value, std::int64_t to) {
 }
 
 constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row_capacity,
-                                    std::int64_t partial_capacity) {
+                                    std::int64_t partial_capacity,
+                                    std::int64_t packet_capacity = 0) {
   AreaLayout a{};
   std::int64_t at = 0;
   const auto take = [&at](std::int64_t bytes) {
@@ -68,6 +88,7 @@ constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row
   };
   a.row_capacity = row_capacity;
   a.partial_capacity = partial_capacity;
+  a.packet_capacity = packet_capacity;
   a.arrivals = take(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes);
   a.counts = take(std::int64_t{kMaxCudaRanks} * 4);
   a.row_flags = take(partial_capacity * 8);
@@ -83,6 +104,15 @@ constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row
   a.scales = take(row_capacity * (shape.hidden / kFp8GroupElements + 1) * 4);
   a.rows = take(row_capacity * shape.hidden * shape.max_element_bytes);
   a.partials = take(partial_capacity * shape.hidden * shape.max_element_bytes);
+  const std::int64_t row_packets = shape.hidden * shape.max_element_bytes / kPacketDataBytes;
+  const std::int64_t scale_packets = shape.hidden / kFp8GroupElements;
+  const std::int64_t packet_bytes = sizeof(Packet);
+  a.packet_row_bytes = (kPacketsBeforeScales + scale_packets + row_packets) * packet_bytes;
+  a.packet_partial_bytes = row_packets * packet_bytes;
+  const std::int64_t packet_area_rows = shape.num_ranks * packet_capacity;
+  a.packet_heads = take(packet_capacity > 0 ? std::int64_t{kMaxCudaRanks} * kFlagStrideBytes : 0);
+  a.packet_rows = take(packet_area_rows * a.packet_row_bytes);
+  a.packet_partials = take(packet_area_rows * a.packet_partial_bytes);
   a.bytes = at;
   return a;
 }
@@ -101,8 +131,10 @@ constexpr CudaHeapLayout MakeCudaHeapLayout(const CudaHeapShape& shape) {
   const std::int64_t shard = (shape.max_batch_tokens + shape.num_ranks - 1) / shape.num_ranks;
   const std::int64_t fan_out = shape.num_ranks < shape.max_topk ? shape.num_ranks : shape.max_topk;
   layout.slot = MakeAreaLayout(shape, shape.max_batch_tokens, shard * fan_out);
-  layout.decode = MakeAreaLayout(shape, shape.num_ranks * shape.max_decode_tokens,
-                                 shape.num_ranks * shape.max_decode_tokens);
+  layout.decode = MakeAreaLayout(
+      shape, shape.num_ranks * shape.max_decode_tokens, shape.num_ranks * shape.max_decode_tokens,
+      shape.packet_tokens < shape.max_decode_tokens ? shape.packet_tokens
+                                                    : shape.max_decode_tokens);
   layout.barrier = 0;
   layout.slots = AlignUp(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes, 256);
   layout.decodes = layout.slots + shape.num_slots * layout.slot.bytes;

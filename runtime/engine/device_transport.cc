@@ -20,9 +20,8 @@ constexpr absl::Duration kNcclOpenTimeout = absl::Seconds(20);
 
 // Blocks that wait for peers: over all slots at most half of the multiprocessors, so that what the
 // peers wait for always finds a place to run.
-int WaitingBlocks(const DeviceTransport& transport, int num_slots) {
-  const int most = std::max(1, transport.num_multiprocessors / 2 / num_slots);
-  return std::min(transport.options.comm_blocks, most);
+int MostWaitingBlocks(const DeviceTransport& transport, int num_slots) {
+  return std::max(1, transport.num_multiprocessors / 2 / num_slots);
 }
 
 CudaExchangeConfig CudaConfigOf(const DeviceTransport& transport, const ExchangeConfig& base) {
@@ -33,8 +32,9 @@ CudaExchangeConfig CudaConfigOf(const DeviceTransport& transport, const Exchange
                                                                               : HandleType::kFd;
   config.settings_digest = static_cast<std::uint64_t>(transport.payload);
   config.max_decode_tokens = 1;  // The engine takes the prefill path alone.
+  config.packet_tokens = 0;
   config.comm_blocks = transport.options.comm_blocks;
-  config.reduce_blocks = WaitingBlocks(transport, base.num_slots);
+  config.max_reduce_blocks = MostWaitingBlocks(transport, base.num_slots);
   return config;
 }
 
@@ -43,7 +43,8 @@ NcclExchangeConfig NcclConfigOf(const DeviceTransport& transport, const Exchange
   NcclExchangeConfig config;
   config.base = base;
   config.settings_digest = static_cast<std::uint64_t>(transport.payload);
-  config.comm_blocks = WaitingBlocks(transport, base.num_slots);
+  config.comm_blocks =
+      std::min(transport.options.comm_blocks, MostWaitingBlocks(transport, base.num_slots));
   return config;
 }
 #endif

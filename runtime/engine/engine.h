@@ -46,7 +46,7 @@ enum class HandleChoice {
 struct CudaOptions {
   bool use_nccl = false;      // rows are carried by NCCL: the nccl backend
   int device = 0;             // ordinal among the visible ones
-  int comm_blocks = 24;       // blocks of dispatch and of each role of combine, a slot
+  int comm_blocks = 24;       // blocks of dispatch, and half of those of combine, a slot
   bool fp8_dispatch = false;  // rows are cast to fp8 on their way to the experts
   std::string handle_dir;     // of the handle sockets; empty: abstract names
   HandleChoice handle_type = HandleChoice::kAuto;

@@ -37,8 +37,10 @@ struct BenchParams {
   // Of the device backends alone.
   bool decode = false;          // the low-latency path, replayed from a graph; else prefill
   bool fp8 = false;             // rows are cast to fp8 on their way to the experts
-  int comm_blocks = 24;         // of dispatch, and of combine's push role (prefill)
-  int reduce_blocks = 24;       // of combine's reduce role (prefill)
+  int comm_blocks = 24;         // of dispatch (prefill)
+  int push_blocks = 0;          // of combine's push role (prefill); 0: divided by the shape
+  int reduce_blocks = 0;        // of combine's reduce role (prefill); 0: likewise
+  int packet_tokens = 16;       // of a rank that travel as packets at most (decode)
   std::uint64_t owner_pid = 0;  // Of the launcher; names the cluster of heaps.
 };
 

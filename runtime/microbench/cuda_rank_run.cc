@@ -63,6 +63,8 @@ class CudaBenchRank {
     config.max_decode_tokens = params_.decode ? params_.tokens_per_rank : 1;
     config.max_element_bytes = static_cast<int>(DataTypeBytes(params_.dtype));
     config.comm_blocks = params_.comm_blocks;
+    config.push_blocks = params_.push_blocks;
+    config.packet_tokens = params_.packet_tokens;
     config.reduce_blocks = params_.reduce_blocks;
     return config;
   }

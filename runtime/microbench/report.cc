@@ -101,9 +101,11 @@ std::string FormatJson(const BenchReport& report) {
       report.remote_bytes_per_rank, report.combine_remote_bytes_per_rank,
       report.heap_bytes_per_rank, report.verified_tokens, report.max_relative_error);
   if (p.backend != BenchBackend::kHost) {
-    absl::StrAppendFormat(
-        &json, ",\"mode\":\"%s\",\"fp8\":%s,\"comm_blocks\":%d,\"reduce_blocks\":%d",
-        p.decode ? "decode" : "prefill", p.fp8 ? "true" : "false", p.comm_blocks, p.reduce_blocks);
+    absl::StrAppendFormat(&json,
+                          ",\"mode\":\"%s\",\"fp8\":%s,\"comm_blocks\":%d,\"push_blocks\":%d,"
+                          "\"reduce_blocks\":%d,\"packet_tokens\":%d",
+                          p.decode ? "decode" : "prefill", p.fp8 ? "true" : "false", p.comm_blocks,
+                          p.push_blocks, p.reduce_blocks, p.packet_tokens);
   }
   if (p.decode) {
     absl::StrAppendFormat(&json, ",\"pair_us_p50\":%.1f,\"pair_us_p99\":%.1f", report.pair.p50_us,

@@ -52,15 +52,26 @@ void AddCuda(CLI::App* app, BenchParams* p) {
   app->add_flag("--fp8", p->fp8, "Cast bf16 rows to fp8 on their way to the experts (cuda, nccl)")
       ->envname("EPSERVE_FP8");
   app->add_option("--comm-blocks", p->comm_blocks,
-                  "Blocks of dispatch and of combine's push role (cuda, prefill); most that NCCL "
-                  "may take (nccl)")
+                  "Blocks of dispatch, and half of combine's (cuda, prefill); most that NCCL may "
+                  "take (nccl)")
       ->envname("EPSERVE_COMM_BLOCKS")
       ->check(CLI::Range(1, 128))
       ->capture_default_str();
+  app->add_option("--push-blocks", p->push_blocks,
+                  "Blocks of combine's push role (cuda, prefill); 0: 2 * comm-blocks divided by "
+                  "the rows that each role reads")
+      ->envname("EPSERVE_PUSH_BLOCKS")
+      ->check(CLI::Range(0, 128))
+      ->capture_default_str();
   app->add_option("--reduce-blocks", p->reduce_blocks,
-                  "Blocks of combine's reduce role (cuda, prefill)")
+                  "Blocks of combine's reduce role (cuda, prefill); 0: likewise")
       ->envname("EPSERVE_REDUCE_BLOCKS")
-      ->check(CLI::Range(1, 128))
+      ->check(CLI::Range(0, 128))
+      ->capture_default_str();
+  app->add_option("--packet-tokens", p->packet_tokens,
+                  "Up to so many tokens of a rank travel as packets (cuda, decode)")
+      ->envname("EPSERVE_PACKET_TOKENS")
+      ->check(CLI::Range(0, 32))
       ->capture_default_str();
 }
 

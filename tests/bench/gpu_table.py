@@ -23,19 +23,17 @@ DECODE = ["--hidden=7168", "--experts=256", "--mode=decode"]
 # What is measured, and the arguments that measure it.
 PREFILL_CASES = [
     ("prefill 4096 × 7168, 24 blocks", PREFILL),
-    ("prefill 4096 × 7168, 64 blocks", PREFILL + ["--comm-blocks=64", "--reduce-blocks=64"]),
-    ("prefill 4096 × 7168, 48 blocks", PREFILL + ["--comm-blocks=48", "--reduce-blocks=48"]),
+    ("prefill 4096 × 7168, 64 blocks", PREFILL + ["--comm-blocks=64"]),
+    ("prefill 4096 × 7168, 48 blocks", PREFILL + ["--comm-blocks=48"]),
     ("prefill 4096 × 7168, fp8 dispatch, 24 blocks", PREFILL + ["--fp8"]),
     ("prefill 4096 × 2048, 128 experts, 24 blocks", SMALL),
-    (
-        "prefill 4096 × 2048, 128 experts, 64 blocks",
-        SMALL + ["--comm-blocks=64", "--reduce-blocks=64"],
-    ),
+    ("prefill 4096 × 2048, 128 experts, 64 blocks", SMALL + ["--comm-blocks=64"]),
     ("prefill 4096 × 7168, top-4, 24 blocks", PREFILL + ["--topk=4"]),
 ]
 DECODE_CASES = [
     ("decode 128 × 7168, fp8 dispatch", DECODE + ["--tokens=128", "--fp8"]),
     ("decode 128 × 7168", DECODE + ["--tokens=128"]),
+    ("decode 16 × 7168", DECODE + ["--tokens=16"]),
     ("decode 1 × 7168", DECODE + ["--tokens=1"]),
 ]
 

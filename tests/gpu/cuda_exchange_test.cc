@@ -104,6 +104,62 @@ TEST_F(CudaExchangeTest, DecodeWithMoreTokensThanALookMatchesReference) {
   Run(c, 3, 16);
 }
 
+TEST_F(CudaExchangeTest, DecodeOfFewTokensMatchesReference) {
+  Case c;
+  c.path = Path::kDecode;
+  c.tokens = {1, 16, 0, 5};
+  for (const std::int64_t hidden : {16, 4352, 7168}) {  // Below, at and past a warp's pieces.
+    c.hidden = hidden;
+    Run(c, 5, 21);
+  }
+  c.dtype = DataType::kFp32;
+  c.limit = 1e-5;
+  c.topk = 3;
+  Run(c, 4, 22);
+}
+
+TEST_F(CudaExchangeTest, DecodeOfFewTokensCastToFp8MatchesReference) {
+  Case c;
+  c.path = Path::kDecode;
+  c.payload = RowPayload::kFp8;
+  c.odd_groups = true;
+  c.limit = 4e-2;
+  c.tokens = {1, 16, 0, 5};
+  for (const std::int64_t hidden : {512, 4224}) {  // 4 and 33 groups
+    c.hidden = hidden;
+    Run(c, 4, 23);
+  }
+}
+
+// Few tokens of one round and many of another come in the same area, and from other ranks at once.
+TEST_F(CudaExchangeTest, DecodeOfFewAndOfManyTokensInTurnMatchesReference) {
+  Case c;
+  c.path = Path::kDecode;
+  c.tokens = {1, 100, 0, 16};
+  c.later_tokens = {60, 3, 17, 0};
+  Run(c, 12, 24);
+}
+
+TEST_F(CudaExchangeTest, PacketsGiveTheBitsOfRows) {
+  Case c;
+  c.path = Path::kDecode;
+  c.tokens = {7, 16, 1, 0};
+  const auto as_packets = Run(c, 4, 25);
+  c.packet_tokens = 0;
+  EXPECT_EQ(Run(c, 4, 25), as_packets);
+}
+
+// What takes long is not dead: a first use, say, or a peer that is being debugged.
+TEST_F(CudaExchangeTest, PeerThatComesLateWithinTheTimeoutIsWaitedFor) {
+  Case c;
+  c.late = absl::Seconds(3);
+  Run(c, 2, 26);
+  c.path = Path::kDecode;
+  Run(c, 2, 27);
+  c.tokens = {4, 1, 0, 16};
+  Run(c, 2, 28);
+}
+
 TEST_F(CudaExchangeTest, AllTokensOnOneExpertMatchReference) {
   Case c;
   c.one_expert = true;
@@ -140,6 +196,9 @@ TEST_F(CudaExchangeTest, AnyNumberOfBlocksGivesSameBits) {
     c.hidden = hidden;
     c.tokens = {40, 37, 0, 33};
     const auto many_rows_a_block = Run(c, 2, 19);
+    c.push_blocks = 9;
+    EXPECT_EQ(Run(c, 2, 19), many_rows_a_block);
+    c.push_blocks = 0;
     c.comm_blocks = 1;
     c.reduce_blocks = 1;
     EXPECT_EQ(Run(c, 2, 19), many_rows_a_block);
@@ -179,6 +238,42 @@ TEST_F(CudaExchangeTest, SilentPeerTimesOutNamingIt) {
   EXPECT_EQ(offsets, std::vector<std::int32_t>(offsets.size(), 0));
 #endif
 }
+
+#ifndef EPSERVE_TEST_NCCL  // No packets there.
+TEST_F(CudaExchangeTest, SilentPeerOfFewTokensTimesOutNamingIt) {
+  Case c;
+  c.num_ranks = 3;
+  c.tokens = {4, 4, 4};
+  std::mt19937 rng(29);
+  std::vector<CudaExchangeConfig> configs;
+  std::vector<HostTokens> tokens;
+  for (int r = 0; r < c.num_ranks; ++r) {
+    configs.push_back(Config(c, r, 1200));
+    configs.back().base.peer_timeout = absl::Milliseconds(50);
+    tokens.push_back(MakeTokens(c, 4, &rng));
+  }
+  const auto ranks = OpenAll(configs, num_devices_);
+  std::vector<RoundBuffers> buffers(2);
+  std::vector<cudaStream_t> streams(2);
+  for (int r = 0; r < 2; ++r) {
+    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
+    ASSERT_EQ(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking), cudaSuccess);
+    buffers[r].Fill(c, tokens[r], 4);
+  }
+  for (int r = 0; r < 2; ++r) {
+    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
+    ASSERT_TRUE(ranks[r]->Dispatch(Path::kDecode, 0, buffers[r].tokens, nullptr, streams[r]).ok());
+  }
+  for (int r = 0; r < 2; ++r) {
+    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(streams[r]), cudaSuccess);
+    const absl::Status status = ranks[r]->CheckWaits();
+    EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+    EXPECT_NE(status.message().find("for rank 2"), std::string::npos) << status;
+    cudaStreamDestroy(streams[r]);
+  }
+}
+#endif
 
 TEST_F(CudaExchangeTest, PeerThatNeverTellsItsCountsTimesOutNamingIt) {
   Case c;

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "runtime/alltoallv/device_exchange.h"
 #include "runtime/base/cuda_memory.h"
 #include "runtime/base/dtype.h"
@@ -24,6 +25,7 @@ namespace epserve::runtime {
 struct Case {
   int num_ranks = 4;
   std::vector<std::int64_t> tokens = {37, 64, 0, 129};  // a rank
+  std::vector<std::int64_t> later_tokens;               // in rounds 2, 3, 6, 7, ...; none: the same
   std::int64_t hidden = 512;
   int topk = 8;
   std::int64_t experts = 30;  // not divisible by the ranks
@@ -31,12 +33,22 @@ struct Case {
   RowPayload payload = RowPayload::kCopy;
   DeviceExchange::Path path = DeviceExchange::Path::kPrefill;
   int comm_blocks = 6;
+  int push_blocks = 0;
   int reduce_blocks = 4;
+  std::int64_t packet_tokens = 16;
+  // The last rank comes so late to the first round's dispatch, and to the second one's combine.
+  absl::Duration late;
   double limit = 1e-2;
   bool one_expert = false;  // all tokens on one expert
   // The first groups of 128 of every token are hard to cast: zeros, zeros around one value whose
   // scale's reciprocal would overflow, and one large among small.
   bool odd_groups = false;
+
+  // Rounds take turns with two areas or slots: each meets both numbers of tokens.
+  std::int64_t TokensIn(int round, int rank) const {
+    const bool later = !later_tokens.empty() && round / 2 % 2 == 1;
+    return later ? later_tokens[rank] : tokens[rank];
+  }
 };
 
 // What expert e makes of a row: a factor that tells experts apart.

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "runtime/alltoallv/cuda_exchange.h"
 #include "runtime/base/dtype.h"
 #include "tests/gpu/exchange_case.h"
@@ -108,8 +109,10 @@ class CudaExchangeTest : public ::testing::Test {
     config.base.rank = rank;
     config.base.num_ranks = c.num_ranks;
     config.base.max_batch_tokens = 0;
-    for (const std::int64_t t : c.tokens) {
-      config.base.max_batch_tokens = std::max(config.base.max_batch_tokens, t * c.num_ranks);
+    for (const auto& tokens : {c.tokens, c.later_tokens}) {
+      for (const std::int64_t t : tokens) {
+        config.base.max_batch_tokens = std::max(config.base.max_batch_tokens, t * c.num_ranks);
+      }
     }
     config.base.hidden = c.hidden;
     config.base.max_topk = c.topk;
@@ -118,6 +121,8 @@ class CudaExchangeTest : public ::testing::Test {
     config.max_decode_tokens = 256;
     config.max_element_bytes = 4;
     config.comm_blocks = c.comm_blocks;
+    config.push_blocks = c.push_blocks > 0 ? c.push_blocks : c.comm_blocks;
+    config.packet_tokens = c.packet_tokens;
     // All ranks' blocks that wait must fit the device beside one that does not: several ranks
     // may share it.
     config.reduce_blocks = c.reduce_blocks;
@@ -159,8 +164,10 @@ class CudaExchangeTest : public ::testing::Test {
     const std::uint64_t this_epoch = epoch++;
     std::vector<std::vector<HostTokens>> tokens(rounds);
     std::mt19937 rng(seed);
-    for (auto& round : tokens) {
-      for (int r = 0; r < c.num_ranks; ++r) round.push_back(MakeTokens(c, c.tokens[r], &rng));
+    for (int round = 0; round < rounds; ++round) {
+      for (int r = 0; r < c.num_ranks; ++r) {
+        tokens[round].push_back(MakeTokens(c, c.TokensIn(round, r), &rng));
+      }
     }
     std::vector<std::vector<std::byte>> outputs(c.num_ranks * rounds);
     std::vector<std::thread> threads;
@@ -196,11 +203,14 @@ class CudaExchangeTest : public ::testing::Test {
     // Allocating waits for the whole device, and ranks that share one wait for each other: so all
     // memory first, then the meeting, then the batches.
     std::vector<RoundBuffers> buffers(rounds.size());
+    std::int64_t most_tokens = 0;
     for (std::size_t round = 0; round < rounds.size(); ++round) {
-      buffers[round].Fill(c, rounds[round][rank], c.tokens[rank]);
+      const std::int64_t num_tokens = c.TokensIn(static_cast<int>(round), rank);
+      most_tokens = std::max(most_tokens, num_tokens);
+      buffers[round].Fill(c, rounds[round][rank], num_tokens);
     }
     auto pinned = PinnedBuffer::Create(
-        std::max(expert_bytes, c.tokens[rank] * c.hidden * static_cast<std::size_t>(element)) +
+        std::max(expert_bytes, most_tokens * c.hidden * static_cast<std::size_t>(element)) +
         4 * static_cast<std::size_t>(c.experts + 1));
     ASSERT_TRUE(pinned.ok()) << pinned.status();
     // A stream's first copy each way waits for the whole device too.
@@ -220,6 +230,8 @@ class CudaExchangeTest : public ::testing::Test {
       const DeviceBuffer& out = buffers[round].out;
       const int slot = static_cast<int>(round) % 2;
       const CountMatrix counts = Counts(c, rounds[round]);
+      const bool late = rank + 1 == c.num_ranks && c.late > absl::ZeroDuration();
+      if (late && round == 0) absl::SleepFor(c.late);
       if (exchange.exchanges_counts() && c.path == Path::kPrefill) {
         const auto told = exchange.ExchangeCounts(slot, round + 1, ShardCountsOf(c, mine),
                                                   2 * config.base.peer_timeout, stream);
@@ -235,6 +247,7 @@ class CudaExchangeTest : public ::testing::Test {
                      config.base.placement.num_local_experts(rank),
                      exchange.expert_offset(c.path, slot), rows->as<void>(),
                      pinned->as<std::byte>(), stream);
+      if (late && round == 1) absl::SleepFor(c.late);
       ASSERT_TRUE(exchange.Combine(c.path, slot, t, rows->as<void>(), out.as<void>(), stream).ok());
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
       ASSERT_TRUE(exchange.CheckWaits().ok()) << exchange.CheckWaits();
@@ -246,7 +259,7 @@ class CudaExchangeTest : public ::testing::Test {
                 cudaSuccess);
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
       std::memcpy(result.data(), pinned->as<void>(), result.size());
-      CheckAgainstReference(c, mine, c.tokens[rank], result);
+      CheckAgainstReference(c, mine, buffers[round].tokens.num_tokens, result);
     }
     meet->arrive_and_wait();  // Nobody unmaps while a peer may still write.
     cudaStreamDestroy(stream);
