@@ -61,9 +61,9 @@ InferenceClient::InferenceClient(const ClientOptions& options) : core_(std::make
 
 InferenceClient::~InferenceClient() = default;
 
-absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) {
-  EPC_ASSIGN_OR_RETURN(inference::ModelInferRequest message, ToMessage(request));
-  const grpc::ByteBuffer bytes = Serialize(std::move(message));
+absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request, TensorBytes spare) {
+  EPC_ASSIGN_OR_RETURN(const RequestParts parts, ToMessage(request));
+  const grpc::ByteBuffer bytes = Serialize(parts);
   const grpc::internal::RpcMethod method(kInferMethod, grpc::internal::RpcMethod::NORMAL_RPC);
   const absl::Time deadline = absl::Now() + request.timeout;
   for (int attempt = 1;; ++attempt) {
@@ -75,9 +75,10 @@ absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) 
         FromGrpcStatus(grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer>(
             core_->channel.get(), method, &context, bytes, &reply));
     if (status.ok()) {
-      inference::ModelInferResponse response;
-      EPC_RETURN_IF_ERROR(Parse(std::move(reply), &response));
-      EPC_ASSIGN_OR_RETURN(InferResult result, FromMessage(ExpectedOf(request), response));
+      ResponseParts response;
+      EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &response));
+      EPC_ASSIGN_OR_RETURN(InferResult result, FromMessage(ExpectedOf(request), response.message,
+                                                           std::move(response.raw)));
       result.attempts = attempt;
       return result;
     }
@@ -93,11 +94,11 @@ absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request) 
 class InferenceClient::AsyncCall : public PendingInfer,
                                    public std::enable_shared_from_this<AsyncCall> {
  public:
-  AsyncCall(std::shared_ptr<Core> core, const InferRequest& request,
-            inference::ModelInferRequest message, InferCallback done)
+  AsyncCall(std::shared_ptr<Core> core, const InferRequest& request, const RequestParts& parts,
+            InferCallback done)
       : core_(std::move(core)),
         stub_(core_->channel),
-        message_(Serialize(std::move(message))),
+        message_(Serialize(parts)),
         done_(std::move(done)),
         deadline_(absl::Now() + request.timeout),
         expected_(ExpectedOf(request)) {
@@ -133,10 +134,10 @@ class InferenceClient::AsyncCall : public PendingInfer,
  private:
   void AttemptDone(const absl::Status& status) {
     if (status.ok()) {
-      inference::ModelInferResponse response;
-      const absl::Status parsed = Parse(std::move(reply_), &response);
+      ResponseParts response;
+      const absl::Status parsed = Parse(std::move(reply_), TensorBytes(), &response);
       if (!parsed.ok()) return Done(parsed);
-      auto result = FromMessage(expected_, response);
+      auto result = FromMessage(expected_, response.message, std::move(response.raw));
       if (result.ok()) result->attempts = attempt_;
       Done(std::move(result));
       return;
@@ -218,8 +219,7 @@ std::shared_ptr<PendingInfer> InferenceClient::InferAsync(const InferRequest& re
                         });
     return refused;
   }
-  auto call =
-      std::make_shared<AsyncCall>(core_, request, std::move(message).value(), std::move(done));
+  auto call = std::make_shared<AsyncCall>(core_, request, *message, std::move(done));
   KeepCallbackThreads(core_->channel);
   call->Start();
   return call;

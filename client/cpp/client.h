@@ -109,7 +109,9 @@ class InferStream {
   // `request`'s timeout is not used: see StreamOptions.
   virtual absl::Status Send(const InferRequest& request) = 0;
   // The result of the oldest request that was sent and not received; FAILED_PRECONDITION: none is.
-  virtual absl::StatusOr<InferResult> Receive() = 0;
+  // `spare`: as of InferenceClient::Infer.
+  virtual absl::StatusOr<InferResult> Receive(TensorBytes spare) = 0;
+  absl::StatusOr<InferResult> Receive() { return Receive(TensorBytes()); }
   virtual void Cancel() = 0;
 };
 
@@ -147,8 +149,10 @@ class InferenceClient {
   InferenceClient(const InferenceClient&) = delete;
   InferenceClient& operator=(const InferenceClient&) = delete;
 
-  // Blocks until the answer, an error that is not retried, or the timeout.
-  absl::StatusOr<InferResult> Infer(const InferRequest& request);
+  // Blocks until the answer, an error that is not retried, or the timeout. A large result is
+  // written to the memory of `spare`, such as an earlier result's bytes, if it is large enough and
+  // nobody else holds it.
+  absl::StatusOr<InferResult> Infer(const InferRequest& request, TensorBytes spare = {});
 
   // Returns at once. `done` is called exactly once, from a thread of gRPC's: it must not block,
   // and may start further calls.

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/cpp/client.h"
+#include "client/cpp/infer_wire.h"
 #include "inference/grpc_service.pb.h"
 
 namespace epserve::client {
@@ -16,7 +17,7 @@ namespace epserve::client {
 inline constexpr char kHiddenStates[] = "hidden_states";
 
 // INVALID_ARGUMENT: a tensor does not fill its shape, or what belongs together is not all there.
-absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request);
+absl::StatusOr<RequestParts> ToMessage(const InferRequest& request);
 
 // What the answer to a request must be.
 struct ExpectedOutput {
@@ -26,9 +27,10 @@ struct ExpectedOutput {
 };
 ExpectedOutput ExpectedOf(const InferRequest& request);
 
-// INTERNAL: the answer is not what was asked for. Moves the tensor's bytes out of `message`.
+// INTERNAL: the answer is not what was asked for.
 absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
-                                        inference::ModelInferResponse& message);
+                                        const inference::ModelInferResponse& message,
+                                        std::vector<TensorBytes> raw);
 
 // The error that a stream's message carries in place of an answer; UNKNOWN where the server does
 // not say which code it is (parameter epserve_error_code).
