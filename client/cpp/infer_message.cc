@@ -78,6 +78,8 @@ ExpectedOutput ExpectedOf(const InferRequest& request) {
   return {request.hidden_states.shape, request.hidden_states.type, request.output_place};
 }
 
+namespace {
+
 absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
                                         const inference::ModelInferResponse& message,
                                         std::vector<TensorBytes> raw) {
@@ -123,6 +125,23 @@ absl::Status StreamError(const inference::ModelStreamInferResponse& message) {
   const bool known = code > 0 && code <= static_cast<int>(absl::StatusCode::kUnauthenticated);
   return absl::Status(known ? static_cast<absl::StatusCode>(code) : absl::StatusCode::kUnknown,
                       message.error_message());
+}
+
+}  // namespace
+
+absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                     TensorBytes spare) {
+  ResponseParts parts;
+  EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
+  return FromMessage(expected, parts.message, std::move(parts.raw));
+}
+
+absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                             TensorBytes spare) {
+  StreamedParts parts;
+  EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
+  if (!parts.message.error_message().empty()) return StreamError(parts.message);
+  return FromMessage(expected, parts.message.infer_response(), std::move(parts.raw));
 }
 
 }  // namespace epserve::client

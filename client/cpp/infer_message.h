@@ -27,14 +27,14 @@ struct ExpectedOutput {
 };
 ExpectedOutput ExpectedOf(const InferRequest& request);
 
-// INTERNAL: the answer is not what was asked for.
-absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
-                                        const inference::ModelInferResponse& message,
-                                        std::vector<TensorBytes> raw);
+// From ModelInfer's reply; `spare` as of Parse. INTERNAL: the answer is not what was asked for.
+absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                     TensorBytes spare);
 
-// The error that a stream's message carries in place of an answer; UNKNOWN where the server does
-// not say which code it is (parameter epserve_error_code).
-absl::Status StreamError(const inference::ModelStreamInferResponse& message);
+// As above, from a message of ModelStreamInfer; or the error that it carries in place of an answer,
+// UNKNOWN where the server does not say which code it is (parameter epserve_error_code).
+absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                             TensorBytes spare);
 
 }  // namespace epserve::client
 

@@ -62,15 +62,11 @@ class GrpcInferStream final : public InferStream {
     }
     grpc::ByteBuffer reply;
     if (!stream_->Read(&reply)) return End();
-    StreamedParts response;
-    const absl::Status parsed = Parse(std::move(reply), std::move(spare), &response);
     {
       absl::MutexLock lock(&mutex_);
       owed_.pop_front();
     }
-    if (!parsed.ok()) return parsed;
-    if (!response.message.error_message().empty()) return StreamError(response.message);
-    return FromMessage(owed, response.message.infer_response(), std::move(response.raw));
+    return StreamedResultOf(owed, std::move(reply), std::move(spare));
   }
 
   void Cancel() override { context_.TryCancel(); }

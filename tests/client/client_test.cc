@@ -120,6 +120,23 @@ TEST_F(ClientTest, ServerThatIsBackIsFoundWithinTheBackoff) {
   while (!client.Infer(Request()).ok()) ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
 }
 
+TEST_F(ClientTest, AsynchronousCallsFindAServerThatIsBackWithinTheBackoff) {
+  InferenceClient client = Client();
+  ASSERT_TRUE(Await(client, Request()).ok());
+  service_.Stop();
+  const absl::Time gone = absl::Now();
+  while (absl::Now() - gone < absl::Milliseconds(700)) {
+    EXPECT_EQ(Await(client, Request()).status().code(), absl::StatusCode::kUnavailable);
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+  service_.Start(service_.target());
+  const absl::Time back = absl::Now();
+  while (!Await(client, Request()).ok()) {
+    ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+}
+
 TEST_F(ClientTest, UnavailableIsNotRetriedUnlessOptedInto) {
   service_.set_handler(FailFirst(1, grpc::StatusCode::UNAVAILABLE, ""));
   InferenceClient client = Client();
