@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -109,12 +110,19 @@ LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inp
   });
 }
 
+// The load generator is not to take the service's cores: on a small machine one thread is the best.
+int AsyncThreads(int concurrency) {
+  const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::clamp(cores / 4, 1, concurrency);
+}
+
 }  // namespace
 
 absl::Status RunBench(const BenchOptions& options) {
   if (!options.trace_path.empty()) EPC_RETURN_IF_ERROR(CheckBenchTrace(options.trace_path));
   ClientOptions client_options{.target = options.server, .security = options.security};
   client_options.retry.max_attempts = options.attempts;
+  client_options.async_threads = AsyncThreads(options.concurrency);
   InferenceClient client(client_options);
   EPC_ASSIGN_OR_RETURN(std::vector<InferRequest> inputs, MakeInputs(options, client));
   std::unique_ptr<SharedRegion> region;  // until every request has ended

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -65,7 +66,7 @@ absl::StatusOr<std::unique_ptr<SharedRegion>> MoveToRegion(InferenceClient* clie
     ForEachInput(request, [&](Tensor& tensor) {
       std::memcpy(region->bytes().data() + tensor.place->offset_bytes, tensor.bytes.data(),
                   tensor.bytes.size());
-      tensor.bytes = std::string();
+      tensor.bytes = TensorBytes();
     });
   }
   return region;
@@ -82,8 +83,9 @@ absl::StatusOr<std::vector<std::unique_ptr<CudaRegion>>> MoveToCudaRegions(
                          CudaRegion::Create(client, name, places.taken(), device));
     absl::Status written;
     ForEachInput(request, [&](Tensor& tensor) {
-      written.Update(region->memory().Write(tensor.place->offset_bytes, tensor.bytes));
-      tensor.bytes = std::string();
+      written.Update(
+          region->memory().Write(tensor.place->offset_bytes, std::string_view(tensor.bytes)));
+      tensor.bytes = TensorBytes();
     });
     EPC_RETURN_IF_ERROR(written);
     regions.push_back(std::move(region));

@@ -1,6 +1,7 @@
 #include "client/command/bench_report.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -12,9 +13,6 @@
 namespace epserve::client {
 
 namespace {
-
-constexpr const char* kPhases[] = {"queue", "assign",  "counts", "dispatch",
-                                   "ffn",   "combine", "server"};
 
 nlohmann::ordered_json ToJson(const Percentiles& values) {
   return {{"p50", values.p50},
@@ -56,7 +54,7 @@ BenchReport MakeBenchReport(const LoadResult& result, std::int64_t tokens_per_re
   report.first_message = result.first_message;
   std::vector<double> request;
   std::vector<double> overhead;
-  std::map<std::string, std::vector<double>> phases;
+  std::array<std::vector<double>, kPhases.size()> phases;
   for (const Sample& sample : result.samples) {
     if (sample.code != absl::StatusCode::kOk) {
       ++report.errors[absl::StatusCodeToString(sample.code)];
@@ -64,13 +62,11 @@ BenchReport MakeBenchReport(const LoadResult& result, std::int64_t tokens_per_re
     }
     ++report.succeeded;
     request.push_back(sample.request_us);
-    for (const char* phase : kPhases) {
-      const auto found = sample.parameters.find(absl::StrCat("epserve_", phase, "_us"));
-      if (found == sample.parameters.end()) continue;
-      phases[phase].push_back(static_cast<double>(found->second));
-      if (std::string(phase) == "ffn") {
-        overhead.push_back(sample.request_us - static_cast<double>(found->second));
-      }
+    for (std::size_t i = 0; i < kPhases.size(); ++i) {
+      if (sample.phases_us[i] == kNoTime) continue;
+      const auto phase_us = static_cast<double>(sample.phases_us[i]);
+      phases[i].push_back(phase_us);
+      if (i == kFfnPhase) overhead.push_back(sample.request_us - phase_us);
     }
   }
   if (result.seconds > 0) {
@@ -79,8 +75,9 @@ BenchReport MakeBenchReport(const LoadResult& result, std::int64_t tokens_per_re
   }
   report.request = PercentilesOf(std::move(request));
   report.overhead = PercentilesOf(std::move(overhead));
-  for (const char* phase : kPhases) {
-    if (phases.count(phase) > 0) report.phases.emplace_back(phase, PercentilesOf(phases[phase]));
+  for (std::size_t i = 0; i < kPhases.size(); ++i) {
+    if (phases[i].empty()) continue;
+    report.phases.emplace_back(kPhases[i], PercentilesOf(std::move(phases[i])));
   }
   return report;
 }

@@ -67,7 +67,7 @@ void AddWorkers(const Json& trace, std::int64_t origin_us, const std::string& re
 std::string BenchTrace(const std::vector<Sample>& samples) {
   std::vector<const Sample*> traced;
   for (const Sample& sample : samples) {
-    if (!sample.trace.empty()) traced.push_back(&sample);
+    if (sample.trace != nullptr) traced.push_back(&sample);
   }
   std::sort(traced.begin(), traced.end(),
             [](const Sample* a, const Sample* b) { return a->began_us < b->began_us; });
@@ -78,7 +78,7 @@ std::string BenchTrace(const std::vector<Sample>& samples) {
   std::int64_t most_ranks = 0;
   for (std::size_t i = 0; i < traced.size(); ++i) {
     const Sample& sample = *traced[i];
-    const Json trace = Json::parse(sample.trace, nullptr, /*allow_exceptions=*/false);
+    const Json trace = Json::parse(sample.trace->workers, nullptr, /*allow_exceptions=*/false);
     if (trace.is_discarded() || !trace.contains("workers")) continue;
     const std::string name = absl::StrCat("request ", i);
     const double at_us = static_cast<double>(sample.began_us - origin_us);
@@ -86,7 +86,7 @@ std::string BenchTrace(const std::vector<Sample>& samples) {
     Json slice =
         Slice(name, kClientProcess, static_cast<std::int64_t>(row), at_us, sample.request_us);
     slice["args"] = {{"count_exchange", trace.value("count_exchange", "")}};
-    for (const auto& [key, value] : sample.parameters) slice["args"][key] = value;
+    for (const auto& [key, value] : sample.trace->parameters) slice["args"][key] = value;
     events.push_back(std::move(slice));
     AddWorkers(trace, origin_us, name, &events);
     most_ranks = std::max(most_ranks, static_cast<std::int64_t>(trace.at("workers").size()));

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <thread>
+#include <deque>
+#include <memory>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 
@@ -18,26 +20,47 @@ constexpr absl::Duration kProgressInterval = absl::Milliseconds(50);
 // A service that refuses at once must not be asked as fast as it refuses.
 constexpr absl::Duration kPauseAfterFailure = absl::Milliseconds(20);
 
+PhaseTimes PhasesOf(const InferResult& result) {
+  static const auto* const names = [] {
+    auto* const made = new std::array<std::string, kPhases.size()>;
+    for (std::size_t i = 0; i < made->size(); ++i) {
+      (*made)[i] = absl::StrCat("epserve_", kPhases[i], "_us");
+    }
+    return made;
+  }();
+  PhaseTimes times = NoTimes();
+  for (std::size_t i = 0; i < times.size(); ++i) {
+    const auto found = result.parameters.find((*names)[i]);
+    if (found != result.parameters.end()) times[i] = found->second;
+  }
+  return times;
+}
+
 class Recorder {
  public:
-  void Record(absl::Time began, const absl::StatusOr<InferResult>& result) {
+  // A sample of what began at `began` and has ended now.
+  void Record(absl::Time began, const absl::Status& status, InferResult* result) {
+    const absl::Time now = absl::Now();
     Sample sample;
-    sample.request_us = absl::ToDoubleMicroseconds(absl::Now() - began);
-    sample.code = result.status().code();
-    if (result.ok()) {
-      sample.parameters = result->parameters;
-      sample.trace = result->trace;
-      // Steady and wall clock run alike for the length of a request.
-      sample.began_us = std::chrono::duration_cast<std::chrono::microseconds>(
-                            std::chrono::steady_clock::now().time_since_epoch())
-                            .count() -
-                        static_cast<std::int64_t>(sample.request_us);
+    sample.request_us = absl::ToDoubleMicroseconds(now - began);
+    sample.code = status.code();
+    // Steady and wall clock run alike for the length of a request.
+    sample.began_us = std::chrono::duration_cast<std::chrono::microseconds>(
+                          std::chrono::steady_clock::now().time_since_epoch())
+                          .count() -
+                      static_cast<std::int64_t>(sample.request_us);
+    if (status.ok()) {
+      sample.phases_us = PhasesOf(*result);
+      if (!result->trace.empty()) {
+        sample.trace =
+            std::make_unique<Trace>(Trace{std::move(result->parameters), std::move(result->trace)});
+      }
     }
     absl::MutexLock lock(&mutex_);
-    last_end_ = absl::Now();
-    if (!result.ok()) {
+    last_end_ = now;
+    if (!status.ok()) {
       result_.first_message.emplace(absl::StatusCodeToString(sample.code),
-                                    std::string(result.status().message()));
+                                    std::string(status.message()));
     }
     result_.samples.push_back(std::move(sample));
     --under_way_;
@@ -80,54 +103,126 @@ class Recorder {
   LoadResult result_ ABSL_GUARDED_BY(mutex_);
 };
 
-// One request after another, each a call of its own or all on one stream; a stream that breaks is
-// opened anew for the next.
-class Caller {
- public:
-  Caller(InferenceClient& client, bool streaming) : client_(client), streaming_(streaming) {}
+class ClosedLoop;
 
-  absl::StatusOr<InferResult> Infer(const InferRequest& request) {
-    if (!streaming_) return client_.Infer(request);
-    if (stream_ == nullptr) stream_ = client_.OpenStream();
-    const absl::Status sent = stream_->Send(request);
-    absl::StatusOr<InferResult> result = sent.ok() ? stream_->Receive() : sent;
-    // Errors in a reply's place leave the stream whole, but cannot be told from its end.
-    if (!result.ok()) stream_ = nullptr;
-    return result;
+// One request after another, each a call of its own or all on one stream; a stream that breaks is
+// opened anew for the next. Belongs to whoever starts the next request, one at a time.
+class Line {
+ public:
+  Line(ClosedLoop& loop, InferenceClient& client, bool streaming)
+      : loop_(loop), client_(client), streaming_(streaming) {}
+
+  // Ends at ClosedLoop::Ended.
+  void Start(const InferRequest& request);
+
+ private:
+  void Ended(absl::Time began, absl::StatusOr<InferResult> result);
+
+  ClosedLoop& loop_;
+  InferenceClient& client_;
+  const bool streaming_;
+  std::unique_ptr<AsyncInferStream> stream_;
+  TensorBytes spare_;  // the last answer's memory
+};
+
+class ClosedLoop {
+ public:
+  ClosedLoop(InferenceClient& client, const std::vector<InferRequest>& inputs, const LoadPlan& plan,
+             absl::Time until, Recorder& recorder)
+      : inputs_(inputs), plan_(plan), until_(until), recorder_(recorder), running_(0) {
+    for (int i = 0; i < plan.concurrency; ++i) {
+      lines_.push_back(std::make_unique<Line>(*this, client, plan.streaming));
+    }
+  }
+
+  // Until every line is through.
+  void Run(const std::function<void()>& report) {
+    running_ = static_cast<int>(lines_.size());
+    for (const auto& line : lines_) Next(*line);
+    absl::Time report_at = absl::Now() + kProgressInterval;
+    for (Line* line = nullptr; Await(report_at, &line);) {
+      if (line != nullptr) Next(*line);
+      if (absl::Now() < report_at) continue;
+      report();
+      report_at = absl::Now() + kProgressInterval;
+    }
+  }
+
+  // The line's request has ended: from the client's threads.
+  void Ended(Line& line, absl::Time began, const absl::Status& status, InferResult* result) {
+    recorder_.Record(began, status, result);
+    if (status.ok()) return Next(line);
+    absl::MutexLock lock(&mutex_);
+    pausing_.emplace_back(std::min(absl::Now() + kPauseAfterFailure, until_), &line);
   }
 
  private:
-  InferenceClient& client_;
-  const bool streaming_;
-  std::unique_ptr<InferStream> stream_;
+  // Starts the line's next request, if there is to be one.
+  void Next(Line& line) {
+    if (absl::Now() < until_) {
+      const std::int64_t index = next_.fetch_add(1);
+      if (plan_.requests == 0 || index < plan_.requests) {
+        recorder_.Begin();
+        return line.Start(inputs_[index % inputs_.size()]);
+      }
+    }
+    absl::MutexLock lock(&mutex_);
+    --running_;
+  }
+
+  // Waits until `report_at` or until a line's pause is over, which is `*line` then, else null.
+  // False once every line is through.
+  bool Await(absl::Time report_at, Line** line) {
+    *line = nullptr;
+    absl::MutexLock lock(&mutex_);
+    // Pauses are of one length: the first to begin is the first to end.
+    const auto due = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+      return running_ == 0 || (!pausing_.empty() && pausing_.front().first < report_at);
+    };
+    mutex_.AwaitWithDeadline(absl::Condition(&due), report_at);
+    if (running_ == 0) return false;
+    if (pausing_.empty() || pausing_.front().first >= report_at) return true;
+    const auto never = []() { return false; };
+    mutex_.AwaitWithDeadline(absl::Condition(&never), pausing_.front().first);
+    *line = pausing_.front().second;
+    pausing_.pop_front();
+    return true;
+  }
+
+  const std::vector<InferRequest>& inputs_;
+  const LoadPlan& plan_;
+  const absl::Time until_;
+  Recorder& recorder_;
+  std::vector<std::unique_ptr<Line>> lines_;
+  std::atomic<std::int64_t> next_{0};
+  absl::Mutex mutex_;
+  int running_ ABSL_GUARDED_BY(mutex_);  // lines that have requests to come
+  // After a failure, with when they go on; oldest first.
+  std::deque<std::pair<absl::Time, Line*>> pausing_ ABSL_GUARDED_BY(mutex_);
 };
 
-void RunClosedLoop(InferenceClient& client, const std::vector<InferRequest>& inputs,
-                   const LoadPlan& plan, absl::Time until, Recorder& recorder,
-                   const std::function<void()>& report) {
-  std::atomic<std::int64_t> next{0};
-  std::atomic<int> running{plan.concurrency};
-  std::vector<std::thread> threads;
-  for (int i = 0; i < plan.concurrency; ++i) {
-    threads.emplace_back([&] {
-      Caller caller(client, plan.streaming);
-      while (absl::Now() < until) {
-        const std::int64_t index = next.fetch_add(1);
-        if (plan.requests > 0 && index >= plan.requests) break;
-        recorder.Begin();
-        const absl::Time began = absl::Now();
-        const auto result = caller.Infer(inputs[index % inputs.size()]);
-        recorder.Record(began, result);
-        if (!result.ok()) absl::SleepFor(std::min(kPauseAfterFailure, until - absl::Now()));
-      }
-      running.fetch_sub(1);
-    });
+void Line::Start(const InferRequest& request) {
+  const absl::Time began = absl::Now();
+  auto done = [this, began](absl::StatusOr<InferResult> result) {
+    Ended(began, std::move(result));
+  };
+  if (!streaming_) {
+    client_.InferAsync(request, std::move(done), std::move(spare_));
+    return;
   }
-  while (running.load() > 0) {
-    report();
-    absl::SleepFor(kProgressInterval);
+  if (stream_ == nullptr) stream_ = client_.OpenAsyncStream();
+  const absl::Status sent = stream_->Send(request, std::move(done), std::move(spare_));
+  if (!sent.ok()) Ended(began, sent);
+}
+
+void Line::Ended(absl::Time began, absl::StatusOr<InferResult> result) {
+  // Errors in a reply's place leave the stream whole, but cannot be told from its end.
+  if (!result.ok()) {
+    stream_ = nullptr;
+    return loop_.Ended(*this, began, result.status(), nullptr);
   }
-  for (std::thread& thread : threads) thread.join();
+  spare_ = std::move(result->hidden_states.bytes);
+  loop_.Ended(*this, began, absl::OkStatus(), &*result);
 }
 
 void RunOpenLoop(InferenceClient& client, const std::vector<InferRequest>& inputs,
@@ -149,8 +244,8 @@ void RunOpenLoop(InferenceClient& client, const std::vector<InferRequest>& input
     }
     if (!room) break;
     client.InferAsync(inputs[index % inputs.size()],
-                      [recorder, due](const absl::StatusOr<InferResult>& result) {
-                        recorder->Record(due, result);
+                      [recorder, due](absl::StatusOr<InferResult> result) {
+                        recorder->Record(due, result.status(), result.ok() ? &*result : nullptr);
                       });
   }
   while (!recorder->WaitForEnd(kProgressInterval)) report();
@@ -169,7 +264,7 @@ LoadResult RunLoad(InferenceClient& client, const std::vector<InferRequest>& inp
   if (plan.rate > 0) {
     RunOpenLoop(client, inputs, plan, until, recorder, report);
   } else {
-    RunClosedLoop(client, inputs, plan, until, *recorder, report);
+    ClosedLoop(client, inputs, plan, until, *recorder).Run(report);
   }
   return recorder->Take(started);
 }

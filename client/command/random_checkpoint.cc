@@ -239,7 +239,7 @@ class TensorMaker {
  public:
   explicit TensorMaker(std::uint64_t seed) : random_(seed) {}
 
-  std::string Make(const PlannedTensor& planned) {
+  TensorBytes Make(const PlannedTensor& planned) {
     if (planned.content == Content::kScaleOfPrevious) {
       return MakeTensor(ElementType::kF32, planned.spec.shape, scales_).bytes;
     }

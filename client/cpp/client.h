@@ -41,6 +41,9 @@ struct ClientOptions {
   RetryPolicy retry;
   // Between attempts to reach a server that is away. A link slower than this is not reached.
   absl::Duration max_reconnect_backoff = absl::Seconds(1);
+  // Threads that asynchronous calls and streams end on, at least 1, each made when first needed.
+  // One reads results of a few gigabytes a second, or some ten thousand small ones.
+  int async_threads = 1;
 };
 
 struct InferRequest {
@@ -94,6 +97,8 @@ struct StreamOptions {
   // Of the whole stream. InfiniteDuration: none.
   absl::Duration timeout = absl::InfiniteDuration();
   std::vector<std::pair<std::string, std::string>> metadata;  // Keys in lower case.
+  // Of an asynchronous stream: how many requests may be sent and not yet answered.
+  std::size_t max_under_way = 64;
 };
 
 // One stream of requests, several under way at once, whose results come in the requests' order:
@@ -109,11 +114,39 @@ class InferStream {
   // `request`'s timeout is not used: see StreamOptions.
   virtual absl::Status Send(const InferRequest& request) = 0;
   // The result of the oldest request that was sent and not received; FAILED_PRECONDITION: none is.
-  virtual absl::StatusOr<InferResult> Receive() = 0;
+  // `spare`: as of InferenceClient::Infer.
+  virtual absl::StatusOr<InferResult> Receive(TensorBytes spare) = 0;
+  absl::StatusOr<InferResult> Receive() { return Receive(TensorBytes()); }
   virtual void Cancel() = 0;
 };
 
 using InferCallback = std::function<void(absl::StatusOr<InferResult>)>;
+
+// As InferStream, without a thread that waits: each request brings the callback that its result or
+// error goes to, in the requests' order, one after another.
+//
+//   const auto stream = client.OpenAsyncStream();
+//   absl::Status sent = stream->Send(request, [](absl::StatusOr<InferResult> result) { ... });
+//
+// Thread safety: all of it, from any thread, callbacks included. Nothing blocks, and callbacks must
+// not either: others wait for the thread that they run on.
+class AsyncInferStream {
+ public:
+  // Cancels what is under way; the callbacks still run. May be called from one.
+  virtual ~AsyncInferStream() = default;
+  // OK: `done` will be called, once; else it is dropped. RESOURCE_EXHAUSTED: max_under_way requests
+  // are not yet answered, and the next can be sent from the callback of one. UNAVAILABLE: the
+  // stream has ended. FAILED_PRECONDITION: End was called. `request`'s timeout is not used: see
+  // StreamOptions. `spare`: as of InferenceClient::Infer.
+  virtual absl::Status Send(const InferRequest& request, InferCallback done, TensorBytes spare) = 0;
+  absl::Status Send(const InferRequest& request, InferCallback done) {
+    return Send(request, std::move(done), TensorBytes());
+  }
+  // Nothing more is sent; what is under way is still answered.
+  virtual void End() = 0;
+  // What is under way ends CANCELLED, unless it is over already.
+  virtual void Cancel() = 0;
+};
 
 // What the service says of its model.
 struct ModelDescription {
@@ -147,15 +180,19 @@ class InferenceClient {
   InferenceClient(const InferenceClient&) = delete;
   InferenceClient& operator=(const InferenceClient&) = delete;
 
-  // Blocks until the answer, an error that is not retried, or the timeout.
-  absl::StatusOr<InferResult> Infer(const InferRequest& request);
+  // Blocks until the answer, an error that is not retried, or the timeout. A large result is
+  // written to the memory of `spare`, such as an earlier result's bytes, if it is large enough and
+  // nobody else holds it.
+  absl::StatusOr<InferResult> Infer(const InferRequest& request, TensorBytes spare = {});
 
-  // Returns at once. `done` is called exactly once, from a thread of gRPC's: it must not block,
-  // and may start further calls.
-  std::shared_ptr<PendingInfer> InferAsync(const InferRequest& request, InferCallback done);
+  // Returns at once. `done` is called exactly once, from a thread of this library's
+  // (async_threads): it must not block, and may start further calls. `spare`: as of Infer.
+  std::shared_ptr<PendingInfer> InferAsync(const InferRequest& request, InferCallback done,
+                                           TensorBytes spare = {});
 
   // Returns at once; an error to connect shows in Send or Receive. May outlive the client.
   std::unique_ptr<InferStream> OpenStream(const StreamOptions& options = {});
+  std::unique_ptr<AsyncInferStream> OpenAsyncStream(const StreamOptions& options = {});
 
   // Waits until the service says it is ready: a batch has gone through every worker and come back
   // right. DEADLINE_EXCEEDED with the last reason if it is not within `timeout`.
@@ -183,7 +220,6 @@ class InferenceClient {
 
  private:
   struct Core;
-  class AsyncCall;
   std::shared_ptr<Core> core_;
 };
 

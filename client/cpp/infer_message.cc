@@ -17,16 +17,15 @@ void SetPlace(const RegionPlace& place, std::uint64_t size_bytes, Parameters* pa
       static_cast<std::int64_t>(place.offset_bytes));
 }
 
-std::uint64_t TensorBytes(const Tensor& tensor) {
+std::uint64_t SizeBytes(const Tensor& tensor) {
   return static_cast<std::uint64_t>(*ElementCount(tensor.shape)) * ElementSize(tensor.type);
 }
 
-absl::Status AddInput(const char* name, const Tensor& tensor,
-                      inference::ModelInferRequest& message) {
+absl::Status AddInput(const char* name, const Tensor& tensor, RequestParts& parts) {
   const auto count = ElementCount(tensor.shape);
   const char* datatype = KserveName(tensor.type);
   const bool placed = tensor.place.has_value();
-  const std::uint64_t needed = count && !placed ? TensorBytes(tensor) : 0;
+  const std::uint64_t needed = count && !placed ? SizeBytes(tensor) : 0;
   if (datatype == nullptr || !count || tensor.bytes.size() != needed) {
     return absl::InvalidArgumentError(
         absl::StrCat("infer: ", name, " has ", tensor.bytes.size(),
@@ -34,21 +33,21 @@ absl::Status AddInput(const char* name, const Tensor& tensor,
                      "shape ", ShapeString(tensor.shape), " of ", SafetensorsName(tensor.type),
                      placed ? " is none" : " does not fill"));
   }
-  auto* input = message.add_inputs();
+  auto* input = parts.message.add_inputs();
   input->set_name(name);
   input->set_datatype(datatype);
   for (const std::int64_t size : tensor.shape) input->add_shape(size);
   if (placed) {
-    SetPlace(*tensor.place, TensorBytes(tensor), input->mutable_parameters());
+    SetPlace(*tensor.place, SizeBytes(tensor), input->mutable_parameters());
   } else {
-    message.add_raw_input_contents(tensor.bytes);
+    parts.raw.push_back(tensor.bytes);
   }
   return absl::OkStatus();
 }
 
 }  // namespace
 
-absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request) {
+absl::StatusOr<RequestParts> ToMessage(const InferRequest& request) {
   if (request.model.empty()) {
     return absl::InvalidArgumentError("infer: model is empty; name one, as from OnlyModel()");
   }
@@ -56,37 +55,40 @@ absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& reque
     return absl::InvalidArgumentError(
         "infer: only one of topk_ids and topk_weights is given; give both or neither");
   }
-  inference::ModelInferRequest message;
+  RequestParts parts;
+  inference::ModelInferRequest& message = parts.message;
   message.set_model_name(request.model);
   message.set_id(request.id);
   if (request.layer) (*message.mutable_parameters())["layer"].set_int64_param(*request.layer);
   if (request.trace) (*message.mutable_parameters())["epserve_trace"].set_bool_param(true);
-  EPC_RETURN_IF_ERROR(AddInput(kHiddenStates, request.hidden_states, message));
+  EPC_RETURN_IF_ERROR(AddInput(kHiddenStates, request.hidden_states, parts));
   if (request.topk_ids) {
-    EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, message));
-    EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, message));
+    EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, parts));
+    EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, parts));
   }
   auto* output = message.add_outputs();
   output->set_name(kHiddenStates);
   if (request.output_place) {
-    SetPlace(*request.output_place, TensorBytes(request.hidden_states),
-             output->mutable_parameters());
+    SetPlace(*request.output_place, SizeBytes(request.hidden_states), output->mutable_parameters());
   }
-  return message;
+  return parts;
 }
 
 ExpectedOutput ExpectedOf(const InferRequest& request) {
   return {request.hidden_states.shape, request.hidden_states.type, request.output_place};
 }
 
+namespace {
+
 absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
-                                        inference::ModelInferResponse& message) {
+                                        const inference::ModelInferResponse& message,
+                                        std::vector<TensorBytes> raw) {
   InferResult result;
   result.id = message.id();
-  if (message.outputs_size() != 1 || message.raw_output_contents_size() != 1 ||
+  if (message.outputs_size() != 1 || raw.size() != 1 ||
       message.outputs(0).name() != kHiddenStates) {
     return absl::InternalError(absl::StrCat("infer: the answer has ", message.outputs_size(),
-                                            " outputs and ", message.raw_output_contents_size(),
+                                            " outputs and ", raw.size(),
                                             " contents, not one 'hidden_states'"));
   }
   const auto& output = message.outputs(0);
@@ -98,9 +100,9 @@ absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
         ", not ", KserveName(expected.type), " ", ShapeString(expected.shape)));
   }
   result.hidden_states.type = *type;
-  result.hidden_states.bytes = std::move(*message.mutable_raw_output_contents(0));
+  result.hidden_states.bytes = std::move(raw.front());
   result.hidden_states.place = expected.place;
-  const std::size_t expected_bytes = expected.place ? 0 : TensorBytes(result.hidden_states);
+  const std::size_t expected_bytes = expected.place ? 0 : SizeBytes(result.hidden_states);
   if (result.hidden_states.bytes.size() != expected_bytes) {
     return absl::InternalError(absl::StrCat("infer: the answer has ",
                                             result.hidden_states.bytes.size(), " bytes, not ",
@@ -123,6 +125,23 @@ absl::Status StreamError(const inference::ModelStreamInferResponse& message) {
   const bool known = code > 0 && code <= static_cast<int>(absl::StatusCode::kUnauthenticated);
   return absl::Status(known ? static_cast<absl::StatusCode>(code) : absl::StatusCode::kUnknown,
                       message.error_message());
+}
+
+}  // namespace
+
+absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                     TensorBytes spare) {
+  ResponseParts parts;
+  EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
+  return FromMessage(expected, parts.message, std::move(parts.raw));
+}
+
+absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                             TensorBytes spare) {
+  StreamedParts parts;
+  EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
+  if (!parts.message.error_message().empty()) return StreamError(parts.message);
+  return FromMessage(expected, parts.message.infer_response(), std::move(parts.raw));
 }
 
 }  // namespace epserve::client

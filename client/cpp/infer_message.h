@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/cpp/client.h"
+#include "client/cpp/infer_wire.h"
 #include "inference/grpc_service.pb.h"
 
 namespace epserve::client {
@@ -16,7 +17,7 @@ namespace epserve::client {
 inline constexpr char kHiddenStates[] = "hidden_states";
 
 // INVALID_ARGUMENT: a tensor does not fill its shape, or what belongs together is not all there.
-absl::StatusOr<inference::ModelInferRequest> ToMessage(const InferRequest& request);
+absl::StatusOr<RequestParts> ToMessage(const InferRequest& request);
 
 // What the answer to a request must be.
 struct ExpectedOutput {
@@ -26,13 +27,14 @@ struct ExpectedOutput {
 };
 ExpectedOutput ExpectedOf(const InferRequest& request);
 
-// INTERNAL: the answer is not what was asked for. Moves the tensor's bytes out of `message`.
-absl::StatusOr<InferResult> FromMessage(const ExpectedOutput& expected,
-                                        inference::ModelInferResponse& message);
+// From ModelInfer's reply; `spare` as of Parse. INTERNAL: the answer is not what was asked for.
+absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                     TensorBytes spare);
 
-// The error that a stream's message carries in place of an answer; UNKNOWN where the server does
-// not say which code it is (parameter epserve_error_code).
-absl::Status StreamError(const inference::ModelStreamInferResponse& message);
+// As above, from a message of ModelStreamInfer; or the error that it carries in place of an answer,
+// UNKNOWN where the server does not say which code it is (parameter epserve_error_code).
+absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+                                             TensorBytes spare);
 
 }  // namespace epserve::client
 

@@ -36,13 +36,13 @@ class GrpcInferStream final : public InferStream {
   }
 
   absl::Status Send(const InferRequest& request) override {
-    EPC_ASSIGN_OR_RETURN(inference::ModelInferRequest message, ToMessage(request));
+    EPC_ASSIGN_OR_RETURN(const RequestParts parts, ToMessage(request));
     {
       // Before it is sent: its result may come before Write returns.
       absl::MutexLock lock(&mutex_);
       owed_.push_back(ExpectedOf(request));
     }
-    if (stream_->Write(Serialize(std::move(message)))) return absl::OkStatus();
+    if (stream_->Write(Serialize(parts))) return absl::OkStatus();
     {
       absl::MutexLock lock(&mutex_);
       if (!owed_.empty()) owed_.pop_back();
@@ -50,7 +50,8 @@ class GrpcInferStream final : public InferStream {
     return absl::UnavailableError("infer stream: it has ended; Receive says why");
   }
 
-  absl::StatusOr<InferResult> Receive() override {
+  using InferStream::Receive;
+  absl::StatusOr<InferResult> Receive(TensorBytes spare) override {
     ExpectedOutput owed;
     {
       absl::MutexLock lock(&mutex_);
@@ -61,15 +62,11 @@ class GrpcInferStream final : public InferStream {
     }
     grpc::ByteBuffer reply;
     if (!stream_->Read(&reply)) return End();
-    inference::ModelStreamInferResponse response;
-    const absl::Status parsed = Parse(std::move(reply), &response);
     {
       absl::MutexLock lock(&mutex_);
       owed_.pop_front();
     }
-    if (!parsed.ok()) return parsed;
-    if (!response.error_message().empty()) return StreamError(response);
-    return FromMessage(owed, *response.mutable_infer_response());
+    return StreamedResultOf(owed, std::move(reply), std::move(spare));
   }
 
   void Cancel() override { context_.TryCancel(); }

@@ -7,6 +7,7 @@
 #include <grpcpp/support/slice.h>
 
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -37,6 +38,13 @@ grpc::Slice SliceOf(std::string&& text) {
       owned);
 }
 
+grpc::Slice SliceOf(const TensorBytes& bytes) {
+  auto* const held = new TensorBytes(bytes);
+  return grpc::Slice(
+      const_cast<char*>(held->data()), held->size(),  // gRPC only reads.
+      [](void* dropped) { delete static_cast<TensorBytes*>(dropped); }, held);
+}
+
 void AppendHead(int field, std::size_t bytes, std::string& text) {
   StringOutputStream stream(&text);
   CodedOutputStream coded(&stream);
@@ -44,14 +52,15 @@ void AppendHead(int field, std::size_t bytes, std::string& text) {
   coded.WriteVarint64(bytes);
 }
 
-// A response whose raw entries stand apart.
-struct ResponseParts {
-  std::string rest;
-  std::vector<std::string> raw;
+// A response as it is taken apart.
+struct Pieces {
+  TensorBytes spare;
+  std::string rest;  // the message without its raw entries
+  std::vector<TensorBytes> raw;
 };
 
-bool Split(CodedInputStream* input, ResponseParts* parts) {
-  StringOutputStream stream(&parts->rest);
+bool Split(CodedInputStream* input, Pieces* pieces) {
+  StringOutputStream stream(&pieces->rest);
   CodedOutputStream rest(&stream);
   while (const std::uint32_t tag = input->ReadTag()) {
     if (tag != Delimited(ModelInferResponse::kRawOutputContentsFieldNumber)) {
@@ -63,19 +72,15 @@ bool Split(CodedInputStream* input, ResponseParts* parts) {
     // So that a wrong length allocates nothing. Only within a limit is it known what is left.
     const int left = input->BytesUntilLimit();
     if (left < 0 || length > left) return false;
-    std::string& raw = parts->raw.emplace_back(static_cast<std::size_t>(length), '\0');
-    if (!input->ReadRaw(raw.data(), length)) return false;
+    TensorMemory memory(static_cast<std::size_t>(length),
+                        std::exchange(pieces->spare, TensorBytes()));
+    if (!input->ReadRaw(memory.data(), length)) return false;
+    pieces->raw.push_back(std::move(memory));
   }
   return input->ConsumedEntireMessage();
 }
 
-bool Join(ResponseParts parts, ModelInferResponse* message) {
-  if (!message->ParseFromString(parts.rest)) return false;
-  for (std::string& raw : parts.raw) *message->add_raw_output_contents() = std::move(raw);
-  return true;
-}
-
-bool SplitStream(CodedInputStream* input, ResponseParts* parts, std::string* rest_text) {
+bool SplitStream(CodedInputStream* input, Pieces* pieces, std::string* rest_text) {
   StringOutputStream stream(rest_text);
   CodedOutputStream rest(&stream);
   bool found = false;
@@ -88,10 +93,18 @@ bool SplitStream(CodedInputStream* input, ResponseParts* parts, std::string* res
     int length = 0;
     if (!input->ReadVarintSizeAsInt(&length) || length > input->BytesUntilLimit()) return false;
     const auto limit = input->PushLimit(length);
-    if (!Split(input, parts)) return false;
+    if (!Split(input, pieces)) return false;
     input->PopLimit(limit);
   }
   return input->ConsumedEntireMessage();
+}
+
+// What the generated code has read of a small message, with its raw entries moved out.
+void TakeRaw(ModelInferResponse* message, std::vector<TensorBytes>* raw) {
+  for (std::string& entry : *message->mutable_raw_output_contents()) {
+    raw->push_back(std::move(entry));
+  }
+  message->clear_raw_output_contents();
 }
 
 // Calls use(stream over the bytes) and gives what that gives; false where there are none.
@@ -110,45 +123,64 @@ absl::Status Malformed(const char* what) {
   return absl::InternalError(absl::StrCat("infer: the answer is not a ", what));
 }
 
+template <typename Message>
+bool ParseWhole(grpc::ByteBuffer& bytes, Message* message) {
+  return Over(bytes, [&](CodedInputStream* input) {
+    return message->ParseFromCodedStream(input) && input->ConsumedEntireMessage();
+  });
+}
+
 }  // namespace
 
-grpc::ByteBuffer Serialize(ModelInferRequest message) {
-  google::protobuf::RepeatedPtrField<std::string> raw;
-  raw.Swap(message.mutable_raw_input_contents());
-  std::string text = message.SerializeAsString();
+grpc::ByteBuffer Serialize(const RequestParts& request) {
+  std::string text = request.message.SerializeAsString();
   std::vector<grpc::Slice> slices;
-  for (std::string& entry : raw) {
+  for (const TensorBytes& entry : request.raw) {
     AppendHead(ModelInferRequest::kRawInputContentsFieldNumber, entry.size(), text);
     if (entry.size() <= kCopiedBytes) {
-      text += entry;
+      text += std::string_view(entry);
     } else {
       slices.push_back(SliceOf(std::exchange(text, {})));
-      slices.push_back(SliceOf(std::move(entry)));
+      slices.push_back(SliceOf(entry));
     }
   }
   if (!text.empty()) slices.push_back(SliceOf(std::move(text)));
   return grpc::ByteBuffer(slices.data(), slices.size());
 }
 
-absl::Status Parse(grpc::ByteBuffer bytes, ModelInferResponse* message) {
-  ResponseParts parts;
-  message->Clear();
-  const bool split = Over(bytes, [&](CodedInputStream* input) { return Split(input, &parts); });
-  if (split && Join(std::move(parts), message)) return absl::OkStatus();
-  return Malformed("ModelInferResponse");
+absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, ResponseParts* parts) {
+  *parts = {};
+  bool whole = false;
+  if (bytes.Valid() && bytes.Length() <= kCopiedBytes) {
+    whole = ParseWhole(bytes, &parts->message);
+    TakeRaw(&parts->message, &parts->raw);
+  } else {
+    Pieces pieces{.spare = std::move(spare)};
+    whole = Over(bytes, [&](CodedInputStream* input) { return Split(input, &pieces); }) &&
+            parts->message.ParseFromString(pieces.rest);
+    parts->raw = std::move(pieces.raw);
+  }
+  return whole ? absl::OkStatus() : Malformed("ModelInferResponse");
 }
 
-absl::Status Parse(grpc::ByteBuffer bytes, ModelStreamInferResponse* message) {
-  ResponseParts parts;
-  std::string rest;
-  message->Clear();
-  const bool split =
-      Over(bytes, [&](CodedInputStream* input) { return SplitStream(input, &parts, &rest); });
-  if (split && message->ParseFromString(rest) &&
-      Join(std::move(parts), message->mutable_infer_response())) {
-    return absl::OkStatus();
+absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, StreamedParts* parts) {
+  *parts = {};
+  bool whole = false;
+  if (bytes.Valid() && bytes.Length() <= kCopiedBytes) {
+    whole = ParseWhole(bytes, &parts->message);
+    if (parts->message.has_infer_response()) {
+      TakeRaw(parts->message.mutable_infer_response(), &parts->raw);
+    }
+  } else {
+    Pieces pieces{.spare = std::move(spare)};
+    std::string rest;
+    const bool split =
+        Over(bytes, [&](CodedInputStream* input) { return SplitStream(input, &pieces, &rest); });
+    whole = split && parts->message.ParseFromString(rest) &&
+            parts->message.mutable_infer_response()->ParseFromString(pieces.rest);
+    parts->raw = std::move(pieces.raw);
   }
-  return Malformed("ModelStreamInferResponse");
+  return whole ? absl::OkStatus() : Malformed("ModelStreamInferResponse");
 }
 
 }  // namespace epserve::client

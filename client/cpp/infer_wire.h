@@ -5,7 +5,10 @@
 
 #include <grpcpp/support/byte_buffer.h>
 
+#include <vector>
+
 #include "absl/status/status.h"
+#include "client/cpp/tensor_bytes.h"
 #include "inference/grpc_service.pb.h"
 
 namespace epserve::client {
@@ -13,12 +16,23 @@ namespace epserve::client {
 inline constexpr char kInferMethod[] = "/inference.GRPCInferenceService/ModelInfer";
 inline constexpr char kStreamInferMethod[] = "/inference.GRPCInferenceService/ModelStreamInfer";
 
-// The raw entries become gRPC's as they are.
-grpc::ByteBuffer Serialize(inference::ModelInferRequest message);
+// A message whose raw entries stand apart; it has none itself.
+template <typename Message>
+struct MessageParts {
+  Message message;
+  std::vector<TensorBytes> raw;
+};
+using RequestParts = MessageParts<inference::ModelInferRequest>;
+using ResponseParts = MessageParts<inference::ModelInferResponse>;
+using StreamedParts = MessageParts<inference::ModelStreamInferResponse>;
 
-// INTERNAL: the bytes are no such message. Its raw entries are copied once.
-absl::Status Parse(grpc::ByteBuffer bytes, inference::ModelInferResponse* message);
-absl::Status Parse(grpc::ByteBuffer bytes, inference::ModelStreamInferResponse* message);
+// Large raw entries are shared with gRPC, for as long as it keeps the buffer.
+grpc::ByteBuffer Serialize(const RequestParts& request);
+
+// INTERNAL: the bytes are no such message. Its raw entries are copied once, the first large one to
+// the memory of `spare` if that will do.
+absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, ResponseParts* parts);
+absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, StreamedParts* parts);
 
 }  // namespace epserve::client
 

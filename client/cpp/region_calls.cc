@@ -1,5 +1,8 @@
 // InferenceClient's calls about shared memory.
-#include <utility>
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "client/cpp/channel.h"
@@ -14,6 +17,17 @@ namespace {
 absl::Status CheckNamed(const std::string& name) {
   if (!name.empty()) return absl::OkStatus();
   return absl::InvalidArgumentError("unregister region: name is empty; name one");
+}
+
+// What `describe` makes of each of a response's regions, by name.
+template <typename Regions, typename Describe>
+auto ByName(const Regions& regions, const Describe& describe) {
+  using Description = decltype(describe(regions.begin()->second));
+  std::vector<Description> descriptions;
+  for (const auto& [name, region] : regions) descriptions.push_back(describe(region));
+  std::sort(descriptions.begin(), descriptions.end(),
+            [](const Description& a, const Description& b) { return a.name < b.name; });
+  return descriptions;
 }
 
 }  // namespace
@@ -48,13 +62,9 @@ absl::StatusOr<std::vector<RegionDescription>> InferenceClient::ListRegions(
   inference::SystemSharedMemoryStatusResponse response;
   EPC_RETURN_IF_ERROR(
       FromGrpcStatus(core_->stub->SystemSharedMemoryStatus(&context, {}, &response)));
-  std::map<std::string, RegionDescription> by_name;
-  for (const auto& [name, region] : response.regions()) {
-    by_name[name] = {region.name(), region.key(), region.offset(), region.byte_size()};
-  }
-  std::vector<RegionDescription> regions;
-  for (auto& [name, region] : by_name) regions.push_back(std::move(region));
-  return regions;
+  return ByName(response.regions(), [](const auto& region) {
+    return RegionDescription{region.name(), region.key(), region.offset(), region.byte_size()};
+  });
 }
 
 absl::Status InferenceClient::RegisterCudaRegion(const CudaRegionDescription& region,
@@ -87,14 +97,10 @@ absl::StatusOr<std::vector<CudaRegionDescription>> InferenceClient::ListCudaRegi
   StartCall(*core_->channel, context, timeout);
   inference::CudaSharedMemoryStatusResponse response;
   EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->CudaSharedMemoryStatus(&context, {}, &response)));
-  std::map<std::string, CudaRegionDescription> by_name;
-  for (const auto& [name, region] : response.regions()) {
-    by_name[name] = {region.name(), "", static_cast<std::int64_t>(region.device_id()),
-                     region.byte_size()};
-  }
-  std::vector<CudaRegionDescription> regions;
-  for (auto& [name, region] : by_name) regions.push_back(std::move(region));
-  return regions;
+  return ByName(response.regions(), [](const auto& region) {
+    return CudaRegionDescription{region.name(), "", static_cast<std::int64_t>(region.device_id()),
+                                 region.byte_size()};
+  });
 }
 
 }  // namespace epserve::client

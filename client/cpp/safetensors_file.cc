@@ -175,9 +175,10 @@ absl::StatusOr<Tensor> SafetensorsFile::Read(const std::string& name) const {
   Tensor tensor;
   tensor.type = found->second.type;
   tensor.shape = found->second.shape;
-  tensor.bytes.resize(found->second.end - found->second.begin);
+  TensorMemory memory(found->second.end - found->second.begin);
   EPC_RETURN_IF_ERROR(ReadExactly(file_.get(), path_, data_begin_ + found->second.begin,
-                                  tensor.bytes.size(), tensor.bytes.data()));
+                                  memory.size(), memory.data()));
+  tensor.bytes = std::move(memory);
   return tensor;
 }
 
@@ -216,7 +217,7 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
   return writer;
 }
 
-absl::Status SafetensorsWriter::Append(const std::string& bytes) {
+absl::Status SafetensorsWriter::Append(std::string_view bytes) {
   if (next_ >= pending_.size() || bytes.size() != pending_[next_].second) {
     return absl::InvalidArgumentError(absl::StrCat(
         "safetensors: write '", path_, "': got ", bytes.size(), " bytes for tensor ",

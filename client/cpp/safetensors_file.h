@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -73,7 +74,7 @@ class SafetensorsWriter {
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   // The next tensor's bytes, in the order of `specs`. INVALID_ARGUMENT: not the size its spec says.
-  absl::Status Append(const std::string& bytes);
+  absl::Status Append(std::string_view bytes);
   // FAILED_PRECONDITION: some tensors were not appended.
   absl::Status Finish();
 

@@ -24,8 +24,9 @@ Tensor MakeTensor(ElementType type, std::vector<std::int64_t> shape,
   Tensor tensor;
   tensor.type = type;
   tensor.shape = std::move(shape);
-  tensor.bytes.resize(values.size() * ElementSize(type));
-  EncodeFromDouble(type, values.data(), values.size(), tensor.bytes.data());
+  TensorMemory memory(values.size() * ElementSize(type));
+  EncodeFromDouble(type, values.data(), values.size(), memory.data());
+  tensor.bytes = std::move(memory);
   return tensor;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "client/cpp/element_type.h"
+#include "client/cpp/tensor_bytes.h"
 
 namespace epserve::client {
 
@@ -20,7 +21,7 @@ struct RegionPlace {
 struct Tensor {
   ElementType type = ElementType::kF32;
   std::vector<std::int64_t> shape;
-  std::string bytes;  // row-major, unpadded, little-endian; empty where `place` is set
+  TensorBytes bytes;  // row-major, unpadded, little-endian; empty where `place` is set
   std::optional<RegionPlace> place;  // where the bytes stand, if not here; see shared_region.h
 };
 

@@ -88,7 +88,7 @@ TEST_F(ClientTest, InferSendsTensorsLayerAndMetadataAndReadsTheAnswer) {
   EXPECT_EQ(seen.inputs(0).datatype(), "FP32");
   EXPECT_EQ(seen.inputs(1).name(), "topk_ids");
   EXPECT_EQ(seen.inputs(1).datatype(), "INT32");
-  EXPECT_EQ(seen.raw_input_contents(2), request.topk_weights->bytes);
+  EXPECT_EQ(seen.raw_input_contents(2), std::string_view(request.topk_weights->bytes));
 }
 
 TEST_F(ClientTest, RequestThatCannotBeRightIsRefusedWithoutACall) {
@@ -98,7 +98,7 @@ TEST_F(ClientTest, RequestThatCannotBeRightIsRefusedWithoutACall) {
   InferRequest half = Request();
   half.topk_weights.reset();
   InferRequest short_bytes = Request();
-  short_bytes.hidden_states.bytes.pop_back();
+  short_bytes.hidden_states.bytes = std::string(7, 'x');
   for (const InferRequest& request : {no_model, half, short_bytes}) {
     EXPECT_EQ(client.Infer(request).status().code(), absl::StatusCode::kInvalidArgument);
     EXPECT_EQ(Await(client, request).status().code(), absl::StatusCode::kInvalidArgument);
@@ -118,6 +118,23 @@ TEST_F(ClientTest, ServerThatIsBackIsFoundWithinTheBackoff) {
   const absl::Time back = absl::Now();
   // Attempts are 1.2 s apart at most; gRPC alone might look at the one that succeeds 5 s later.
   while (!client.Infer(Request()).ok()) ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
+}
+
+TEST_F(ClientTest, AsynchronousCallsFindAServerThatIsBackWithinTheBackoff) {
+  InferenceClient client = Client();
+  ASSERT_TRUE(Await(client, Request()).ok());
+  service_.Stop();
+  const absl::Time gone = absl::Now();
+  while (absl::Now() - gone < absl::Milliseconds(700)) {
+    EXPECT_EQ(Await(client, Request()).status().code(), absl::StatusCode::kUnavailable);
+    absl::SleepFor(absl::Milliseconds(20));
+  }
+  service_.Start(service_.target());
+  const absl::Time back = absl::Now();
+  while (!Await(client, Request()).ok()) {
+    ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
+    absl::SleepFor(absl::Milliseconds(20));
+  }
 }
 
 TEST_F(ClientTest, UnavailableIsNotRetriedUnlessOptedInto) {
@@ -297,7 +314,7 @@ TEST_F(ClientTest, MessagesBeyondGrpcsDefaultLimitPass) {
   InferenceClient client = Client();
   InferRequest request = Request();
   request.hidden_states.shape = {1 << 20, 2};
-  request.hidden_states.bytes.assign(std::size_t{8} << 20, 'x');
+  request.hidden_states.bytes = std::string(std::size_t{8} << 20, 'x');
   request.topk_ids.reset();
   request.topk_weights.reset();
   const auto result = client.Infer(request);

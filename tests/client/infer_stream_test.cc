@@ -83,7 +83,7 @@ TEST_F(InferStreamTest, ReceiveWithoutARequestAndWrongTensorsAreRefused) {
   const auto stream = client_.OpenStream();
   EXPECT_EQ(stream->Receive().status().code(), absl::StatusCode::kFailedPrecondition);
   InferRequest wrong = Numbered(0);
-  wrong.hidden_states.bytes.pop_back();
+  wrong.hidden_states.bytes = std::string(7, 'x');
   EXPECT_EQ(stream->Send(wrong).code(), absl::StatusCode::kInvalidArgument);
   ASSERT_TRUE(stream->Send(Numbered(0)).ok());
   EXPECT_TRUE(stream->Receive().ok());

@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace epserve::client {
@@ -26,57 +28,99 @@ grpc::ByteBuffer BufferOf(const std::string& bytes) {
   return grpc::ByteBuffer(slices, 2);
 }
 
-inference::ModelInferResponse Response() {
+inference::ModelInferResponse Response(std::size_t raw_bytes) {
   inference::ModelInferResponse response;
   response.set_model_name("model");
   response.set_id("7");
   response.add_outputs()->set_name("hidden_states");
-  response.add_raw_output_contents(std::string(100'000, 'r'));
+  response.add_raw_output_contents(std::string(raw_bytes, 'r'));
   response.add_raw_output_contents("");
   return response;
 }
 
+// The message that the parts are of.
+template <typename Message>
+std::string Joined(Message message, const std::vector<TensorBytes>& raw) {
+  EXPECT_EQ(message.raw_output_contents_size(), 0);
+  for (const TensorBytes& entry : raw) message.add_raw_output_contents(std::string(entry));
+  return message.SerializeAsString();
+}
+
 TEST(InferWireTest, RequestsAreTheBytesOfTheGeneratedCode) {
   for (const std::size_t size : {0, 3, 16 << 10, (16 << 10) + 1, 1 << 20}) {
-    inference::ModelInferRequest message;
-    message.set_model_name("model");
-    message.add_inputs()->set_name("hidden_states");
-    message.add_raw_input_contents(std::string(size, 'h'));
-    message.add_raw_input_contents("ids");
-    message.add_raw_input_contents(std::string(size, 'w'));
-    const std::string expected = message.SerializeAsString();
-    EXPECT_EQ(BytesOf(Serialize(std::move(message))), expected) << size;
+    RequestParts parts;
+    parts.message.set_model_name("model");
+    parts.message.add_inputs()->set_name("hidden_states");
+    parts.raw = {std::string(size, 'h'), std::string("ids"), std::string(size, 'w')};
+    inference::ModelInferRequest whole = parts.message;
+    for (const TensorBytes& entry : parts.raw) whole.add_raw_input_contents(std::string(entry));
+    EXPECT_EQ(BytesOf(Serialize(parts)), whole.SerializeAsString()) << size;
   }
+}
+
+TEST(InferWireTest, LargeEntriesOfARequestAreSharedAndOutliveIt) {
+  const std::string expected(100'000, 'h');
+  TensorBytes bytes = expected;
+  const char* const at = bytes.data();
+  RequestParts parts;
+  parts.raw = {std::move(bytes)};
+  const grpc::ByteBuffer buffer = Serialize(std::exchange(parts, {}));
+  std::vector<grpc::Slice> slices;
+  ASSERT_TRUE(buffer.Dump(&slices).ok());
+  ASSERT_EQ(slices.size(), 2u);
+  EXPECT_EQ(reinterpret_cast<const char*>(slices[1].begin()), at);
+  EXPECT_EQ(std::string(at, slices[1].size()), expected);
 }
 
 TEST(InferWireTest, ResponsesAreReadWhole) {
-  const inference::ModelInferResponse expected = Response();
-  inference::ModelInferResponse response;
-  ASSERT_TRUE(Parse(BufferOf(expected.SerializeAsString()), &response).ok());
-  EXPECT_EQ(response.SerializeAsString(), expected.SerializeAsString());
+  for (const std::size_t raw_bytes : {0, 100, 100'000}) {
+    const inference::ModelInferResponse expected = Response(raw_bytes);
+    ResponseParts parts;
+    ASSERT_TRUE(Parse(BufferOf(expected.SerializeAsString()), {}, &parts).ok());
+    EXPECT_EQ(Joined(parts.message, parts.raw), expected.SerializeAsString());
 
-  inference::ModelStreamInferResponse wrapped;
-  *wrapped.mutable_infer_response() = expected;
-  wrapped.set_error_message("why");
-  inference::ModelStreamInferResponse streamed;
-  ASSERT_TRUE(Parse(BufferOf(wrapped.SerializeAsString()), &streamed).ok());
-  EXPECT_EQ(streamed.SerializeAsString(), wrapped.SerializeAsString());
+    inference::ModelStreamInferResponse wrapped;
+    *wrapped.mutable_infer_response() = expected;
+    wrapped.set_error_message("why");
+    StreamedParts streamed;
+    ASSERT_TRUE(Parse(BufferOf(wrapped.SerializeAsString()), {}, &streamed).ok());
+    EXPECT_EQ(streamed.message.error_message(), "why");
+    EXPECT_EQ(Joined(streamed.message.infer_response(), streamed.raw),
+              expected.SerializeAsString());
+  }
+}
+
+TEST(InferWireTest, LargeEntryOfAResponseIsWrittenToTheSpareMemoryOfItsOnlyHolder) {
+  const std::string message = Response(100'000).SerializeAsString();
+  TensorBytes spare = std::string(200'000, 's');
+  const char* const at = spare.data();
+  ResponseParts parts;
+  ASSERT_TRUE(Parse(BufferOf(message), std::move(spare), &parts).ok());
+  EXPECT_EQ(parts.raw.front().data(), at);
+  EXPECT_EQ(std::string_view(parts.raw.front()), std::string(100'000, 'r'));
+
+  const TensorBytes held = parts.raw.front();
+  ASSERT_TRUE(Parse(BufferOf(message), std::move(parts.raw.front()), &parts).ok());
+  EXPECT_NE(parts.raw.front().data(), at);
+  EXPECT_EQ(std::string_view(held), std::string(100'000, 'r'));
 }
 
 TEST(InferWireTest, BytesThatAreNoResponseAreInternalErrors) {
-  const std::string whole = Response().SerializeAsString();
+  const std::string whole = Response(100'000).SerializeAsString();
+  const std::string small = Response(50).SerializeAsString();
   for (const std::string& bytes :
        {std::string("\xff\xff\xff"), whole.substr(0, whole.size() - 5),
-        std::string("\x32\xff\xff\xff\x7f") + "short", std::string("\x32\x05") + "abc"}) {
-    inference::ModelInferResponse response;
-    EXPECT_EQ(Parse(BufferOf(bytes), &response).code(), absl::StatusCode::kInternal);
-    inference::ModelStreamInferResponse streamed;
+        small.substr(0, small.size() - 5), std::string("\x32\xff\xff\xff\x7f") + "short",
+        std::string("\x32\xff\xff\xff\x7f") + whole, std::string("\x32\x05") + "abc"}) {
+    ResponseParts parts;
+    EXPECT_EQ(Parse(BufferOf(bytes), {}, &parts).code(), absl::StatusCode::kInternal);
+    StreamedParts streamed;
     const std::string head = std::string("\x12") + static_cast<char>(0x7f);
-    EXPECT_EQ(Parse(BufferOf(head + bytes.substr(0, 100)), &streamed).code(),
+    EXPECT_EQ(Parse(BufferOf(head + bytes.substr(0, 100)), {}, &streamed).code(),
               absl::StatusCode::kInternal);
   }
-  inference::ModelInferResponse response;
-  EXPECT_EQ(Parse(grpc::ByteBuffer(), &response).code(), absl::StatusCode::kInternal);
+  ResponseParts parts;
+  EXPECT_EQ(Parse(grpc::ByteBuffer(), {}, &parts).code(), absl::StatusCode::kInternal);
 }
 
 }  // namespace

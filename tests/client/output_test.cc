@@ -87,11 +87,16 @@ TEST(BenchReportTest, PercentilesAreOfTheNearestRank) {
 LoadResult TwoGoodOneBad() {
   LoadResult result;
   result.seconds = 2;
-  result.samples.push_back(
-      {absl::StatusCode::kOk, 1000, {{"epserve_ffn_us", 400}, {"epserve_queue_us", 5}}});
-  result.samples.push_back(
-      {absl::StatusCode::kOk, 2000, {{"epserve_ffn_us", 500}, {"epserve_queue_us", 6}}});
-  result.samples.push_back({absl::StatusCode::kUnavailable, 9e9, {}});
+  const auto add = [&](absl::StatusCode code, double request_us, std::int64_t queue_us,
+                       std::int64_t ffn_us) {
+    Sample sample{.code = code, .request_us = request_us};
+    sample.phases_us.front() = queue_us;
+    sample.phases_us[kFfnPhase] = ffn_us;
+    result.samples.push_back(std::move(sample));
+  };
+  add(absl::StatusCode::kOk, 1000, 5, 400);
+  add(absl::StatusCode::kOk, 2000, 6, 500);
+  add(absl::StatusCode::kUnavailable, 9e9, kNoTime, kNoTime);
   result.first_message["UNAVAILABLE"] = "no worker";
   return result;
 }

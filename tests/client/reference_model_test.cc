@@ -185,8 +185,8 @@ TEST_F(ReferenceModelTest, ShardNameThatLeavesTheDirectoryIsRefused) {
 TEST_F(ReferenceModelTest, WrongShapeOrTypeIsRefusedByName) {
   directory_.Write("config.json", kMixtralConfig);
   const std::string name = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
-  for (const Tensor& bad :
-       {MakeTensor(ElementType::kF32, {2, 1}, {1, 2}), Tensor{ElementType::kU8, {1, 2}, "ab"}}) {
+  for (const Tensor& bad : {MakeTensor(ElementType::kF32, {2, 1}, {1, 2}),
+                            Tensor{ElementType::kU8, {1, 2}, std::string("ab")}}) {
     auto tensors = MixtralTensors(ElementType::kF32);
     tensors[name] = bad;
     ASSERT_TRUE(WriteSafetensors(directory_.File("model.safetensors"), tensors).ok());

@@ -77,7 +77,7 @@ class VerifyTest : public ::testing::Test {
       output->set_name("hidden_states");
       output->set_datatype(KserveName(type));
       for (const std::int64_t size : x.shape) output->add_shape(size);
-      response.add_raw_output_contents(MakeTensor(type, x.shape, y).bytes);
+      response.add_raw_output_contents(std::string(MakeTensor(type, x.shape, y).bytes));
       return grpc::Status::OK;
     });
   }
