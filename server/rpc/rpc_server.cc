@@ -61,6 +61,7 @@ struct RpcServer::State {
   std::chrono::microseconds busy_poll{0};
   std::vector<Listener> listeners;
   Authorize authorize;  // null: everybody may call everything
+  std::function<void(const std::string&)> on_no_place = [](const std::string&) {};
   grpc::AsyncGenericService service;
   std::vector<std::unique_ptr<Loop>> loops;
   std::unique_ptr<grpc::Server> server;
@@ -228,6 +229,7 @@ class RpcServer::Call final : public ServerCall {
     if (method.places == Places::kFree) return absl::OkStatus();
     const absl::Status has_place = state->TakePlace(peer_);
     counted_ = has_place.ok();
+    if (!counted_) state->on_no_place(peer_);
     return has_place;
   }
   void Read(bool ok) {
@@ -355,6 +357,10 @@ void RpcServer::SetAuthorizer(Authorize authorize) { state_->authorize = std::mo
 
 void RpcServer::SetMaxConnections(std::size_t max_connections) {
   state_->max_connections = max_connections;
+}
+
+void RpcServer::SetOnNoPlace(std::function<void(const std::string&)> on_no_place) {
+  state_->on_no_place = std::move(on_no_place);
 }
 
 void RpcServer::SetCallLimits(const CallLimits& limits) { state_->limits = limits; }
