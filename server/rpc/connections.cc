@@ -19,9 +19,11 @@ namespace {
 
 constexpr std::string_view kUnixScheme = "unix:";
 
-// Of a handshake: all that the other end sends, with its chain of certificates; and how long ago
-// the last of it may have come, on a machine that is short of cores.
+// Of a handshake: all that the other end sends, with its chain of certificates, in bytes and in
+// segments, which tell it from a connection that says little but has long been there; and how long
+// ago the last of it may have come, on a machine that is short of cores.
 constexpr std::uint64_t kMaxHandshakeBytes = 16 << 10;
+constexpr std::uint32_t kMaxHandshakeSegments = 8;
 constexpr std::uint32_t kHandshakeRecentMs = 200;
 
 bool IsConnection(int fd) {
@@ -53,7 +55,8 @@ bool MayBeInHandshake(int fd) {
   socklen_t size = sizeof(info);
   return ::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 &&
          info.tcpi_last_data_recv <= kHandshakeRecentMs &&
-         info.tcpi_bytes_received <= kMaxHandshakeBytes;
+         info.tcpi_bytes_received <= kMaxHandshakeBytes &&
+         info.tcpi_data_segs_in <= kMaxHandshakeSegments;
 }
 
 // Empty: it has none any more.

@@ -67,6 +67,11 @@ TEST_F(ConnectionsTest, PeerThatHasSentMuchIsNotInItsHandshake) {
   EXPECT_THAT(PeersInHandshake(port_), IsEmpty());
 }
 
+TEST_F(ConnectionsTest, PeerThatHasSentLittleAgainAndAgainIsNotInItsHandshake) {
+  for (int i = 0; i < 20; ++i) Send(10);
+  EXPECT_THAT(PeersInHandshake(port_), IsEmpty());
+}
+
 TEST_F(ConnectionsTest, PeerThatHasBeenSilentIsNotInItsHandshake) {
   Send(500);
   // Until the kernel finds it so: what ended a moment ago is told of for a while.
