@@ -56,6 +56,12 @@ constexpr auto kStopGrace = std::chrono::seconds(1);
 // from one to the other at each event, which costs more than it gains until a core is full.
 constexpr int kIoThreads = 1;
 
+// Before gRPC ends calls of its own choice, and with time for the look that finds it so.
+std::uint64_t MaxHalfMessageBytes(const Options& options) {
+  const auto most = MaxBufferedBytes(static_cast<int>(options.max_message_bytes));
+  return static_cast<std::uint64_t>(most / 4 * 3);
+}
+
 CountExchangeMode CountExchangeModeOf(std::string_view option) {
   if (option == "coordinator") return CountExchangeMode::kCoordinator;
   return option == "device" ? CountExchangeMode::kDevice : CountExchangeMode::kAuto;
@@ -196,6 +202,10 @@ struct Coordinator::Parts {
                     &health_port);
     }
     server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
+    server.SetBufferLimit(
+        {MaxHalfMessageBytes(options), [this](const std::string& peer, std::uint64_t num_bytes) {
+           refusals->OnHalfMessages(peer, num_bytes);
+         }});
     server.SetOnNoPlace([this](const std::string& peer) { refusals->OnMaxConnections(peer); });
     server.SetCallLimits({std::chrono::milliseconds(options.message_timeout_ms),
                           std::chrono::milliseconds(options.stream_idle_timeout_ms)});

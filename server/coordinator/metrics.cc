@@ -19,8 +19,8 @@ namespace {
 constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
     "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
 constexpr std::array<const char*, kNumRegionWays> kRegionWays = {"direct", "copied", "device"};
-constexpr std::array<const char*, kNumRefusalReasons> kRefusalReasons = {"max_connections",
-                                                                         "access", "handshake"};
+constexpr std::array<const char*, kNumRefusalReasons> kRefusalReasons = {
+    "max_connections", "access", "handshake", "half_messages"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
 // The highest status code (UNAUTHENTICATED) has the number 16.

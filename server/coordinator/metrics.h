@@ -24,9 +24,10 @@ enum class RegionWay { kDirect, kCopied, kDevice };
 inline constexpr int kNumRegionWays = 3;
 
 // Why callers are turned away before anybody looks at what they ask for: too many connections have
-// calls under way; their certificate or secret does not do; no TLS connection came about.
-enum class RefusalReason { kMaxConnections, kAccess, kHandshake };
-inline constexpr int kNumRefusalReasons = 3;
+// calls under way; their certificate or secret does not do; no TLS connection came about; they hold
+// the memory of messages that are not whole.
+enum class RefusalReason { kMaxConnections, kAccess, kHandshake, kHalfMessages };
+inline constexpr int kNumRefusalReasons = 4;
 
 class Metrics {
  public:

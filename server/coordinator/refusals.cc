@@ -35,6 +35,17 @@ void Refusals::OnMaxConnections(const std::string& peer) {
                         "allows"}});
 }
 
+void Refusals::OnHalfMessages(const std::string& peer, std::uint64_t num_bytes) {
+  metrics_->AddRefusal(RefusalReason::kHalfMessages);
+  if (!limit_.Allows(absl::StrCat("halves ", PeerHost(peer)))) return;
+  runtime::LogWarning("connection_ended",
+                      {{"peer", peer},
+                       {"bytes", static_cast<std::int64_t>(num_bytes)},
+                       {"cause",
+                        "messages that are not whole hold what gRPC may buffer, and most of "
+                        "it came from here"}});
+}
+
 void Refusals::OnHandshake(std::string_view cause, const FindPeers& find_peers, TimePoint now) {
   metrics_->AddRefusal(RefusalReason::kHandshake);
   if (!MayLook(now)) return;

@@ -4,6 +4,7 @@
 #define EPSERVE_SERVER_COORDINATOR_REFUSALS_H_
 
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -25,6 +26,8 @@ class Refusals {
   void OnAccess(std::string_view method, const std::string& peer, const absl::Status& status);
   // A call of `peer` found as many connections with calls under way as there may be.
   void OnMaxConnections(const std::string& peer);
+  // The connection of `peer` was ended because so much of its messages' halves lay here.
+  void OnHalfMessages(const std::string& peer, std::uint64_t num_bytes);
   // A TLS handshake has failed just now. Who with is not told by gRPC, but its connection is still
   // there: `find_peers`, called within and not for every failure, gives those that may be it.
   using FindPeers = std::function<std::vector<std::string>()>;

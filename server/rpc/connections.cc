@@ -59,7 +59,7 @@ bool MayBeInHandshake(int fd) {
          info.tcpi_data_segs_in <= kMaxHandshakeSegments;
 }
 
-// Empty: it has none any more.
+// As gRPC names it; empty: it has none any more.
 std::string PeerOf(int fd) {
   sockaddr_storage storage{};
   socklen_t size = sizeof(storage);
@@ -68,11 +68,16 @@ std::string PeerOf(int fd) {
   if (storage.ss_family == AF_INET) {
     const auto* const peer = reinterpret_cast<const sockaddr_in*>(&storage);
     ::inet_ntop(AF_INET, &peer->sin_addr, text.data(), text.size());
-    return std::string(text.data()) + ":" + std::to_string(ntohs(peer->sin_port));
+    return "ipv4:" + std::string(text.data()) + ":" + std::to_string(ntohs(peer->sin_port));
   }
   const auto* const peer = reinterpret_cast<const sockaddr_in6*>(&storage);
+  const std::string port = std::to_string(ntohs(peer->sin6_port));
+  if (IN6_IS_ADDR_V4MAPPED(&peer->sin6_addr)) {  // gRPC's sockets are for both.
+    ::inet_ntop(AF_INET, peer->sin6_addr.s6_addr + 12, text.data(), text.size());
+    return "ipv4:" + std::string(text.data()) + ":" + port;
+  }
   ::inet_ntop(AF_INET6, &peer->sin6_addr, text.data(), text.size());
-  return "[" + std::string(text.data()) + "]:" + std::to_string(ntohs(peer->sin6_port));
+  return "ipv6:%5B" + std::string(text.data()) + "%5D:" + port;
 }
 
 // Calls `use` with each connection that this process accepted there.
@@ -91,6 +96,25 @@ void ForEachConnection(std::string_view address, int port, Use use) {
 void EndConnections(const std::string& address, int port) {
   // Without /proc they end with the process.
   ForEachConnection(address, port, [](int fd) { ::shutdown(fd, SHUT_RDWR); });
+}
+
+std::vector<HalfMessages::Received> ReceivedBytes(int port) {
+  std::vector<HalfMessages::Received> connections;
+  ForEachConnection("", port, [&connections](int fd) {
+    tcp_info info{};
+    socklen_t size = sizeof(info);
+    if (::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return;
+    if (std::string peer = PeerOf(fd); !peer.empty()) {
+      connections.push_back({std::move(peer), info.tcpi_bytes_received});
+    }
+  });
+  return connections;
+}
+
+void EndConnectionOf(const std::string& peer, int port) {
+  ForEachConnection("", port, [&peer](int fd) {
+    if (PeerOf(fd) == peer) ::shutdown(fd, SHUT_RDWR);
+  });
 }
 
 std::vector<std::string> PeersInHandshake(int port) {

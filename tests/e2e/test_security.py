@@ -147,7 +147,7 @@ def test_caller_without_a_good_certificate_is_refused_and_the_service_unharmed(
     assert cluster.metrics()[HANDSHAKES] == before + 5
     lines = [x for x in cluster.coordinator.log().splitlines() if f"{source}:" in x]
     assert len(lines) == 1, lines
-    assert f" tls_handshake_refused peer={source}:" in lines[0]
+    assert f" tls_handshake_refused peer=ipv4:{source}:" in lines[0]
     good = everybody["operator"]
     assert is_let_in(cluster.port, source, kind="good", ca=authority.cert, identity=good)
     batch = random_batch(cluster.checkpoint.spec, rng, 7)

@@ -74,21 +74,22 @@ TEST_F(RefusalsTest, RefusedCallIsLoggedOncePerMethodAndHost) {
 }
 
 TEST_F(RefusalsTest, HandshakesPeerIsNamedWhereItIsKnownAndLoggedOncePerCause) {
-  EXPECT_THAT(LogOfHandshake("expired", {"192.0.2.1:1"}),
-              HasSubstr("tls_handshake_refused peer=192.0.2.1:1 cause=expired"));
-  EXPECT_EQ(LogOfHandshake("expired", {"192.0.2.1:2", "192.0.2.1:3"}), "") << "the same host";
-  EXPECT_THAT(LogOfHandshake("none", {"192.0.2.1:4"}), HasSubstr("cause=none"));
-  EXPECT_THAT(LogOfHandshake("expired", {"192.0.2.2:1"}), HasSubstr("peer=192.0.2.2:1"));
+  EXPECT_THAT(LogOfHandshake("expired", {"ipv4:192.0.2.1:1"}),
+              HasSubstr("tls_handshake_refused peer=ipv4:192.0.2.1:1 cause=expired"));
+  EXPECT_EQ(LogOfHandshake("expired", {"ipv4:192.0.2.1:2", "ipv4:192.0.2.1:3"}), "")
+      << "the same host";
+  EXPECT_THAT(LogOfHandshake("none", {"ipv4:192.0.2.1:4"}), HasSubstr("cause=none"));
+  EXPECT_THAT(LogOfHandshake("expired", {"ipv4:192.0.2.2:1"}), HasSubstr("peer=ipv4:192.0.2.2:1"));
   EXPECT_THAT(LogOfHandshake("expired", {}), HasSubstr("peer=unknown"));
   EXPECT_THAT(metrics_.Render(), HasSubstr("epserve_refused_total{reason=\"handshake\"} 5\n"));
 }
 
 TEST_F(RefusalsTest, HostsThatMayBeAHandshakesPeerAreToldOfOnce) {
-  const std::string log = LogOfHandshake("expired", {"192.0.2.1:1", "192.0.2.2:1"});
-  EXPECT_THAT(log, HasSubstr("peer_one_of=\"192.0.2.1:1, 192.0.2.2:1\""));
+  const std::string log = LogOfHandshake("expired", {"ipv4:192.0.2.1:1", "ipv4:192.0.2.2:1"});
+  EXPECT_THAT(log, HasSubstr("peer_one_of=\"ipv4:192.0.2.1:1, ipv4:192.0.2.2:1\""));
   EXPECT_THAT(log, Not(HasSubstr("peer=")));
-  EXPECT_EQ(LogOfHandshake("expired", {"192.0.2.1:1", "192.0.2.3:1"}), "");
-  EXPECT_THAT(LogOfHandshake("expired", {"192.0.2.1:1"}), HasSubstr("peer=192.0.2.1:1"))
+  EXPECT_EQ(LogOfHandshake("expired", {"ipv4:192.0.2.1:1", "ipv4:192.0.2.3:1"}), "");
+  EXPECT_THAT(LogOfHandshake("expired", {"ipv4:192.0.2.1:1"}), HasSubstr("peer=ipv4:192.0.2.1:1"))
       << "that others may have been it takes no line from who it was";
 }
 

@@ -37,7 +37,7 @@ class ConnectionsTest : public testing::Test {
     accepted_ = UniqueFd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
     ASSERT_TRUE(accepted_.valid());
     ASSERT_EQ(::getsockname(caller_.get(), raw, &size), 0);
-    peer_ = "127.0.0.1:" + std::to_string(ntohs(address.sin_port));
+    peer_ = "ipv4:127.0.0.1:" + std::to_string(ntohs(address.sin_port));
   }
 
   // Sends that much, and waits until it is there.
