@@ -41,7 +41,8 @@ class Refusals {
   Metrics* const metrics_;
   server::LogLimit limit_;
   std::mutex mutex_;
-  TimePoint looked_;  // Guarded by mutex_.
+  TimePoint second_began_;  // Guarded by mutex_, as the next.
+  int num_looks_ = 0;       // since then
 };
 
 }  // namespace epserve::coordinator

@@ -48,11 +48,11 @@ def test_who_fills_the_buffers_is_ended_and_nobody_else(checkpoint, start_cluste
                     threads[0].join(0.02)
                 served_by_now = load.count()
                 wait_until(lambda: load.count() > served_by_now + 10, 20, "others are served")
+            ended = sum(each.has_ended() for each in fillers)
         finally:
             for each in fillers:
                 each.close()
         # What is not ended holds less than three quarters of a GiB.
-        ended = sum(each.ended for each in fillers)
         sent = sum(each.sent for each in fillers if not each.ended)
         assert 0 < ended < FILLERS and sent < 800 * MIB, (ended, sent / MIB)
         assert {call[2] for call in load.calls} == {"OK"}

@@ -109,6 +109,15 @@ class FillingCall:
             except ConnectionError:
                 self.ended = True
 
+    def has_ended(self):
+        """Whether the server has ended the call, by what has come until now."""
+        try:
+            while not self.ended and select.select([self.socket], [], [], 0)[0]:
+                self._read()
+        except ConnectionError:
+            self.ended = True
+        return self.ended
+
     def _read(self):
         got = self.socket.recv(65536)
         self.ended = not got
