@@ -1,5 +1,5 @@
-"""More connections with calls under way than --max-connections allows: who comes too late is refused,
-counted and told of once, and is served as soon as there is a place."""
+"""More connections with calls under way than --max-connections allows: who comes too late is
+refused, counted and told of once, and is served as soon as there is a place."""
 
 import grpc
 import pytest

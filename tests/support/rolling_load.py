@@ -41,8 +41,8 @@ def wait_answers(cluster, count):
 
 @contextlib.contextmanager
 def half_load(cluster, duration_s):
-    """Yields the requests that each of the two callers begins in a second. At the end every request
-    has ended: those without retries with a result or a refusal, those with retries with a result."""
+    """Yields the requests that each of the two callers begins in a second. At the end each has
+    ended: those without retries with a result or a refusal, those with retries with a result."""
     capacity = report(start_bench(cluster.target, "--concurrency=4", "--duration=1"), 30)
     assert capacity["succeeded"] == capacity["requests"], capacity
     rate = capacity["requests_per_second"] / 4
