@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
 namespace epserve::coordinator {
@@ -34,14 +32,12 @@ Caller CallerOf(grpc::ServerContext& context) {
   return caller;
 }
 
-// Without the port, which is another for each connection.
-std::string HostOf(const std::string& peer) { return peer.substr(0, peer.rfind(':')); }
-
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<Access>> Access::Create(const server::TlsFiles& tls,
-                                                       const std::string& secrets_file) {
-  std::shared_ptr<Access> access(new Access);
+                                                       const std::string& secrets_file,
+                                                       Refusals* refusals) {
+  std::shared_ptr<Access> access(new Access(refusals));
   const auto load = [raw = access.get(), secrets_file,
                      tls_required = tls.enabled()]() -> absl::Status {
     EPS_ASSIGN_OR_RETURN(AccessPolicy policy, AccessPolicy::Create(secrets_file, tls_required));
@@ -60,9 +56,7 @@ absl::Status Access::Check(std::string_view method, const Caller& caller, const 
     policy = policy_;
   }
   absl::Status status = policy->Check(method, caller);
-  if (!status.ok() && limit_.Allows(absl::StrCat(std::string(method), " ", HostOf(peer)))) {
-    runtime::LogWarning("call_refused", {{"method", method}, {"peer", peer}, {"status", status}});
-  }
+  if (!status.ok()) refusals_->OnAccess(method, peer, status);
   return status;
 }
 

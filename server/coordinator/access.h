@@ -11,28 +11,29 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "server/common/file_watcher.h"
-#include "server/common/log_limit.h"
 #include "server/common/tls.h"
 #include "server/coordinator/access_policy.h"
+#include "server/coordinator/refusals.h"
 #include "server/rpc/rpc_server.h"
 
 namespace epserve::coordinator {
 
 class Access {
  public:
-  // See AccessPolicy::Create().
+  // See AccessPolicy::Create(). `refusals` outlives it.
   static absl::StatusOr<std::shared_ptr<Access>> Create(const server::TlsFiles& tls,
-                                                        const std::string& secrets_file);
+                                                        const std::string& secrets_file,
+                                                        Refusals* refusals);
 
-  // As AccessPolicy::Check(); a refusal is logged once a minute for each method and host.
+  // As AccessPolicy::Check(); a refusal is told to `refusals`.
   absl::Status Check(std::string_view method, const Caller& caller, const std::string& peer);
 
  private:
-  Access() = default;
+  explicit Access(Refusals* refusals) : refusals_(refusals) {}
 
+  Refusals* const refusals_;
   std::mutex mutex_;
-  std::shared_ptr<const AccessPolicy> policy_;  // Guarded by mutex_.
-  server::LogLimit limit_;
+  std::shared_ptr<const AccessPolicy> policy_;    // Guarded by mutex_.
   std::unique_ptr<server::FileWatcher> watcher_;  // Last: it ends before what it sets goes.
 };
 

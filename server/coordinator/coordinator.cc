@@ -27,8 +27,10 @@
 #include "server/coordinator/grpc_log.h"
 #include "server/coordinator/host.h"
 #include "server/coordinator/metrics_endpoint.h"
+#include "server/coordinator/refusals.h"
 #include "server/coordinator/region_server.h"
 #include "server/rpc/channelz_service.h"
+#include "server/rpc/connections.h"
 #include "server/rpc/health_service.h"
 #include "server/rpc/reflection_service.h"
 #include "server/rpc/rpc_server.h"
@@ -53,6 +55,12 @@ constexpr auto kStopGrace = std::chrono::seconds(1);
 // One thread reads, parses and answers for every connection: with a second, gRPC passes the polling
 // from one to the other at each event, which costs more than it gains until a core is full.
 constexpr int kIoThreads = 1;
+
+// Before gRPC ends calls of its own choice, and with time for the look that finds it so.
+std::uint64_t MaxHalfMessageBytes(const Options& options) {
+  const auto most = MaxBufferedBytes(static_cast<int>(options.max_message_bytes));
+  return static_cast<std::uint64_t>(most / 4 * 3);
+}
 
 CountExchangeMode CountExchangeModeOf(std::string_view option) {
   if (option == "coordinator") return CountExchangeMode::kCoordinator;
@@ -144,6 +152,7 @@ HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& mo
 // In the order of making; each outlives what stands below it.
 struct Coordinator::Parts {
   std::unique_ptr<Metrics> metrics;
+  std::unique_ptr<Refusals> refusals;
   std::unique_ptr<ShmRegistry> regions;
   std::unique_ptr<RegionServer> region_server;  // null: the workers get no descriptors
   std::unique_ptr<Host> host;
@@ -193,6 +202,11 @@ struct Coordinator::Parts {
                     &health_port);
     }
     server.SetMaxConnections(static_cast<std::size_t>(options.max_connections));
+    server.SetBufferLimit(
+        {MaxHalfMessageBytes(options), [this](const std::string& peer, std::uint64_t num_bytes) {
+           refusals->OnHalfMessages(peer, num_bytes);
+         }});
+    server.SetOnNoPlace([this](const std::string& peer) { refusals->OnMaxConnections(peer); });
     server.SetCallLimits({std::chrono::milliseconds(options.message_timeout_ms),
                           std::chrono::milliseconds(options.stream_idle_timeout_ms)});
     server.SetBusyPoll(std::chrono::microseconds(options.busy_poll_us));
@@ -219,7 +233,23 @@ struct Coordinator::Parts {
     return absl::OkStatus();
   }
 
+  // Once it listens: the ports are not known before.
+  void TellOfHandshakes() {
+    SetOnHandshakeRefused([this](const std::string& cause) {
+      refusals->OnHandshake(cause, [this] {
+        std::vector<std::string> peers;
+        for (const int port : ports) {
+          if (port == 0) continue;  // a Unix socket
+          const std::vector<std::string> more = server::PeersInHandshake(port);
+          peers.insert(peers.end(), more.begin(), more.end());
+        }
+        return peers;
+      });
+    });
+  }
+
   void SetReady(bool ready) {
+    metrics->SetServing(ready);
     health.Set("", ready);
     health.Set("readiness", ready);
   }
@@ -236,6 +266,7 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   TakeGrpcLog();
   auto parts = std::make_unique<Parts>();
   parts->metrics = std::make_unique<Metrics>(model.num_experts);
+  parts->refusals = std::make_unique<Refusals>(parts->metrics.get());
   ShmOptions shm;
   shm.allowed = options.allow_client_shm;
   shm.key_prefixes = options.shm_key_prefixes;
@@ -267,13 +298,15 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   parts->SetReady(false);
   std::shared_ptr<Access> access;  // null: everybody may call everything
   if (options.tls.enabled() || !options.secrets_file.empty()) {
-    EPS_ASSIGN_OR_RETURN(access, Access::Create(options.tls, options.secrets_file));
+    EPS_ASSIGN_OR_RETURN(access,
+                         Access::Create(options.tls, options.secrets_file, parts->refusals.get()));
     SetAccess(access, &parts->server);
   }
   EPS_RETURN_IF_ERROR(parts->StartScrapes(options, std::move(access)));
   server::AddChannelz(&parts->server);
   server::AddReflection(&parts->server);
   EPS_RETURN_IF_ERROR(parts->StartServer(options));
+  if (options.tls.enabled()) parts->TellOfHandshakes();
   parts->host->Start();  // What came in between has waited in the inbox.
   return std::unique_ptr<Coordinator>(new Coordinator(std::move(parts)));
 }
@@ -284,7 +317,9 @@ void Coordinator::Stop() {
   std::call_once(parts_->stopped, [this] {
     parts_->health.ShutDown();
     parts_->host->Stop();
+    parts_->metrics->SetServing(false);
     parts_->server.Stop(kStopGrace);
+    SetOnHandshakeRefused(nullptr);
   });
 }
 

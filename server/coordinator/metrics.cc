@@ -19,6 +19,8 @@ namespace {
 constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
     "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
 constexpr std::array<const char*, kNumRegionWays> kRegionWays = {"direct", "copied", "device"};
+constexpr std::array<const char*, kNumRefusalReasons> kRefusalReasons = {
+    "max_connections", "access", "handshake", "half_messages"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
 // The highest status code (UNAUTHENTICATED) has the number 16.
@@ -47,6 +49,8 @@ struct Metrics::State {
   prometheus::Histogram* request_seconds = nullptr;
   std::vector<prometheus::Counter*> expert_rows;  // [E]
   prometheus::Gauge* epoch = nullptr;
+  prometheus::Gauge* serving = nullptr;
+  std::array<prometheus::Counter*, kNumRefusalReasons> refusals{};
   std::map<std::string, prometheus::Gauge*> workers;
   prometheus::Gauge* batches_in_flight = nullptr;
 
@@ -110,6 +114,18 @@ struct Metrics::State {
                  .Help("Number of the present epoch; 0: none yet")
                  .Register(*registry)
                  .Add({});
+    serving = &prometheus::BuildGauge()
+                   .Name("epserve_serving")
+                   .Help("1: requests are served, as health says of the service; 0: they are not")
+                   .Register(*registry)
+                   .Add({});
+    auto& refusal_family = prometheus::BuildCounter()
+                               .Name("epserve_refused_total")
+                               .Help("Callers turned away before their request was looked at")
+                               .Register(*registry);
+    for (int reason = 0; reason < kNumRefusalReasons; ++reason) {
+      refusals[reason] = &refusal_family.Add({{"reason", kRefusalReasons[reason]}});
+    }
     auto& worker_family = prometheus::BuildGauge()
                               .Name("epserve_workers")
                               .Help("Workers joined, by state")
@@ -169,6 +185,12 @@ void Metrics::SetQueueDepth(std::int64_t depth) {
 }
 
 void Metrics::SetEpoch(std::uint64_t epoch) { state_->epoch->Set(static_cast<double>(epoch)); }
+
+void Metrics::SetServing(bool serving) { state_->serving->Set(serving ? 1 : 0); }
+
+void Metrics::AddRefusal(RefusalReason reason) {
+  state_->refusals[static_cast<std::size_t>(reason)]->Increment();
+}
 
 void Metrics::SetWorkers(const std::vector<std::pair<std::string, int>>& counts) {
   for (auto& [name, gauge] : state_->workers) {

@@ -23,6 +23,12 @@ inline constexpr int kNumPhaseMetrics = 7;
 enum class RegionWay { kDirect, kCopied, kDevice };
 inline constexpr int kNumRegionWays = 3;
 
+// Why callers are turned away before anybody looks at what they ask for: too many connections have
+// calls under way; their certificate or secret does not do; no TLS connection came about; they hold
+// the memory of messages that are not whole.
+enum class RefusalReason { kMaxConnections, kAccess, kHandshake, kHalfMessages };
+inline constexpr int kNumRefusalReasons = 4;
+
 class Metrics {
  public:
   explicit Metrics(std::int64_t num_experts);
@@ -45,6 +51,8 @@ class Metrics {
   void AddExpertRows(std::int64_t expert, std::int64_t rows);
   void SetQueueDepth(std::int64_t depth);
   void SetEpoch(std::uint64_t epoch);
+  void SetServing(bool serving);  // what health says of the service
+  void AddRefusal(RefusalReason reason);
   // Workers by state; states not among `counts` become 0.
   void SetWorkers(const std::vector<std::pair<std::string, int>>& counts);
   void SetBatchesInFlight(std::int64_t batches);

@@ -20,6 +20,7 @@
 #include "runtime/base/status.h"
 #include "server/common/file_watcher.h"
 #include "server/common/log_limit.h"
+#include "server/common/peer_host.h"
 #include "server/http/tls_context.h"
 
 namespace epserve::server {
@@ -163,7 +164,7 @@ class HttpServer::Impl::Connection : public std::enable_shared_from_this<Connect
                                                                     const error_code& error) {
       if (!error) return self->Read();
       const std::string peer = AddressOf(self->transport());
-      if (self->server_->log_limit_.Allows(peer)) {
+      if (self->server_->log_limit_.Allows(PeerHost(peer))) {
         runtime::LogWarning("http_handshake_refused", {{"peer", peer}, {"cause", error.message()}});
       }
       self->End();

@@ -61,6 +61,9 @@ struct RpcServer::State {
   std::chrono::microseconds busy_poll{0};
   std::vector<Listener> listeners;
   Authorize authorize;  // null: everybody may call everything
+  std::optional<BufferGuard::Limit> buffer_limit;
+  std::unique_ptr<BufferGuard> buffer_guard;  // null: without that limit
+  std::function<void(const std::string&)> on_no_place = [](const std::string&) {};
   grpc::AsyncGenericService service;
   std::vector<std::unique_ptr<Loop>> loops;
   std::unique_ptr<grpc::Server> server;
@@ -151,6 +154,7 @@ class RpcServer::Call final : public ServerCall {
 
   void StartRead(grpc::ByteBuffer* message) override {
     Hold();
+    reading_ = message;
     stream_.Read(message, &read_);
   }
   void StartReadAfterWrite(grpc::ByteBuffer* message) override {
@@ -159,6 +163,7 @@ class RpcServer::Call final : public ServerCall {
       return StartRead(message);
     }
     Hold();
+    reading_ = message;
     delayed_message_ = message;
     due_ = std::chrono::steady_clock::now() + kReadDelay;
     delayed_place_ = loop_->Delay(this);
@@ -213,6 +218,8 @@ class RpcServer::Call final : public ServerCall {
     } else if (const absl::Status admitted = Admit(found->second); !admitted.ok()) {
       Finish(ToGrpcStatus(admitted));
     } else {
+      if (loop_->state()->buffer_guard)
+        buffered_.emplace(loop_->state()->buffer_guard.get(), peer_);
       handler_ = found->second.make_handler(this);
       place_ = loop_->calls().insert(loop_->calls().end(), this);
     }
@@ -228,9 +235,11 @@ class RpcServer::Call final : public ServerCall {
     if (method.places == Places::kFree) return absl::OkStatus();
     const absl::Status has_place = state->TakePlace(peer_);
     counted_ = has_place.ok();
+    if (!counted_) state->on_no_place(peer_);
     return has_place;
   }
   void Read(bool ok) {
+    if (ok && buffered_) buffered_->OnMessage(reading_->Length());
     handler_->OnReadDone(ok);
     Release();
   }
@@ -269,9 +278,11 @@ class RpcServer::Call final : public ServerCall {
   std::string peer_;  // set once accepted, as the next two
   std::uint64_t connection_ = 0;
   bool taken_ = false;
-  bool counted_ = false;              // has a place among the connections
-  CallHandler* handler_ = nullptr;    // null where there is none for it
-  std::list<Call*>::iterator place_;  // among the loop's, where there is
+  bool counted_ = false;  // has a place among the connections
+  std::optional<BufferGuard::Call> buffered_;
+  grpc::ByteBuffer* reading_ = nullptr;  // what the read in flight fills
+  CallHandler* handler_ = nullptr;       // null where there is none for it
+  std::list<Call*>::iterator place_;     // among the loop's, where there is
   // Of the loop's thread alone.
   grpc::ByteBuffer* delayed_message_ = nullptr;  // null: no read is put off
   std::chrono::steady_clock::time_point due_;    // these two where one is
@@ -357,6 +368,14 @@ void RpcServer::SetMaxConnections(std::size_t max_connections) {
   state_->max_connections = max_connections;
 }
 
+void RpcServer::SetBufferLimit(BufferGuard::Limit limit) {
+  state_->buffer_limit = std::move(limit);
+}
+
+void RpcServer::SetOnNoPlace(std::function<void(const std::string&)> on_no_place) {
+  state_->on_no_place = std::move(on_no_place);
+}
+
 void RpcServer::SetCallLimits(const CallLimits& limits) { state_->limits = limits; }
 
 void RpcServer::SetBusyPoll(std::chrono::microseconds busy) { state_->busy_poll = busy; }
@@ -388,6 +407,14 @@ bool RpcServer::Start(grpc::ServerBuilder* builder, int num_threads) {
     for (const auto& loop : loops) loop->ShutDown();
     return false;
   }
+  if (state_->buffer_limit) {
+    std::vector<int> ports;
+    for (const State::Listener& listener : state_->listeners) {
+      if (!listener.address.starts_with("unix:")) ports.push_back(listener.port);
+    }
+    state_->buffer_guard =
+        std::make_unique<BufferGuard>(std::move(ports), *std::move(state_->buffer_limit));
+  }
   state_->loops = std::move(loops);
   for (const auto& loop : state_->loops) loop->Start();
   return true;
@@ -413,6 +440,7 @@ void RpcServer::Stop(std::chrono::milliseconds grace) {
   for (const auto& loop : state_->loops) loop->ShutDown();
   for (const auto& loop : state_->loops) loop->Join();
   state_->loops.clear();
+  state_->buffer_guard.reset();
   state_->server.reset();
 }
 

@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "server/rpc/buffer_guard.h"
 
 namespace epserve::server {
 
@@ -117,6 +118,10 @@ class RpcServer {
   // RESOURCE_EXHAUSTED.
   // All callers over one Unix socket count as one.
   void SetMaxConnections(std::size_t max_connections);
+  // Told the caller (gRPC's name of it) of each call that is refused for that; must not block.
+  void SetOnNoPlace(std::function<void(const std::string& peer)> on_no_place);
+  // What messages that are not whole may hold; without it gRPC alone bounds them.
+  void SetBufferLimit(BufferGuard::Limit limit);
   void SetCallLimits(const CallLimits& limits);
   // How long a thread looks for the next event before it sleeps.
   void SetBusyPoll(std::chrono::microseconds busy);

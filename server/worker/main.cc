@@ -75,6 +75,7 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   config.max_batch_tokens = options.max_batch_tokens;
   config.num_slots = options.num_slots;
   config.peer_timeout = absl::Milliseconds(options.peer_timeout_ms);
+  config.leave_timeout = absl::Milliseconds(options.leave_timeout_ms);
   config.now_us = SteadyNowUs;
   config.available_memory = [&engine] { return ReadMemoryOf(engine); };
   config.progress_on_terminal = isatty(STDERR_FILENO) == 1;

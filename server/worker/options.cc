@@ -70,6 +70,12 @@ void AddEngineFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_PEER_TIMEOUT_MS")
       ->check(CLI::Range(std::int64_t{10}, std::int64_t{86'400'000}))
       ->capture_default_str();
+  app.add_option("--leave-timeout-ms", options.leave_timeout_ms,
+                 "Longest that a worker which is told to go waits for the coordinator to let it, "
+                 "and then again for its own batches, milliseconds")
+      ->envname("EPSERVE_LEAVE_TIMEOUT_MS")
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{86'400'000}))
+      ->capture_default_str();
   app.add_option("--busy-poll-us", options.busy_poll_us,
                  "How long to look for the coordinator's next message, and for peers' rows (host), "
                  "before sleeping, microseconds; above 0 it keeps a core busy")

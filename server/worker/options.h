@@ -23,6 +23,7 @@ struct Options {
   int num_slots = 2;
   int compute_threads = 1;
   std::int64_t peer_timeout_ms = 30000;
+  std::int64_t leave_timeout_ms = 15000;
   int busy_poll_us = 0;
   std::string health_listen;  // empty: none
   server::TlsFiles tls;

@@ -47,8 +47,8 @@ struct WorkerConfig {
   std::int64_t max_batch_tokens = 4096;
   int num_slots = 2;
   absl::Duration peer_timeout = absl::Seconds(30);
-  // Longest wait for the coordinator to let this worker go, once it asked to leave. Above the
-  // coordinator's default --drain-timeout-ms.
+  // Longest wait for the coordinator to let this worker go, once it asked to leave, and then for
+  // its own batches. The default is above the coordinator's default --drain-timeout-ms.
   absl::Duration leave_timeout = absl::Seconds(15);
   // Steady clock of leases and heartbeats.
   std::function<std::int64_t()> now_us;

@@ -8,6 +8,8 @@ import pytest
 from checkpoints import relative_error
 from cluster import SLOWNESS, wait_until
 from infer import Load, infer, random_batch
+from rolling_load import half_load, wait_answers
+from stack import WORKERS
 
 # A call that waits for longer than the longest failover here has hung.
 HUNG_S = 15
@@ -124,6 +126,24 @@ def test_worker_cut_off_from_the_network_is_fenced_and_readmitted(stack, load):
     print(f"served {took:.2f} s after docker network connect returned")
     assert stack.status().epoch > epoch
     assert times_loaded(stack, "worker-3") == loaded, "it kept its weights"
+
+
+def test_rolling_restart_of_all_workers_under_half_of_the_load_is_hidden_by_retries(
+    stack, served, rng
+):
+    with half_load(stack, duration_s=30) as rate:
+        for worker in WORKERS:
+            epoch = stack.status().epoch
+            stack.docker("restart", worker, "--time=40")
+            assert stack.inspect(worker)["State"]["Running"]
+            stack.wait_status(
+                lambda s, epoch=epoch: s.state == "serving" and s.epoch > epoch,
+                20,
+                f"{worker} serves again",
+            )
+            wait_answers(stack, int(rate / 2))
+    batch = random_batch(served.spec, rng, 64)
+    assert relative_error(infer(stack, *batch), served.ffn(*batch)) <= 1e-5
 
 
 @pytest.mark.parametrize("service", ["worker-0", "coordinator"])

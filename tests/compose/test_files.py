@@ -153,12 +153,11 @@ def test_coordinator_has_longer_to_stop_than_it_drains(services):
 
 
 def test_workers_have_longer_to_stop_than_they_take_to_leave(services):
-    # Twice worker.h's leave_timeout, and a little: for the batches, and for the farewell.
-    source = (ROOT / "server" / "worker" / "worker.h").read_text()
-    leave = int(re.search(r"leave_timeout = absl::Seconds\((\d+)\)", source)[1])
     for worker in WORKERS:
+        # Twice, and a little: for the coordinator to let it go, and for its own batches.
+        leave_ms = int(services[worker]["environment"]["EPSERVE_LEAVE_TIMEOUT_MS"])
         grace = re.fullmatch(r"(\d+)s", services[worker]["stop_grace_period"])
-        assert int(grace[1]) >= 2 * leave + 5, worker
+        assert int(grace[1]) * 1000 >= 2 * leave_ms + 5000, worker
 
 
 def test_checkpoint_must_be_named(tmp_path):

@@ -3,14 +3,15 @@
 import contextlib
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 
 import protos
 from checkpoints import relative_error
-from cluster import wait_until
-from images import EPSERVE
+from cluster import BIN_DIR, ROOT, wait_until
+from images import BASE, EPSERVE, PROGRAMS
 from infer import infer, make_request, random_batch
 from stack import WORKERS
 
@@ -26,6 +27,22 @@ def test_image_says_whose_it_is_what_it_runs_and_how_it_is_asked_for_its_health(
     version = stack.run_client("epserve", "--version").stdout.split()[-1]
     assert labels["org.opencontainers.image.title"] == "epserve"
     assert labels["org.opencontainers.image.version"] == version
+
+
+def test_image_adds_to_its_base_what_the_manual_says(stack):
+    def megabytes(name):
+        return json.loads(stack.daemon.docker("image", "inspect", name).stdout)[0]["Size"] / 1e6
+
+    added = megabytes(EPSERVE) - megabytes(BASE)
+    programs = sum((BIN_DIR / name).stat().st_size for name in PROGRAMS) / 1e6
+    print(f"the image adds {added:.1f} MB, of which {programs:.1f} MB are programs")
+    manual = (ROOT / "deploy" / "README.md").read_text()
+    said = re.search(r"adds (\d+) MB to its base: (\d+) MB of Debian's libraries and (\d+)", manual)
+    whole, libraries, stripped = map(int, said.groups())
+    assert whole == libraries + stripped
+    assert abs(added - programs - libraries) <= 2
+    # Those under test have their symbols, and kernels where nvcc is.
+    assert stripped < programs < 3 * stripped
 
 
 @pytest.mark.parametrize("service", ["coordinator", "worker-2"])

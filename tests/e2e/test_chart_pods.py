@@ -15,6 +15,7 @@ from certificates import Authority
 from cluster import Program, run_program, segments, unique_cluster_id, wait_until
 
 WORKERS = 2
+IPV6 = pathlib.Path("/proc/net/if_inet6")  # empty: there is none
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -105,6 +106,9 @@ def values(value_set, cluster_id, port):
     changes = {
         "fullnameOverride": cluster_id,
         "backend": "host",
+        "cudaSharedMemory": {"enabled": False},
+        # Of a set's own choice where this machine has addresses of IPv6.
+        **({} if socket.has_ipv6 and IPV6.read_text() else {"listenHost": "0.0.0.0"}),
         "workers": {"pods": 1, "perPod": WORKERS, "healthPort": port + 3},
         "coordinator": ports,
     }
@@ -136,7 +140,7 @@ def test_values_have_the_ranges_of_their_flags():
     assert compared >= {
         *("maxBatchTokens", "slots", "queueCapacity", "maxHeldBytes", "batchWindowUs", "leaseMs"),
         *("formationTimeoutMs", "batchTimeoutMs", "drainTimeoutMs"),
-        *("computeThreads", "peerTimeoutMs"),
+        *("computeThreads", "peerTimeoutMs", "leaveTimeoutMs"),
     }
 
 

@@ -76,6 +76,7 @@ def test_service_without_enough_workers_is_live_not_ready_and_says_why(
         assert check(cluster, "liveness") == SERVING
         assert check(cluster, "readiness") == NOT_SERVING
         assert check(cluster, "") == NOT_SERVING
+        assert cluster.metrics()["epserve_serving"] == 0
         ready = protos.inference.ModelReadyRequest(name=served.name)
         assert not cluster.front_door.ModelReady(ready, timeout=5).ready
         live = protos.inference.ServerLiveRequest()
@@ -105,10 +106,12 @@ def test_service_without_enough_workers_is_live_not_ready_and_says_why(
             cluster.start_worker(2)
             cluster.wait_ready()
             wait_until(lambda: seen == [NOT_SERVING, SERVING], 5, "the watch sees it ready")
+            assert cluster.metrics()["epserve_serving"] == 1
             assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
 
             cluster.workers[1].kill()
             wait_until(lambda: seen[2:] == [NOT_SERVING], 5, "the watch sees the loss")
+            assert cluster.metrics()["epserve_serving"] == 0
         finally:
             watch.cancel()
             watcher.join()

@@ -27,6 +27,8 @@ def test_every_metric_is_there_with_help_and_type(cluster, rng):
         "epserve_expert_rows_total": "counter",
         "epserve_epoch": "gauge",
         "epserve_workers": "gauge",
+        "epserve_serving": "gauge",
+        "epserve_refused_total": "counter",
         "epserve_batches_in_flight": "gauge",
         "epserve_request_seconds": "histogram",
     }.items():
@@ -68,5 +70,6 @@ def test_numbers_follow_the_requests(cluster, rng):
     assert status.requests_failed == sum(failed.values()) > 0
     assert after["epserve_epoch"] == cluster.status().epoch
     assert after['epserve_workers{state="serving"}'] == 2
+    assert after["epserve_serving"] == 1
     assert after["epserve_queue_depth"] == 0
     assert after["epserve_batches_in_flight"] == 0

@@ -1,6 +1,8 @@
 """Who may call what: certificates, secrets, and neither."""
 
 import shutil
+import socket
+import ssl
 
 import grpc
 import pytest
@@ -8,8 +10,9 @@ import pytest
 import protos
 from certificates import Authority
 from checkpoints import relative_error
-from cluster import Program, run_program, wait_until
+from cluster import SLOWNESS, Program, run_program, wait_until
 from infer import infer, random_batch
+from raw_calls import PREFACE, SETTINGS, frame
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,11 @@ def secure_channel(identity):
 def cluster(checkpoint, start_cluster, everybody, tmp_path_factory):
     health = f"unix:{tmp_path_factory.mktemp('health')}/socket"
     options = dict(
-        coordinator_args=[*everybody["coordinator"].flags, f"--health-listen={health}"],
+        coordinator_args=[
+            *everybody["coordinator"].flags,
+            f"--health-listen={health}",
+            "--plaintext-metrics",
+        ],
         worker_args=everybody["worker"].flags,
         open_channel=secure_channel(everybody["operator"]),
     )
@@ -97,44 +104,100 @@ def test_workers_certificate_is_no_frontend(cluster, everybody):
         assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
-@pytest.mark.parametrize("kind", ["none", "wrong authority", "expired", "plaintext"])
+def identity_of(kind, authority, directory):
+    """What a caller of that kind shows; None: nothing."""
+    if kind == "wrong authority":
+        return Authority(directory / "other", "another authority").issue("operator", "operator")
+    return authority.issue("late", "operator", days=-1) if kind == "expired" else None
+
+
+def is_let_in(port, source, kind, ca, identity):
+    """Whether a caller at that address of this machine gets an answer after its handshake."""
+    address = ("127.0.0.1", port)
+    with socket.create_connection(address, 10 * SLOWNESS, (source, 0)) as connection:
+        try:
+            if kind != "plaintext":
+                context = ssl.create_default_context(cafile=ca)
+                context.set_alpn_protocols(["h2"])
+                if identity:
+                    context.load_cert_chain(identity.cert, identity.key)
+                connection = context.wrap_socket(connection, server_hostname="localhost")
+            connection.sendall(PREFACE + frame(SETTINGS, 0, 0))
+            # With TLS 1.3 a caller learns only now that its certificate was refused.
+            answer = connection.recv(9)
+            return len(answer) == 9 and answer[3] == SETTINGS
+        except (ssl.SSLError, ConnectionError):
+            return False
+
+
+REFUSED_KINDS = ["none", "wrong authority", "expired", "plaintext"]
+HANDSHAKES = 'epserve_refused_total{reason="handshake"}'
+
+
+@pytest.mark.parametrize("kind", REFUSED_KINDS)
 def test_caller_without_a_good_certificate_is_refused_and_the_service_unharmed(
+    cluster, authority, everybody, tmp_path, rng, kind
+):
+    before = cluster.metrics()[HANDSHAKES]
+    source = f"127.0.0.{10 + REFUSED_KINDS.index(kind)}"
+    identity = identity_of(kind, authority, tmp_path)
+    for _ in range(5):
+        assert not is_let_in(cluster.port, source, kind, authority.cert, identity)
+    wait_until(lambda: cluster.metrics()[HANDSHAKES] >= before + 5, 10, "all are counted")
+    assert cluster.metrics()[HANDSHAKES] == before + 5
+    lines = [x for x in cluster.coordinator.log().splitlines() if f"{source}:" in x]
+    assert len(lines) == 1, lines
+    assert f" tls_handshake_refused peer=ipv4:{source}:" in lines[0]
+    good = everybody["operator"]
+    assert is_let_in(cluster.port, source, kind="good", ca=authority.cert, identity=good)
+    batch = random_batch(cluster.checkpoint.spec, rng, 7)
+    assert relative_error(infer(cluster, *batch), cluster.checkpoint.ffn(*batch)) <= 1e-5
+    assert len(cluster.status().workers) == 2
+
+
+@pytest.mark.parametrize("kind", ["none", "wrong authority", "expired"])
+def test_worker_without_a_good_certificate_does_not_join(
     cluster, authority, everybody, tmp_path, kind
 ):
-    ca = authority.cert.read_bytes()
+    """As the worker's own program finds it: it says so, and goes on trying."""
+    before = cluster.metrics()[HANDSHAKES]
+    identity = identity_of(kind, authority, tmp_path)
     if kind == "none":
-        credentials = grpc.ssl_channel_credentials(ca)
-    elif kind == "wrong authority":
-        other = Authority(tmp_path / "other", "another authority").issue("operator", "operator")
-        credentials = grpc.ssl_channel_credentials(
-            ca, other.key.read_bytes(), other.cert.read_bytes()
-        )
-    elif kind == "expired":
-        late = authority.issue("late", "operator", days=-1)
-        credentials = grpc.ssl_channel_credentials(
-            ca, late.key.read_bytes(), late.cert.read_bytes()
-        )
+        arguments = []
+    else:
+        arguments = [f"--tls-cert={identity.cert}", f"--tls-key={identity.key}",
+                     f"--tls-ca={authority.cert}"]  # fmt: skip
+    intruder = Program(
+        tmp_path / "intruder.log", "epserve-worker",
+        *("--checkpoint", cluster.checkpoint.path, "--cluster-id", cluster.id),
+        *("--coordinator", cluster.target, "--worker-id", "intruder"), *arguments,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: cluster.metrics()[HANDSHAKES] > before, 20, "the refusal")
+        assert intruder.alive()
+    finally:
+        intruder.kill()
+    assert {w.worker_id for w in cluster.status().workers} == {"w0", "w1"}
+    assert cluster.is_ready()
+
+
+@pytest.mark.parametrize("kind", REFUSED_KINDS)
+def test_call_without_a_good_certificate_is_unavailable(cluster, authority, tmp_path, kind):
+    ca, shown = authority.cert.read_bytes(), identity_of(kind, authority, tmp_path)
+    pair = (shown.key.read_bytes(), shown.cert.read_bytes()) if shown else ()
     target = cluster.target.replace("127.0.0.1", "localhost")
     channel = (
         grpc.insecure_channel(target)
         if kind == "plaintext"
-        else grpc.secure_channel(target, credentials)
+        else grpc.secure_channel(target, grpc.ssl_channel_credentials(ca, *pair))
     )
     with channel:
         with pytest.raises(grpc.RpcError) as caught:
             protos.admin(channel).GetClusterStatus(
-                protos.epserve.GetClusterStatusRequest(), timeout=3
+                protos.epserve.GetClusterStatusRequest(), timeout=3 * SLOWNESS
             )
-        assert caught.value.code() in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-        )
-    if kind != "plaintext":
-        wait_until(
-            lambda: "tls_handshake_refused" in cluster.coordinator.log(), 5, "the log's line"
-        )
-    assert cluster.is_ready()
-    assert len(cluster.status().workers) == 2
+    refusals = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert caught.value.code() in refusals
 
 
 def test_plaintext_health_port_answers_probes_and_nothing_else(cluster):

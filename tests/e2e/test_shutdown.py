@@ -3,6 +3,7 @@
 import collections
 import signal
 import threading
+import time
 
 import grpc
 import pytest
@@ -10,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import protos
 from checkpoints import relative_error
-from cluster import wait_until
+from cluster import SLOWNESS, wait_until
 from infer import Load, infer, make_request, output_of, random_batch
 
 LEASE = ["--lease-ms", 4000]
@@ -142,3 +143,23 @@ def test_ordinary_stop_warns_nobody(checkpoint, start_cluster):
         for program in (cluster.coordinator, *cluster.workers.values()):
             loud = [w for w in program.log().splitlines() if " WARNING " in w or " ERROR " in w]
             assert not loud, loud
+
+
+@pytest.mark.parametrize("leave_ms", [0, 700])
+def test_worker_told_to_go_waits_for_a_silent_coordinator_for_the_leave_timeout(
+    checkpoint, start_cluster, leave_ms
+):
+    served = checkpoint()
+    flags = dict(coordinator_args=LEASE, worker_args=["--leave-timeout-ms", leave_ms])
+    with start_cluster(served, workers=2, **flags) as cluster:
+        cluster.coordinator.pause()
+        try:
+            began = time.monotonic()
+            assert cluster.workers[0].terminate(10) == 0
+            took = time.monotonic() - began
+        finally:
+            cluster.coordinator.resume()
+        assert leave_ms / 1000 <= took < leave_ms / 1000 + 5 * SLOWNESS
+        assert "leave_timed_out" in cluster.workers[0].log()
+        cluster.start_worker(0)
+        cluster.wait_status(lambda s: s.state == "serving", 20, "it serves again")

@@ -1,12 +1,14 @@
 """Calls written to a socket byte by byte, so that they can stop anywhere."""
 
+import select
 import socket
 import struct
 
 from cluster import SLOWNESS
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS, PING = 0, 1, 4, 6
+DATA, HEADERS, RESET, SETTINGS, PING, GO_AWAY, WINDOW = 0, 1, 3, 4, 6, 7, 8
+INITIAL_WINDOW = 4  # of SETTINGS
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 FRONT_DOOR = "/inference.GRPCInferenceService/"
 
@@ -23,19 +25,21 @@ def literal(name, value):
     return b"\0" + b"".join(bytes((len(field),)) + field for field in fields)
 
 
+def headers_of(method):
+    fields = {
+        ":method": "POST", ":scheme": "http", ":path": method, ":authority": "x",
+        "content-type": "application/grpc", "te": "trailers",
+    }  # fmt: skip
+    return b"".join(literal(name, value) for name, value in fields.items())
+
+
 class HalfCall:
     """A call over a socket of our own: its headers, and the beginning of its message."""
 
     def __init__(self, port, method, message_bytes=1000, sent=b"\n" * 100):
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.settimeout(20 * SLOWNESS)
-        headers = b"".join(
-            literal(name, value)
-            for name, value in {
-                ":method": "POST", ":scheme": "http", ":path": method, ":authority": "x",
-                "content-type": "application/grpc", "te": "trailers",
-            }.items()
-        )  # fmt: skip
+        headers = headers_of(method)
         self.socket.sendall(
             PREFACE
             + frame(SETTINGS, 0, 0)
@@ -65,6 +69,81 @@ class HalfCall:
                 assert payload == b"8 bytes!"
                 return
         raise AssertionError("the connection ended without an answer to a ping")
+
+    def close(self):
+        self.socket.close()
+
+
+class FillingCall:
+    """A call that sends its message as fast as it is let, and stops before the end of it."""
+
+    def __init__(self, port, method, message_bytes):
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.settimeout(20 * SLOWNESS)
+        opening = frame(SETTINGS, 0, 0) + frame(HEADERS, END_HEADERS, 1, headers_of(method))
+        self.socket.sendall(PREFACE + opening)
+        self.windows = {0: 65535, 1: 65535}
+        self.initial_window = 65535
+        self.head = b"\0" + struct.pack(">I", message_bytes)
+        self.unread = b""
+        self.sent = 0
+        self.ended = False
+
+    def fill(self, num_bytes):
+        """Sends until so much is sent, or the server ends the call, or lets nothing more come."""
+        while self.sent < num_bytes and not self.ended:
+            size = min(*self.windows.values(), 16384, num_bytes - self.sent)
+            writers = [self.socket] if size > 0 else []
+            readable, writable, _ = select.select([self.socket], writers, [], 5 * SLOWNESS)
+            if not readable and not writable:
+                return
+            try:
+                if readable:
+                    self._read()
+                if writable and not self.ended:
+                    data, self.head = self.head[:size], self.head[size:]
+                    self.socket.sendall(frame(DATA, 0, 1, data + bytes(size - len(data))))
+                    self.sent += size
+                    for stream in self.windows:
+                        self.windows[stream] -= size
+            except ConnectionError:
+                self.ended = True
+
+    def has_ended(self):
+        """Whether the server has ended the call, by what has come until now."""
+        try:
+            while not self.ended and select.select([self.socket], [], [], 0)[0]:
+                self._read()
+        except ConnectionError:
+            self.ended = True
+        return self.ended
+
+    def _read(self):
+        got = self.socket.recv(65536)
+        self.ended = not got
+        self.unread += got
+        while len(self.unread) >= 9:
+            size = int.from_bytes(self.unread[:3], "big")
+            if len(self.unread) < 9 + size:
+                return
+            kind, flags = self.unread[3], self.unread[4]
+            stream = int.from_bytes(self.unread[5:9], "big")
+            self._take(kind, flags, stream, self.unread[9 : 9 + size])
+            self.unread = self.unread[9 + size :]
+
+    def _take(self, kind, flags, stream, payload):
+        if kind == WINDOW:
+            self.windows[stream] += int.from_bytes(payload, "big")
+        elif kind == SETTINGS and not flags & ACK:
+            for setting, value in struct.iter_unpack(">HI", payload):
+                if setting == INITIAL_WINDOW:
+                    self.windows[1] += value - self.initial_window
+                    self.initial_window = value
+            self.socket.sendall(frame(SETTINGS, ACK, 0))
+        elif kind == PING and not flags & ACK:
+            self.socket.sendall(frame(PING, ACK, 0, payload))
+        elif kind in (RESET, GO_AWAY) or (kind == HEADERS and flags & END_STREAM):
+            self.ended = True
 
     def close(self):
         self.socket.close()

@@ -35,9 +35,12 @@ void ApplyServerLimits(int max_message_bytes, grpc::ServerBuilder& builder) {
   builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeTimeoutMs);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, kMaxIdleMs);
   grpc::ResourceQuota quota("epserve");
-  quota.Resize(static_cast<std::size_t>(
-      std::max(kMinBufferBytes, kMessagesBuffered * std::int64_t{max_message_bytes})));
+  quota.Resize(static_cast<std::size_t>(MaxBufferedBytes(max_message_bytes)));
   builder.SetResourceQuota(quota);
+}
+
+std::int64_t MaxBufferedBytes(int max_message_bytes) {
+  return std::max(kMinBufferBytes, kMessagesBuffered * std::int64_t{max_message_bytes});
 }
 
 }  // namespace epserve::coordinator

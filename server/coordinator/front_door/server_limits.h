@@ -4,12 +4,17 @@
 
 #include <grpcpp/server_builder.h>
 
+#include <cstdint>
+
 namespace epserve::coordinator {
 
 // Bounds a message's size both ways, and refuses compressed messages (UNIMPLEMENTED): a message's
 // size would be known only after it had been unpacked, and tensors hardly compress. Bounds the
 // streams of one connection, and the memory of all connections' buffers.
 void ApplyServerLimits(int max_message_bytes, grpc::ServerBuilder& builder);
+
+// What gRPC may buffer then, over all connections, before it ends calls of its own choice.
+std::int64_t MaxBufferedBytes(int max_message_bytes);
 
 }  // namespace epserve::coordinator
 

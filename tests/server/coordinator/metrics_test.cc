@@ -13,22 +13,30 @@ using ::testing::HasSubstr;
 TEST(MetricsTest, EveryNameIsThereFromTheStart) {
   const Metrics metrics(4);
   const std::string text = metrics.Render();
-  for (const char* line :
-       {"epserve_requests_total{outcome=\"ok\"} 0",
-        "epserve_requests_total{outcome=\"resource_exhausted\"} 0", "epserve_queue_depth 0",
-        "epserve_tokens_total 0", "epserve_batches_total{count_exchange=\"coordinator\"} 0",
-        "epserve_batches_total{count_exchange=\"streams\"} 0",
-        "epserve_batches_total{count_exchange=\"device\"} 0",
-        "epserve_phase_seconds_count{phase=\"queue\"} 0",
-        "epserve_phase_seconds_count{phase=\"assign\"} 0",
-        "epserve_phase_seconds_count{phase=\"counts\"} 0",
-        "epserve_phase_seconds_count{phase=\"dispatch\"} 0",
-        "epserve_phase_seconds_count{phase=\"ffn\"} 0",
-        "epserve_phase_seconds_count{phase=\"combine\"} 0",
-        "epserve_phase_seconds_count{phase=\"reply\"} 0",
-        "epserve_expert_rows_total{expert=\"3\"} 0", "epserve_epoch 0",
-        "epserve_workers{state=\"serving\"} 0", "epserve_batches_in_flight 0",
-        "epserve_request_seconds_count 0"}) {
+  for (const char* line : {"epserve_requests_total{outcome=\"ok\"} 0",
+                           "epserve_requests_total{outcome=\"resource_exhausted\"} 0",
+                           "epserve_queue_depth 0",
+                           "epserve_tokens_total 0",
+                           "epserve_batches_total{count_exchange=\"coordinator\"} 0",
+                           "epserve_batches_total{count_exchange=\"streams\"} 0",
+                           "epserve_batches_total{count_exchange=\"device\"} 0",
+                           "epserve_phase_seconds_count{phase=\"queue\"} 0",
+                           "epserve_phase_seconds_count{phase=\"assign\"} 0",
+                           "epserve_phase_seconds_count{phase=\"counts\"} 0",
+                           "epserve_phase_seconds_count{phase=\"dispatch\"} 0",
+                           "epserve_phase_seconds_count{phase=\"ffn\"} 0",
+                           "epserve_phase_seconds_count{phase=\"combine\"} 0",
+                           "epserve_phase_seconds_count{phase=\"reply\"} 0",
+                           "epserve_expert_rows_total{expert=\"3\"} 0",
+                           "epserve_epoch 0",
+                           "epserve_serving 0",
+                           "epserve_refused_total{reason=\"max_connections\"} 0",
+                           "epserve_refused_total{reason=\"access\"} 0",
+                           "epserve_refused_total{reason=\"handshake\"} 0",
+                           "epserve_refused_total{reason=\"half_messages\"} 0",
+                           "epserve_workers{state=\"serving\"} 0",
+                           "epserve_batches_in_flight 0",
+                           "epserve_request_seconds_count 0"}) {
     EXPECT_THAT(text, HasSubstr(line));
   }
 }
@@ -46,6 +54,10 @@ TEST(MetricsTest, NumbersFollowWhatIsCounted) {
   metrics.AddExpertRows(-1, 5);  // The same.
   metrics.SetEpoch(1760000001);
   metrics.SetWorkers({{"serving", 1}, {"serving", 1}, {"loading", 1}});
+  metrics.SetServing(true);
+  metrics.AddRefusal(RefusalReason::kHandshake);
+  metrics.AddRefusal(RefusalReason::kMaxConnections);
+  metrics.AddRefusal(RefusalReason::kMaxConnections);
   metrics.ObservePhase(PhaseMetric::kFfn, 0.002);
   std::string text = metrics.Render();
   EXPECT_THAT(text, HasSubstr("epserve_requests_total{outcome=\"ok\"} 1\n"));
@@ -60,8 +72,14 @@ TEST(MetricsTest, NumbersFollowWhatIsCounted) {
   EXPECT_THAT(text, HasSubstr("epserve_workers{state=\"serving\"} 2\n"));
   EXPECT_THAT(text, HasSubstr("epserve_workers{state=\"loading\"} 1\n"));
   EXPECT_THAT(text, HasSubstr("epserve_phase_seconds_count{phase=\"ffn\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_serving 1\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_refused_total{reason=\"max_connections\"} 2\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_refused_total{reason=\"access\"} 0\n"));
+  EXPECT_THAT(text, HasSubstr("epserve_refused_total{reason=\"handshake\"} 1\n"));
   metrics.SetWorkers({});
+  metrics.SetServing(false);
   EXPECT_THAT(metrics.Render(), HasSubstr("epserve_workers{state=\"serving\"} 0\n"));
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_serving 0\n"));
 }
 
 }  // namespace

@@ -23,8 +23,12 @@ namespace {
 using grpc::health::v1::Health;
 using grpc::health::v1::HealthCheckRequest;
 using grpc::health::v1::HealthCheckResponse;
+using testing::Each;
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+using testing::StartsWith;
 
 constexpr char kCheck[] = "/grpc.health.v1.Health/Check";
 constexpr char kWatch[] = "/grpc.health.v1.Health/Watch";
@@ -277,6 +281,8 @@ TEST_F(RpcServerTest, CallsOfOneConnectionTooManyAreRefusedUntilAnotherEnds) {
   Recorder::Log log;
   server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
   server_.SetMaxConnections(1);
+  std::vector<std::string> turned_away;  // of the server's thread until it has stopped
+  server_.SetOnNoPlace([&](const std::string& peer) { turned_away.push_back(peer); });
   Start();
   grpc::ClientContext context;
   std::thread caller([&] {
@@ -305,6 +311,8 @@ TEST_F(RpcServerTest, CallsOfOneConnectionTooManyAreRefusedUntilAnotherEnds) {
   while (status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED) status = check();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << "it has a handler now";
   server_.Stop(std::chrono::milliseconds(0));
+  ASSERT_THAT(turned_away, Not(IsEmpty()));
+  EXPECT_THAT(turned_away, Each(StartsWith("ipv4:127.0.0.1:")));
 }
 
 TEST_F(RpcServerTest, CallsThatAreRefusedOrOfAFreeMethodTakeNoPlace) {

@@ -42,6 +42,7 @@ TEST(OptionsTest, DefaultsAreTheDocumentedOnes) {
   EXPECT_EQ(options.num_slots, 2);
   EXPECT_EQ(options.compute_threads, 1);
   EXPECT_EQ(options.peer_timeout_ms, 30000);
+  EXPECT_EQ(options.leave_timeout_ms, 15000);
   EXPECT_EQ(options.busy_poll_us, 0);
   EXPECT_EQ(options.backend, "host");
   EXPECT_EQ(options.device, -1);
@@ -64,8 +65,8 @@ TEST(OptionsTest, FlagsAreTaken) {
   const auto parsed =
       Parse({"--checkpoint=/m", "--coordinator=unix:/run/c", "--worker-id=w3", "--cluster-id=prod",
              "--max-batch-tokens=64", "--slots=3", "--compute-threads=2", "--peer-timeout-ms=500",
-             "--busy-poll-us=50", "--backend=cuda", "--device=3", "--local-rank=5",
-             "--comm-blocks=32", "--dispatch-dtype=fp8", "--handle-dir=/tmp",
+             "--leave-timeout-ms=700", "--busy-poll-us=50", "--backend=cuda", "--device=3",
+             "--local-rank=5", "--comm-blocks=32", "--dispatch-dtype=fp8", "--handle-dir=/tmp",
              "--handle-type=fabric", "--log-format=json", "--log-level=debug"});
   ASSERT_TRUE(parsed.ok()) << parsed.status();
   const Options& options = *parsed->options;
@@ -76,6 +77,7 @@ TEST(OptionsTest, FlagsAreTaken) {
   EXPECT_EQ(options.num_slots, 3);
   EXPECT_EQ(options.compute_threads, 2);
   EXPECT_EQ(options.peer_timeout_ms, 500);
+  EXPECT_EQ(options.leave_timeout_ms, 700);
   EXPECT_EQ(options.busy_poll_us, 50);
   EXPECT_EQ(options.backend, "cuda");
   EXPECT_EQ(options.device, 3);

@@ -5,11 +5,11 @@
 - {{ printf "--model-name=%s" (include "epserve.modelName" .) | quote }}
 - --cluster-id={{ include "epserve.fullname" . }}
 - --workers={{ include "epserve.numRanks" . }}
-- --listen=0.0.0.0:{{ $c.port }}
-- --metrics-listen=0.0.0.0:{{ $c.metricsPort }}
+- --listen={{ .Values.listenHost }}:{{ $c.port }}
+- --metrics-listen={{ .Values.listenHost }}:{{ $c.metricsPort }}
 {{- if .Values.tls.enabled }}
 {{- include "epserve.tlsArgs" . | nindent 0 }}
-- --health-listen=0.0.0.0:{{ $c.healthPort }}
+- --health-listen={{ .Values.listenHost }}:{{ $c.healthPort }}
 {{- end }}
 {{- if .Values.sharedSecrets.secretName }}
 - --secrets-file=/etc/epserve/shared/secret
@@ -18,6 +18,9 @@
 - --insecure
 {{- else if $c.plaintextMetrics }}
 - --plaintext-metrics
+{{- end }}
+{{- if .Values.cudaSharedMemory.enabled }}
+- --allow-client-shm
 {{- end }}
 # The workers are in other pods, with a /dev/shm of their own.
 - --row-transport=messages
@@ -48,7 +51,7 @@
 # Host name and process id, the default, are alike in the pod's containers.
 - --worker-id=$(POD_NAME)-w{{ $index }}
 # The pod's containers share its ports.
-- --health-listen=0.0.0.0:{{ $health }}
+- --health-listen={{ $.Values.listenHost }}:{{ $health }}
 - --backend={{ $.Values.backend }}
 {{- if $gpus }}
 - --device={{ $index }}
@@ -58,6 +61,7 @@
 - --max-batch-tokens={{ int64 $.Values.maxBatchTokens }}
 - --slots={{ $.Values.slots }}
 - --peer-timeout-ms={{ int64 $w.peerTimeoutMs }}
+- --leave-timeout-ms={{ int64 $w.leaveTimeoutMs }}
 - --log-format={{ $.Values.log.format }}
 - --log-level={{ $.Values.log.level }}
 {{- with include "epserve.callerArgs" $ }}

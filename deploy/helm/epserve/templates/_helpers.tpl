@@ -25,7 +25,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 
 {{- define "epserve.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
 {{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end -}}
 {{- end }}
 
 {{- define "epserve.serviceAccountName" -}}
@@ -92,6 +96,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{/* Seconds from SIGTERM to SIGKILL: the drain, and time to write the last replies and exit. */}}
 {{- define "epserve.coordinatorGraceSeconds" -}}
 {{- add 10 (ceil (divf .Values.coordinator.drainTimeoutMs 1000)) -}}
+{{- end }}
+
+{{/* The same for a worker: it waits for the coordinator, and then for its own batches. */}}
+{{- define "epserve.workerGraceSeconds" -}}
+{{- add 10 (ceil (divf .Values.workers.leaveTimeoutMs 500)) -}}
 {{- end }}
 
 {{/* The coordinator's ports, each of its own: fails where two are the same. */}}

@@ -21,14 +21,13 @@ spec:
   {{- if and $gpus (eq .Values.gpu.allocation "devicePlugin") }}
   runtimeClassName: {{ .Values.gpu.runtimeClassName | quote }}
   {{- end }}
+  {{- if .Values.cudaSharedMemory.enabled }}
+  # For handles of callers' CUDA memory. Forbidden by the baseline and restricted Pod Security Standards.
+  hostIPC: true
+  hostPID: true
+  {{- end }}
   affinity:
-    podAntiAffinity:
-      requiredDuringSchedulingIgnoredDuringExecution:
-        - topologyKey: kubernetes.io/hostname
-          labelSelector:
-            matchLabels:
-              {{- include "epserve.selectorLabels" . | nindent 14 }}
-              app.kubernetes.io/component: worker
+    {{- include "epserve.workerAffinity" . | nindent 4 }}
   {{- with $w.topologySpreadConstraints }}
   topologySpreadConstraints:
     {{- range . }}
@@ -39,8 +38,7 @@ spec:
           app.kubernetes.io/component: worker
     {{- end }}
   {{- end }}
-  # A worker that is told to leave lets its batches finish, 15 s for them and 15 s for the farewell.
-  terminationGracePeriodSeconds: 40
+  terminationGracePeriodSeconds: {{ include "epserve.workerGraceSeconds" . }}
   {{- if and $gpus (eq .Values.gpu.allocation "dra") }}
   resourceClaims:
     - name: gpus
@@ -55,6 +53,19 @@ spec:
     # Heaps of host workers, and NCCL's way within a node: one /dev/shm for all containers.
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $w.sharedMemory | quote }}}
+{{- end }}
+
+{{/* workers.affinity, and that pods of one release never share a node. */}}
+{{- define "epserve.workerAffinity" -}}
+{{- $labels := include "epserve.selectorLabels" . | fromYaml -}}
+{{- $_ := set $labels "app.kubernetes.io/component" "worker" -}}
+{{- $selector := dict "matchLabels" $labels -}}
+{{- $apart := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" $selector -}}
+{{- $affinity := deepCopy .Values.workers.affinity -}}
+{{- $anti := get $affinity "podAntiAffinity" | default dict -}}
+{{- $rule := "requiredDuringSchedulingIgnoredDuringExecution" -}}
+{{- $_ := set $anti $rule (append (get $anti $rule | default list) $apart) -}}
+{{- set $affinity "podAntiAffinity" $anti | toYaml -}}
 {{- end }}
 
 {{/* Takes (list . INDEX). */}}

@@ -1,0 +1,76 @@
+#include "server/rpc/half_messages.h"
+
+#include <gtest/gtest.h>
+
+namespace epserve::server {
+namespace {
+
+constexpr std::uint64_t kMiB = 1 << 20;
+
+TEST(HalfMessagesTest, WhatWasReadIsNotHeld) {
+  HalfMessages half;
+  const auto reader = half.ReaderOf("a");
+  EXPECT_FALSE(half.Look({{"a", 3 * kMiB}}, 10 * kMiB).has_value());
+  EXPECT_EQ(half.held_bytes(), 3 * kMiB);
+  reader->OnMessage(5 * kMiB);
+  half.Look({{"a", 5 * kMiB + 200}}, 10 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 0) << "headers and framing are allowed for";
+}
+
+TEST(HalfMessagesTest, WhoHoldsMostIsNamedOnceTheyHoldTooMuchTogether) {
+  HalfMessages half;
+  EXPECT_FALSE(half.Look({{"a", 4 * kMiB}, {"b", 5 * kMiB}}, 10 * kMiB).has_value());
+  const auto holder = half.Look({{"a", 4 * kMiB}, {"b", 7 * kMiB}}, 10 * kMiB);
+  ASSERT_TRUE(holder.has_value());
+  EXPECT_EQ(holder->peer, "b");
+  EXPECT_EQ(holder->num_bytes, 7 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 4 * kMiB);
+  EXPECT_FALSE(half.Look({{"a", 4 * kMiB}, {"b", 8 * kMiB}}, 10 * kMiB).has_value())
+      << "it is being ended";
+}
+
+TEST(HalfMessagesTest, WhatAConnectionHeldGoesWithIt) {
+  HalfMessages half;
+  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  EXPECT_FALSE(half.Look({{"b", 1}}, 10 * kMiB).has_value());
+  EXPECT_EQ(half.held_bytes(), 1);
+  half.Look({{"a", 7}, {"b", 1}}, 10 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 8) << "another connection of the same port";
+}
+
+TEST(HalfMessagesTest, ConnectionThatReplacesAnotherUnseenBeginsAnew) {
+  HalfMessages half;
+  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  half.Look({{"a", 2 * kMiB}}, 30 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 2 * kMiB);
+}
+
+TEST(HalfMessagesTest, SmallMessagesAreNoCreditForALargeHalf) {
+  HalfMessages half;
+  const auto reader = half.ReaderOf("a");
+  std::uint64_t received = 0;
+  for (int look = 0; look < 100; ++look) {
+    for (int i = 0; i < 1000; ++i) reader->OnMessage(1);
+    half.Look({{"a", received += 100'000}}, 10 * kMiB);
+    ASSERT_EQ(half.held_bytes(), 0);
+  }
+  EXPECT_TRUE(half.Look({{"a", received + 11 * kMiB}}, 10 * kMiB).has_value());
+}
+
+TEST(HalfMessagesTest, ConnectionThatALookDidNotFindYetKeepsItsReader) {
+  HalfMessages half;
+  const auto reader = half.ReaderOf("new");
+  half.Look({{"old", 1}}, kMiB);
+  reader->OnMessage(3 * kMiB);
+  half.Look({{"old", 1}, {"new", 3 * kMiB}}, kMiB);
+  EXPECT_EQ(half.held_bytes(), 1);
+}
+
+TEST(HalfMessagesTest, CallsOfOneConnectionHaveOneReader) {
+  HalfMessages half;
+  EXPECT_EQ(half.ReaderOf("a"), half.ReaderOf("a"));
+  EXPECT_NE(half.ReaderOf("a"), half.ReaderOf("b"));
+}
+
+}  // namespace
+}  // namespace epserve::server
