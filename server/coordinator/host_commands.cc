@@ -140,12 +140,16 @@ void Host::Execute(StartBatch& command) {
     requests.push_back(&it->second.pending->request);
   }
   std::vector<ShardMessage> shards = batches_->Start(command, requests, NowUs());
-  for (std::size_t i = 0; i < shards.size(); ++i) {
-    const ShardPlan& plan = command.shards[i];
-    if (TakesPart(shards[i], plan)) {
-      Send(plan.stream, std::move(shards[i]));
-    } else {
-      raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
+  // Ranks that only work for others come first: whoever has rows waits for them.
+  for (const bool has_rows : {false, true}) {
+    for (std::size_t i = 0; i < shards.size(); ++i) {
+      const ShardPlan& plan = command.shards[i];
+      if ((plan.rows.size() > 0) != has_rows) continue;
+      if (TakesPart(shards[i], plan)) {
+        Send(plan.stream, std::move(shards[i]));
+      } else {
+        raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
+      }
     }
   }
 }

@@ -286,8 +286,10 @@ absl::Status BatchExecutor::Check(const Shard& shard) const {
                             .max_shard_tokens = runtime::MaxShardTokens(config_.max_batch_tokens,
                                                                         placement_.num_ranks()),
                             .model = &engine_->model(),
+                            .rank = rank_,
                             .has_arena = row_arena_ != nullptr,
-                            .has_regions = regions_ != nullptr});
+                            .has_regions = regions_ != nullptr,
+                            .takes_shared_batches = engine_->takes_shared_batches()});
 }
 
 std::byte* BatchExecutor::ArenaRows(const Shard& shard) const {
@@ -321,14 +323,22 @@ runtime::ShardInput BatchExecutor::InputOf(int index, const Shard& shard) const 
                             .hidden = shard.hidden.data()};
   const DeviceShard& on_device = slots_[index]->on_device;
   input.device_rows = on_device.rows();
-  if (shard.in_arena) input.hidden = ArenaRows(shard);
+  if (shard.in_arena) {
+    input.hidden = ArenaRows(shard);
+    input.output = ArenaRows(shard);
+  }
   if (!shard.routed) return input;
   if (on_device.topk_ids() != nullptr) {
     input.topk_ids = on_device.topk_ids();
     input.topk_weights = on_device.topk_weights();
   } else if (shard.in_arena) {
-    input.topk_ids = row_arena_->topk_ids(shard.slot) + shard.first_row * shard.topk;
-    input.topk_weights = row_arena_->topk_weights(shard.slot) + shard.first_row * shard.topk;
+    const std::int32_t* const ids = row_arena_->topk_ids(shard.slot);
+    const float* const weights = row_arena_->topk_weights(shard.slot);
+    input.topk_ids = ids + shard.first_row * shard.topk;
+    input.topk_weights = weights + shard.first_row * shard.topk;
+    if (!shard.shard_begin.empty()) {
+      input.shared = {shard.shard_begin, row_arena_->rows(shard.slot), ids, weights};
+    }
   } else {
     input.topk_ids = reinterpret_cast<const std::int32_t*>(shard.topk_ids.data());
     input.topk_weights = reinterpret_cast<const float*>(shard.topk_weights.data());

@@ -14,8 +14,10 @@ struct ShardLimits {
   std::int64_t max_batch_tokens = 0;
   std::int64_t max_shard_tokens = 0;
   const runtime::ModelInfo* model = nullptr;
+  int rank = 0;
   bool has_arena = false;    // the epoch's is mapped
   bool has_regions = false;  // clients' system regions are in reach
+  bool takes_shared_batches = false;
 };
 
 // One row of the shard's type.
