@@ -9,6 +9,7 @@
 #include "runtime/base/log.h"
 #include "server/common/probe.h"
 #include "server/coordinator/host.h"
+#include "server/coordinator/state_machine/batch.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -140,16 +141,13 @@ void Host::Execute(StartBatch& command) {
     requests.push_back(&it->second.pending->request);
   }
   std::vector<ShardMessage> shards = batches_->Start(command, requests, NowUs());
-  // Ranks that only work for others come first: whoever has rows waits for them.
-  for (const bool has_rows : {false, true}) {
-    for (std::size_t i = 0; i < shards.size(); ++i) {
-      const ShardPlan& plan = command.shards[i];
-      if ((plan.rows.size() > 0) != has_rows) continue;
-      if (TakesPart(shards[i], plan)) {
-        Send(plan.stream, std::move(shards[i]));
-      } else {
-        raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
-      }
+  for (const int rank : SendingOrder(command.shards)) {
+    const ShardPlan& plan = command.shards[rank];
+    ShardMessage& shard = shards[rank];
+    if (TakesPart(shard, plan)) {
+      Send(plan.stream, std::move(shard));
+    } else {
+      raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
     }
   }
 }

@@ -131,4 +131,18 @@ absl::Status CheckShard(const Shard& shard, const ShardLimits& limits) {
   return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
 }
 
+absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged,
+                         const runtime::Placement& placement, int rank,
+                         std::int64_t max_batch_tokens) {
+  EPS_RETURN_IF_ERROR(runtime::ValidateCountMatrix(*shard.counts, placement, max_batch_tokens));
+  for (int dst = 0; dst < placement.num_ranks(); ++dst) {
+    if (shard.counts->at(rank, dst) != staged.rows_to_rank[dst]) {
+      return absl::InternalError(absl::StrCat(
+          "count matrix: ", shard.counts->at(rank, dst), " rows from rank ", rank, " to rank ", dst,
+          ", but the shard of batch ", shard.batch, " has ", staged.rows_to_rank[dst]));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace epserve::worker

@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "runtime/checkpoint/model_info.h"
+#include "runtime/routing/count_matrix.h"
 #include "server/worker/control_messages.h"
 
 namespace epserve::worker {
@@ -25,6 +26,12 @@ std::int64_t RowBytes(const Shard& shard, const runtime::ModelInfo& model);
 
 // INVALID_ARGUMENT or INTERNAL, naming what does not fit.
 absl::Status CheckShard(const Shard& shard, const ShardLimits& limits);
+
+// What the count matrix says of this rank's rows must be what was counted here: offsets in the
+// peers' memory follow from it. INVALID_ARGUMENT or INTERNAL. REQUIRES: the shard has the matrix.
+absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged,
+                         const runtime::Placement& placement, int rank,
+                         std::int64_t max_batch_tokens);
 
 }  // namespace epserve::worker
 

@@ -28,6 +28,10 @@ class RankSet {
   int size_ = 0;
 };
 
+// The ranks in the order in which their shards are to be sent: those that only work for others
+// first, for whoever has rows waits for them.
+std::vector<int> SendingOrder(const std::vector<ShardPlan>& shards);
+
 struct Batch {
   Batch(BatchId id, int slot, int num_ranks, TimeUs now_us);
 
