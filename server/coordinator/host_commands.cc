@@ -141,7 +141,10 @@ void Host::Execute(StartBatch& command) {
     requests.push_back(&it->second.pending->request);
   }
   std::vector<ShardMessage> shards = batches_->Start(command, requests, NowUs());
-  for (const int rank : SendingOrder(command.shards)) {
+  std::vector<int> order = SendingOrder(command.shards);
+  // Where the ranks are to count first, those that have rows to count are waited for.
+  if (command.counts != CountExchange::kCoordinator) std::reverse(order.begin(), order.end());
+  for (const int rank : order) {
     const ShardPlan& plan = command.shards[rank];
     ShardMessage& shard = shards[rank];
     if (TakesPart(shard, plan)) {

@@ -35,7 +35,7 @@ Batch::Batch(BatchId id, int slot, int num_ranks, TimeUs now_us)
 std::vector<StreamId> Batch::Streams() const {
   std::vector<StreamId> streams;
   streams.reserve(shards.size());
-  for (const ShardPlan& shard : shards) streams.push_back(shard.stream);
+  for (const int rank : SendingOrder(shards)) streams.push_back(shards[rank].stream);
   return streams;
 }
 

@@ -237,7 +237,7 @@ TEST_F(BatchStoreArenaTest, RanksThatSeeAllRowsAreToldWhoseTheyAre) {
   EXPECT_THAT(shards[1].shard_begin, ElementsAre(0, 1, 4));
   EXPECT_EQ(shards[1].first_row, 1);
   ASSERT_NE(shards[0].counts, nullptr);
-  EXPECT_THAT(shards[0].counts->rows, ElementsAre(1, 0, 2, 3));
+  EXPECT_THAT(shards[0].counts->rows, ElementsAre(1, 0, 1, 3));
 }
 
 TEST_F(BatchStoreArenaTest, NoRankIsToldWhereOneDoesNotSeeAllRows) {
