@@ -54,7 +54,6 @@ TEST_F(WorkerTest, JoinsLoadsAndServesTheFirstEpochInOrder) {
   ASSERT_TRUE(created.has_heap_created()) << created.DebugString();
   EXPECT_EQ(created.heap_created().handle(), "heap-7");
   EXPECT_FALSE(created.heap_created().takes_shared_batches()) << "there is no arena";
-  EXPECT_FALSE(created.heap_created().takes_shared_batches()) << "there is no arena";
 
   session->Send(OpenPeersMessage(7));
   const v1::WorkerMessage opened = session->Next();
