@@ -6,6 +6,9 @@
 // itself are not copied. Combine is one-sided too: the expert side leaves one partial row per
 // received row in its own heap and raises a flag; the source adds its tokens' partials in ascending
 // rank order, in fp32, straight from its peers' heaps.
+//
+// Where every rank sees all rows of a batch, dispatch pushes nothing: each rank takes its rows
+// where they stand, and waits for nobody (shared_batch.h). Combine is the same.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_EXCHANGE_H_
 
@@ -17,6 +20,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "runtime/alltoallv/shared_batch.h"
 #include "runtime/base/dtype.h"
 #include "runtime/routing/count_matrix.h"
 
@@ -47,6 +51,10 @@ struct DispatchArgs {
   std::int64_t num_tokens = 0;             // T of this rank's shard; 0 is ordinary
   int topk = 0;                            // K in [1, max_topk]
   const CountMatrix* counts = nullptr;     // must stay valid until Combine returns
+  // Given on all ranks or on none, and the same batch on all. Where it is given, the shard's part
+  // of it stands in place of x, topk_ids and topk_weights, and what it points to must stay valid
+  // until Combine has returned on all ranks.
+  SharedBatch shared;
 };
 
 // What has arrived in a slot. Rows stand in order of (source rank, token).
@@ -79,7 +87,8 @@ class Exchange {
   virtual absl::StatusOr<CountMatrix> ExchangeCounts(int slot, std::uint64_t sequence,
                                                      const ShardCounts& counts) = 0;
 
-  // Pushes the shard, then waits until every source's rows are in this rank's heap.
+  // Pushes the shard, then waits until every source's rows are in this rank's heap; or takes this
+  // rank's rows of a shared batch.
   // INVALID_ARGUMENT: args outside the config. DEADLINE_EXCEEDED: a peer's rows did not come within
   // peer_timeout; the message names rank, peer, stage and how long. ABORTED: Abort() was called.
   virtual absl::Status Dispatch(const DispatchArgs& args) = 0;

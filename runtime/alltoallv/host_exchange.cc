@@ -204,12 +204,14 @@ absl::Status HostExchange::ValidateDispatch(const DispatchArgs& args) const {
     return Refuse("dispatch: topk ", args.topk, " is outside [1, ", config_.max_topk, "]");
   }
   if (args.counts == nullptr) return Refuse("dispatch: counts is null");
-  if (args.num_tokens > 0 &&
+  const bool shared = !args.shared.empty();
+  if (!shared && args.num_tokens > 0 &&
       (args.x == nullptr || args.topk_ids == nullptr || args.topk_weights == nullptr)) {
     return Refuse("dispatch: x, topk_ids or topk_weights is null with num_tokens ",
                   args.num_tokens);
   }
-  if (reinterpret_cast<std::uintptr_t>(args.x) % DataTypeBytes(args.dtype) != 0) {
+  const void* const x = shared ? args.shared.x : args.x;
+  if (reinterpret_cast<std::uintptr_t>(x) % DataTypeBytes(args.dtype) != 0) {
     return Refuse("dispatch: x is not aligned to its element of ", DataTypeBytes(args.dtype),
                   " bytes");
   }
@@ -242,6 +244,26 @@ absl::Status HostExchange::RouteShard(const DispatchArgs& args, Slot* slot) cons
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status HostExchange::TakeShared(const DispatchArgs& args, Slot* slot) const {
+  const SlotView view{heap_.data() + layout_.SlotOffset(args.slot), &layout_};
+  EPS_RETURN_IF_ERROR(TakeSharedRows(args.shared,
+                                     {.rank = config_.rank,
+                                      .max_batch_tokens = config_.max_batch_tokens,
+                                      .placement = &config_.placement,
+                                      .owner = owner_},
+                                     *args.counts, args.topk,
+                                     config_.hidden * DataTypeBytes(args.dtype),
+                                     {.rows = slot->row_pointers.data(),
+                                      .local_experts = view.local_experts(),
+                                      .weights = view.weights(),
+                                      .token_destinations = slot->token_destinations.data()}));
+  const std::int64_t in_batch =
+      args.shared.shard_begin[config_.rank + 1] - args.shared.shard_begin[config_.rank];
+  if (in_batch == args.num_tokens) return absl::OkStatus();
+  return Refuse("dispatch: num_tokens ", args.num_tokens, " is not the ", in_batch,
+                " of this rank's shard in the shared batch");
 }
 
 void HostExchange::PushRows(const DispatchArgs& args, Slot* slot) const {
@@ -340,7 +362,7 @@ absl::Status HostExchange::AwaitPeer(const char* stage, SharedFlag* flag, int sl
       absl::ToInt64Milliseconds(config_.peer_timeout), " ms; that worker is gone or stuck"));
 }
 
-void HostExchange::DescribeReceived(const DispatchArgs& args, Slot* slot) const {
+void HostExchange::PointAtReceived(const DispatchArgs& args, Slot* slot) const {
   const SlotView view{heap_.data() + layout_.SlotOffset(args.slot), &layout_};
   const std::uint64_t stride = ReceiveRowStride(config_.hidden, DataTypeBytes(args.dtype));
   std::int64_t index = 0;
@@ -352,10 +374,15 @@ void HostExchange::DescribeReceived(const DispatchArgs& args, Slot* slot) const 
     }
     for (; index < end; ++index) slot->row_pointers[index] = view.receive_rows() + index * stride;
   }
+}
+
+void HostExchange::DescribeReceived(const DispatchArgs& args, Slot* slot) const {
+  const SlotView view{heap_.data() + layout_.SlotOffset(args.slot), &layout_};
+  const std::int64_t num_rows = args.counts->NumReceived(config_.rank);
   slot->received.dtype = args.dtype;
-  slot->received.num_rows = index;
+  slot->received.num_rows = num_rows;
   slot->received.topk = args.topk;
-  slot->received.rows = std::span(slot->row_pointers).first(index);
+  slot->received.rows = std::span(slot->row_pointers).first(num_rows);
   slot->received.local_experts = view.local_experts();
   slot->received.weights = view.weights();
   slot->received.partial_rows = view.partial_rows();
@@ -366,13 +393,17 @@ absl::Status HostExchange::Dispatch(const DispatchArgs& args) {
   EPS_RETURN_IF_ERROR(ValidateDispatch(args));
   Slot& slot = slots_[args.slot];
   slot.dispatched = false;
-  EPS_RETURN_IF_ERROR(RouteShard(args, &slot));
+  const bool shared = !args.shared.empty();
+  EPS_RETURN_IF_ERROR(shared ? TakeShared(args, &slot) : RouteShard(args, &slot));
   // Relaxed: the word orders nothing. After an abort not one more byte goes to a peer.
   if (abort_.load(std::memory_order_relaxed) != 0) return Aborted("dispatch");
   slot.sequence = args.sequence;
-  PushRows(args, &slot);
-  PublishRows(args);
-  EPS_RETURN_IF_ERROR(AwaitRows(args));
+  if (!shared) {
+    PushRows(args, &slot);
+    PublishRows(args);
+    EPS_RETURN_IF_ERROR(AwaitRows(args));
+    PointAtReceived(args, &slot);
+  }
   DescribeReceived(args, &slot);
   slot.num_tokens = args.num_tokens;
   slot.counts = args.counts;

@@ -5,7 +5,12 @@
 // What a slot needs between batches: its next Dispatch starts only after the last batch's Combine
 // has returned on ALL ranks, because peers read this rank's partial rows until then. Flags carry
 // the batch's sequence, which only grows, so they are never reset. Everything is allocated in
-// Create and OpenPeers. Thread safety: as Exchange states; Create, OpenPeers and Seal come before
+// Create and OpenPeers.
+//
+// Combine's `out` may be where the shard's own rows stand, also in a shared batch, whose rows the
+// peers read in place: only ranks that a row is sent to read it, each has read all its rows when it
+// publishes its partials, and Combine writes its first byte once it has seen that of all of them.
+// Thread safety: as Exchange states; Create, OpenPeers and Seal come before
 // any batch.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
@@ -87,9 +92,12 @@ class HostExchange final : public Exchange {
   absl::Status ValidateDispatch(const DispatchArgs& args) const;
   // Fills the slot's token_destinations; refuses bad ids and a count matrix that says otherwise.
   absl::Status RouteShard(const DispatchArgs& args, Slot* slot) const;
+  // The same for a shared batch, of which it also takes this rank's rows.
+  absl::Status TakeShared(const DispatchArgs& args, Slot* slot) const;
   void PushRows(const DispatchArgs& args, Slot* slot) const;
   void PublishRows(const DispatchArgs& args) const;
   absl::Status AwaitRows(const DispatchArgs& args) const;
+  void PointAtReceived(const DispatchArgs& args, Slot* slot) const;
   void DescribeReceived(const DispatchArgs& args, Slot* slot) const;
   absl::Status AwaitPeer(const char* stage, SharedFlag* flag, int slot, std::uint64_t sequence,
                          int peer, const WaitLimits& limits) const;

@@ -48,6 +48,7 @@ DispatchArgs BatchSlot::MakeDispatchArgs(int slot, const CountMatrix& counts) {
   args.num_tokens = input.num_tokens;
   args.topk = input.topk;
   args.counts = &counts_;
+  args.shared = input.shared;
   return args;
 }
 

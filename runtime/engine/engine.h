@@ -28,6 +28,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "runtime/alltoallv/shared_batch.h"
 #include "runtime/base/dtype.h"
 #include "runtime/checkpoint/model_info.h"
 #include "runtime/engine/device_regions.h"
@@ -90,6 +91,13 @@ struct ShardInput {
   std::span<const ShardDeviceRows> device_rows;
   const std::int32_t* topk_ids = nullptr;  // [T, K], null: the router decides
   const float* topk_weights = nullptr;     // [T, K], null where topk_ids is
+  // The whole batch, where all ranks see it and every engine takes_shared_batches(): given to all
+  // or to none. This rank's shard, which must have ids, is its part of it. Stays as it is until
+  // every rank has finished, but for rows that their own rank's output replaces.
+  SharedBatch shared;
+  // Where Finish will be told to leave the output, for an engine that can bring it there at once,
+  // in Combine; may be the place of the input's rows. Null: not known yet.
+  void* output = nullptr;
 };
 
 struct BatchTimes {
@@ -151,6 +159,8 @@ class Engine {
                                                              std::int64_t expert,
                                                              std::span<const float> x) const = 0;
 
+  // Whether Dispatch can take rows of a shared batch where they stand.
+  virtual bool takes_shared_batches() const { return false; }
   // Takes a shard in, routes it where ids are absent, and counts it.
   virtual absl::StatusOr<ShardCounts> Stage(const ShardInput& input) = 0;
   // Whether ExchangeCounts is to be had.

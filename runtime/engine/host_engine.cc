@@ -52,6 +52,7 @@ class HostEngine final : public EngineBase {
                                                      std::span<const float> x) const override;
 
   bool exchanges_counts() const override { return true; }
+  bool takes_shared_batches() const override { return true; }
   absl::StatusOr<CountMatrix> ExchangeCounts(int slot) override;
   absl::Status Dispatch(int slot, const CountMatrix& counts) override;
   absl::Status RunExperts(int slot) override;
@@ -227,11 +228,13 @@ absl::Status HostEngine::Combine(int slot_index) {
   slot->SetState(BatchSlot::State::kFailed);
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("combine"));
   const auto start = std::chrono::steady_clock::now();
-  // The rows received are used up, and nobody writes new ones before this slot's Finish on every
-  // rank: their place takes the output, which is no larger.
-  const std::span<std::byte> output = exchange->ReceiveRegion(rank(), slot_index);
-  EPS_RETURN_IF_ERROR(exchange->Combine(slot_index, output.data()));
-  slot->SetOutput(output.data());
+  // Where the caller wants it, which Combine allows to be the input's place; or in the place of the
+  // rows received, which are used up, and nobody writes new ones before this slot's Finish on every
+  // rank. The output is no larger.
+  void* output = slot->intake().input().output;
+  if (output == nullptr) output = exchange->ReceiveRegion(rank(), slot_index).data();
+  EPS_RETURN_IF_ERROR(exchange->Combine(slot_index, output));
+  slot->SetOutput(static_cast<const std::byte*>(output));
   slot->times().combine_ns = ElapsedNs(start);
   slot->SetState(BatchSlot::State::kCombined);
   return absl::OkStatus();
@@ -247,7 +250,9 @@ absl::Status HostEngine::Finish(int slot_index, void* output, BatchTimes* times,
   EPS_ASSIGN_OR_RETURN(BatchSlot * slot,
                        BatchIn("finish", slot_index, BatchSlot::State::kCombined));
   const std::size_t bytes = slot->intake().row_bytes();
-  if (bytes > 0 && output != nullptr) std::memcpy(output, slot->output(), bytes);
+  if (bytes > 0 && output != nullptr && output != slot->output()) {
+    std::memcpy(output, slot->output(), bytes);
+  }
   if (times != nullptr) *times = slot->times();
   if (local_expert_rows != nullptr) *local_expert_rows = slot->local_expert_rows();
   slot->Release();

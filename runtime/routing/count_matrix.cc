@@ -1,6 +1,7 @@
 #include "runtime/routing/count_matrix.h"
 
 #include <algorithm>
+#include <array>
 
 #include "absl/strings/str_cat.h"
 
@@ -70,20 +71,38 @@ void CountShard(std::span<const std::int32_t> topk_ids, int topk, const Placemen
   }
 }
 
-CountMatrix ComputeCountMatrix(std::span<const std::int32_t> topk_ids, std::int64_t num_tokens,
-                               int topk, const Placement& placement) {
+CountMatrix ComputeCountMatrix(std::span<const std::int32_t> topk_ids,
+                               std::span<const RowRange> shards, int topk,
+                               const Placement& placement) {
   CountMatrix counts;
   const int ranks = placement.num_ranks();
   counts.num_ranks = ranks;
   counts.rows.assign(static_cast<std::size_t>(ranks) * ranks, 0);
   counts.rows_per_expert.assign(placement.num_experts(), 0);
   for (int src = 0; src < ranks; ++src) {
-    const RowRange shard = ShardOf(num_tokens, ranks, src);
+    const RowRange& shard = shards[static_cast<std::size_t>(src)];
     CountShard(topk_ids.subspan(shard.begin * topk, shard.size() * topk), topk, placement,
                std::span(counts.rows).subspan(static_cast<std::size_t>(src) * ranks, ranks),
                counts.rows_per_expert);
   }
   return counts;
+}
+
+CountMatrix ComputeCountMatrix(std::span<const std::int32_t> topk_ids, std::int64_t num_tokens,
+                               int topk, const Placement& placement) {
+  std::vector<RowRange> shards;
+  for (int rank = 0; rank < placement.num_ranks(); ++rank) {
+    shards.push_back(ShardOf(num_tokens, placement.num_ranks(), rank));
+  }
+  return ComputeCountMatrix(topk_ids, shards, topk, placement);
+}
+
+int RankOfMostExperts(std::span<const std::int32_t> topk_ids, const Placement& placement) {
+  std::array<int, kMaxRanks> owned{};
+  for (const std::int32_t expert : topk_ids) {
+    if (expert >= 0) ++owned[static_cast<std::size_t>(placement.OwnerOf(expert))];
+  }
+  return static_cast<int>(std::max_element(owned.begin(), owned.end()) - owned.begin());
 }
 
 absl::Status ValidateCountMatrix(const CountMatrix& counts, const Placement& placement,

@@ -70,9 +70,17 @@ struct ShardCounts {
 void CountShard(std::span<const std::int32_t> topk_ids, int topk, const Placement& placement,
                 std::span<std::int32_t> rows_to_rank, std::span<std::int64_t> rows_per_expert);
 
-// The whole matrix for topk_ids [T, K], sharded by ShardOf.
+// The whole matrix for topk_ids [T, K], `shards` [R] by rank, one after another from 0 to T.
+CountMatrix ComputeCountMatrix(std::span<const std::int32_t> topk_ids,
+                               std::span<const RowRange> shards, int topk,
+                               const Placement& placement);
+// The same, sharded by ShardOf.
 CountMatrix ComputeCountMatrix(std::span<const std::int32_t> topk_ids, std::int64_t num_tokens,
                                int topk, const Placement& placement);
+
+// The rank that owns most of a token's experts, the lowest of several; 0 where it names none.
+// REQUIRES: ids validated, in [-1, E).
+int RankOfMostExperts(std::span<const std::int32_t> topk_ids, const Placement& placement);
 
 // Refuses a matrix that does not fit: wrong sizes, negative counts, rows to a rank without experts,
 // more rows from a source than the longest shard of `max_batch_tokens`, or more rows to a rank than

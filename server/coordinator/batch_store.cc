@@ -50,20 +50,24 @@ namespace {
 
 // `took_ns` receives what it cost.
 std::shared_ptr<const runtime::CountMatrix> CountRows(
-    std::span<const std::span<const std::int32_t>> ids_of_segments, std::int64_t num_tokens,
-    int topk, const runtime::Placement& placement, std::int64_t* took_ns) {
+    std::span<const std::span<const std::int32_t>> ids_of_segments,
+    const std::vector<ShardPlan>& plans, int topk, const runtime::Placement& placement,
+    std::int64_t* took_ns) {
   const auto start = std::chrono::steady_clock::now();
   std::vector<std::int32_t> joined;
   std::span<const std::int32_t> ids;
   if (ids_of_segments.size() == 1) {
     ids = ids_of_segments[0];
   } else {
-    joined.reserve(static_cast<std::size_t>(num_tokens * topk));
+    joined.reserve(static_cast<std::size_t>(plans.back().rows.end * topk));
     for (const auto& part : ids_of_segments) joined.insert(joined.end(), part.begin(), part.end());
     ids = joined;
   }
+  std::vector<runtime::RowRange> shards;
+  shards.reserve(plans.size());
+  for (const ShardPlan& plan : plans) shards.push_back(plan.rows);
   auto counts = std::make_shared<const runtime::CountMatrix>(
-      runtime::ComputeCountMatrix(ids, num_tokens, topk, placement));
+      runtime::ComputeCountMatrix(ids, shards, topk, placement));
   *took_ns = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
   return counts;
 }
@@ -185,6 +189,7 @@ void BatchStore::OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> are
   arena_epoch_ = epoch;
   arena_ = std::move(arena);
   arena_streams_.clear();
+  sharing_streams_.clear();
   regions_.OpenEpoch();
 }
 
@@ -194,6 +199,10 @@ void BatchStore::UseArena(EpochId epoch, StreamId stream) {
 
 void BatchStore::UseRegions(EpochId epoch, StreamId stream) {
   if (epoch == arena_epoch_ && arena_streams_.contains(stream)) regions_.AddReachable(stream);
+}
+
+void BatchStore::UseSharedRows(EpochId epoch, StreamId stream) {
+  if (epoch == arena_epoch_ && arena_streams_.contains(stream)) sharing_streams_.insert(stream);
 }
 
 void BatchStore::SealArena(EpochId epoch) {
@@ -293,12 +302,29 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
     shard.first_row = shard.in_arena ? batch.shards[i].rows.begin : 0;
     CutRows(segments, i, batch, shard);
   }
+  ShareRows(batch, shards);
   for (const KeptPart& part : batch.parts) {
     for (const RegionWindow* window : {&part.source, &part.output}) {
       if (window->region != nullptr && !InCuda(*window)) regions_.Named(window->region);
     }
   }
   return shards;
+}
+
+// Not where a worker is still to bring rows or ids there.
+void BatchStore::ShareRows(const KeptBatch& batch, std::vector<ShardMessage>& shards) const {
+  std::vector<std::int64_t> shard_begin;
+  shard_begin.reserve(shards.size() + 1);
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    const ShardMessage& shard = shards[i];
+    if (!shard.in_arena || !sharing_streams_.contains(batch.shards[i].stream) || !shard.routed ||
+        !shard.sources.empty() || !shard.device_rows.empty()) {
+      return;
+    }
+    shard_begin.push_back(batch.shards[i].rows.begin);
+  }
+  shard_begin.push_back(batch.shards.back().rows.end);
+  for (ShardMessage& shard : shards) shard.shard_begin = shard_begin;
 }
 
 std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
@@ -335,7 +361,7 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
   common.trigger = start.trigger;
   common.device_counts = start.counts == CountExchange::kDevice;
   if (start.counts == CountExchange::kCoordinator) {
-    common.counts = CountRows(ids, start.num_tokens, topk_, placement_, &batch.times.counts_ns);
+    common.counts = CountRows(ids, batch.shards, topk_, placement_, &batch.times.counts_ns);
   }
   return MakeShards(common, batch, segments);
 }
@@ -363,8 +389,7 @@ std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_
   common.trigger = start.trigger;
   common.device_counts = start.counts == CountExchange::kDevice;
   if (start.counts == CountExchange::kCoordinator) {
-    common.counts =
-        CountRows({&ids, 1}, batch.probe.num_tokens, topk_, placement_, &batch.times.counts_ns);
+    common.counts = CountRows({&ids, 1}, batch.shards, topk_, placement_, &batch.times.counts_ns);
   }
   return MakeShards(common, batch, {&segment, 1});
 }

@@ -80,6 +80,8 @@ class BatchStore {
   void UseArena(EpochId epoch, StreamId stream);
   // This worker, which has the arena mapped, can get the descriptors of clients' regions.
   void UseRegions(EpochId epoch, StreamId stream);
+  // This worker, which has the arena mapped, takes its rows of any shard there.
+  void UseSharedRows(EpochId epoch, StreamId stream);
   // Every worker that will ever use it has opened it.
   void SealArena(EpochId epoch);
   void CloseArena(EpochId epoch);
@@ -123,6 +125,8 @@ class BatchStore {
                                        std::span<const Segment> segments);
   static void CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
                       ShardMessage& shard);
+  // Tells all shards of each other's rows, where all of the batch are in the arena already.
+  void ShareRows(const KeptBatch& batch, std::vector<ShardMessage>& shards) const;
 
   const runtime::Placement placement_;
   const std::int64_t hidden_;
@@ -130,6 +134,7 @@ class BatchStore {
   EpochId arena_epoch_ = 0;  // of arena_
   std::shared_ptr<runtime::RowArena> arena_;
   std::set<StreamId> arena_streams_;
+  std::set<StreamId> sharing_streams_;  // of them, those that take others' rows there
   RegionUse regions_;
   std::map<std::pair<EpochId, BatchId>, KeptBatch> batches_;
 };

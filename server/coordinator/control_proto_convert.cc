@@ -198,6 +198,7 @@ void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   shard->set_topk_weights(std::move(in.topk_weights));
   shard->set_in_arena(in.in_arena);
   shard->set_first_row(in.first_row);
+  shard->mutable_shard_begin()->Assign(in.shard_begin.begin(), in.shard_begin.end());
   for (RegionRows& rows : in.sources) FillRows(rows, shard->add_sources());
   for (RegionRows& rows : in.targets) FillRows(rows, shard->add_targets());
   for (const DeviceRows& rows : in.device_rows) FillRows(rows, shard->add_device_rows());
@@ -280,6 +281,7 @@ absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& messa
       report.event = HeapCreated{stream, in.epoch(), std::move(*in.mutable_handle())};
       report.row_arena_mapped = in.row_arena_mapped();
       report.regions_reachable = in.regions_reachable();
+      report.takes_shared_batches = in.takes_shared_batches();
       for (const v1::DeviceRegionOpened& refused : in.refused_regions()) {
         report.refused.push_back(ConvertState(refused));
       }

@@ -264,6 +264,10 @@ void Host::Handle(std::unique_ptr<PendingRequest>& request) {
   event.routed = validated.routed;
   event.ids_hidden = validated.ids_source.region != nullptr;
   event.num_tokens = validated.num_tokens;
+  if (event.num_tokens == 1 && event.routed && !event.ids_hidden) {
+    event.rank_of_most_experts =
+        runtime::RankOfMostExperts(validated.topk_ids, machine_->placement());
+  }
   event.deadline_us = ToUs(request->deadline);
   const TimeUs arrived_us = ToUs(request->arrival);
   RequestRecord record{std::move(request), arrived_us, nullptr};
@@ -318,6 +322,7 @@ void Host::Handle(WorkerReport& report) {
   if (auto* created = std::get_if<HeapCreated>(&report.event)) {
     if (report.row_arena_mapped) batches_->UseArena(created->epoch, created->stream);
     if (report.regions_reachable) batches_->UseRegions(created->epoch, created->stream);
+    if (report.takes_shared_batches) batches_->UseSharedRows(created->epoch, created->stream);
     device_regions_.OnRefused(created->epoch, created->stream, report.refused);
   }
   if (auto* opened = std::get_if<PeersOpened>(&report.event)) {

@@ -9,6 +9,7 @@
 #include "runtime/base/log.h"
 #include "server/common/probe.h"
 #include "server/coordinator/host.h"
+#include "server/coordinator/state_machine/batch.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -140,10 +141,14 @@ void Host::Execute(StartBatch& command) {
     requests.push_back(&it->second.pending->request);
   }
   std::vector<ShardMessage> shards = batches_->Start(command, requests, NowUs());
-  for (std::size_t i = 0; i < shards.size(); ++i) {
-    const ShardPlan& plan = command.shards[i];
-    if (TakesPart(shards[i], plan)) {
-      Send(plan.stream, std::move(shards[i]));
+  std::vector<int> order = SendingOrder(command.shards);
+  // Where the ranks are to count first, those that have rows to count are waited for.
+  if (command.counts != CountExchange::kCoordinator) std::reverse(order.begin(), order.end());
+  for (const int rank : order) {
+    const ShardPlan& plan = command.shards[rank];
+    ShardMessage& shard = shards[rank];
+    if (TakesPart(shard, plan)) {
+      Send(plan.stream, std::move(shard));
     } else {
       raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
     }

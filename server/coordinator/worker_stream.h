@@ -56,8 +56,9 @@ struct ShardMessage {
   // These three are empty where the rows are in the epoch's arena, from first_row on.
   bool in_arena = false;
   std::int64_t first_row = 0;
-  std::vector<RegionRows> sources;  // rows to read into the arena first
-  std::vector<RegionRows> targets;  // rows to write from there, and not to leave there
+  std::vector<std::int64_t> shard_begin;  // [R + 1] where all ranks see all rows there, else empty
+  std::vector<RegionRows> sources;        // rows to read into the arena first
+  std::vector<RegionRows> targets;        // rows to write from there, and not to leave there
   std::vector<DeviceRows> device_rows;
   TriggerMode trigger = TriggerMode::kTogether;
   std::shared_ptr<const runtime::CountMatrix> counts;  // for CountExchange::kCoordinator
@@ -154,6 +155,7 @@ struct WorkerReport {
   std::vector<DeviceRegionState> refused;       // HeapCreated: device regions that are not open
   bool row_arena_mapped = false;                // HeapCreated
   bool regions_reachable = false;               // HeapCreated
+  bool takes_shared_batches = false;            // HeapCreated
   std::vector<float> probe_output;              // PeersOpened: [H]
   std::string output;                           // BatchDone: [T, H] of the shard, or in the arena
   WorkerTimes times;                            // BatchDone

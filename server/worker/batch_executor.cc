@@ -8,6 +8,7 @@
 #include "runtime/base/status.h"
 #include "server/worker/clock.h"
 #include "server/worker/shard_check.h"
+#include "server/worker/shard_input.h"
 
 namespace epserve::worker {
 namespace {
@@ -16,9 +17,11 @@ namespace {
 // what it takes to wake another thread for it.
 constexpr std::int32_t kSmallRows = 16;
 
+// Where the counts are still to come, this rank's rows tell of the others': shards are even.
 bool IsSmall(const Shard& shard) {
-  if (!shard.counts.has_value() || shard.num_tokens > kSmallRows) return false;
-  return std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
+  if (!shard.counts.has_value()) return shard.num_tokens <= kSmallRows;
+  return shard.num_tokens <= kSmallRows &&
+         std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
                      [](std::int32_t rows) { return rows <= kSmallRows; });
 }
 
@@ -46,7 +49,7 @@ BatchExecutor::~BatchExecutor() {
     AbortLocked();
     for (auto& slot : slots_) slot->changed.notify_all();
     // Also for what runs in a caller's thread.
-    idle_changed_.wait(lock, [this] { return Idle(); });
+    idle_changed_.wait(lock, [this] { return IdleBut(nullptr); });
   }
   for (auto& slot : slots_) slot->thread.join();
 }
@@ -76,9 +79,14 @@ bool BatchExecutor::AbortLocked() {
   if (state_ != EpochState::kOpen && state_ != EpochState::kRunning) return false;
   state_ = EpochState::kAborted;
   engine_->Abort();
-  for (auto& slot : slots_) {
-    slot->queued.reset();
-    slot->changed.notify_all();
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = *slots_[i];
+    slot.queued.reset();
+    if (slot.running && slot.running->holder != Holder::kThread) {
+      engine_->Discard(static_cast<int>(i));  // No thread is in it.
+      EndBatch(slot);
+    }
+    slot.changed.notify_all();
   }
   idle_changed_.notify_all();
   return true;
@@ -96,7 +104,7 @@ void BatchExecutor::AbortAnyEpoch() {
 
 void BatchExecutor::Drain() {
   std::unique_lock<std::mutex> lock(mutex_);
-  idle_changed_.wait(lock, [this] { return Idle(); });
+  idle_changed_.wait(lock, [this] { return IdleBut(nullptr); });
   state_ = EpochState::kClosed;
   epoch_ = 0;
   row_arena_ = nullptr;
@@ -104,15 +112,16 @@ void BatchExecutor::Drain() {
   device_regions_ = nullptr;
 }
 
-bool BatchExecutor::Idle() const {
-  return std::all_of(slots_.begin(), slots_.end(),
-                     [](const auto& slot) { return !slot->queued && !slot->running; });
+bool BatchExecutor::IdleBut(const Slot* apart) const {
+  return std::all_of(slots_.begin(), slots_.end(), [apart](const auto& slot) {
+    return !slot->queued && (!slot->running || slot.get() == apart);
+  });
 }
 
 bool BatchExecutor::RefuseWhenIdle(absl::Duration timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const bool idle =
-      idle_changed_.wait_for(lock, absl::ToChronoMilliseconds(timeout), [this] { return Idle(); });
+  const bool idle = idle_changed_.wait_for(lock, absl::ToChronoMilliseconds(timeout),
+                                           [this] { return IdleBut(nullptr); });
   refusing_ = true;
   return idle;
 }
@@ -142,6 +151,7 @@ void BatchExecutor::Submit(Shard shard) {
       std::unique_ptr<Batch>& place = runs_here ? taken->running : taken->queued;
       place = std::make_unique<Batch>();
       place->counts_known = shard.counts.has_value() || shard.device_counts;
+      place->may_park = runs_here;
       place->shard = std::move(shard);
     }
   }
@@ -156,18 +166,18 @@ void BatchExecutor::Submit(Shard shard) {
   reporter_->Report(std::move(done));
 }
 
-// A small batch that waits for nothing but its peers, while nothing else is held: the others'
-// shards would wait behind it.
+// A small batch that waits for nothing but its peers, or parks where it waits for the counts, while
+// nothing else is held: the others' shards would wait behind it.
 bool BatchExecutor::MayRunHere(const Shard& shard) const {
   return state_ == EpochState::kRunning && engine_->runs_on_any_thread() && IsSmall(shard) &&
          !shard.separate_triggers && shard.sources.empty() && shard.targets.empty() &&
-         shard.device_rows.empty() && Idle();
+         shard.device_rows.empty() && IdleBut(nullptr);
 }
 
 // Runs the slot's batch in the caller's thread. The next one may have come meanwhile.
 void BatchExecutor::RunTaken(int index) {
   Slot& slot = *slots_[index];
-  Execute(index, *slot.running);
+  if (!Execute(index, *slot.running)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   EndBatch(slot);
   const bool has_next = slot.queued != nullptr;
@@ -217,7 +227,11 @@ void BatchExecutor::SetCounts(CountsKnown known) {
   if (batch == nullptr || batch->counts_known) return;
   batch->shard.counts = std::move(known.counts);
   batch->counts_known = true;
+  const bool parked = batch->holder == Holder::kNobody;
+  const bool runs_here = parked && IdleBut(slot);
+  if (parked) batch->holder = runs_here ? Holder::kThread : Holder::kSlotsNext;
   lock.unlock();
+  if (runs_here) return RunTaken(batch->shard.slot);
   slot->changed.notify_one();
 }
 
@@ -251,10 +265,12 @@ void BatchExecutor::RunSlot(int index) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     slot.changed.wait(lock, [&] {
-      return stopping_ || (slot.queued && !slot.running && state_ == EpochState::kRunning);
+      return stopping_ || (slot.running ? slot.running->holder == Holder::kSlotsNext
+                                        : slot.queued && state_ == EpochState::kRunning);
     });
     if (stopping_) return;
-    slot.running = std::move(slot.queued);
+    if (!slot.running) slot.running = std::move(slot.queued);
+    slot.running->holder = Holder::kThread;
     lock.unlock();
     Execute(index, *slot.running);
     lock.lock();
@@ -262,11 +278,18 @@ void BatchExecutor::RunSlot(int index) {
   }
 }
 
-void BatchExecutor::Execute(int index, Batch& batch) {
+// Once the batch is parked, another thread may have ended it.
+bool BatchExecutor::Execute(int index, Batch& batch) {
   const Shard& shard = batch.shard;
-  BatchDone done{.epoch = shard.epoch, .batch = shard.batch};
-  done.times.start_monotonic_ns = shard.received_ns;
-  done.status = RunBatch(index, batch, done);
+  BatchDone& done = batch.done;
+  if (!batch.is_staged) {
+    done.epoch = shard.epoch;
+    done.batch = shard.batch;
+    done.times.start_monotonic_ns = shard.received_ns;
+    done.status = StageBatch(index, batch);
+    if (done.status.ok() && Parks(batch)) return false;
+  }
+  if (done.status.ok()) done.status = RunStaged(index, batch);
   bool lease_expired = false;
   if (!done.status.ok()) {
     engine_->Discard(index);
@@ -279,6 +302,14 @@ void BatchExecutor::Execute(int index, Batch& batch) {
   if (ReportUnlessAborted(epoch, std::move(done)) && lease_expired && AbortEpoch(epoch)) {
     reporter_->OnLeaseExpired(epoch);
   }
+  return true;
+}
+
+bool BatchExecutor::Parks(Batch& batch) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!batch.may_park || batch.counts_known || state_ != EpochState::kRunning) return false;
+  batch.holder = Holder::kNobody;
+  return true;
 }
 
 absl::Status BatchExecutor::Check(const Shard& shard) const {
@@ -286,12 +317,18 @@ absl::Status BatchExecutor::Check(const Shard& shard) const {
                             .max_shard_tokens = runtime::MaxShardTokens(config_.max_batch_tokens,
                                                                         placement_.num_ranks()),
                             .model = &engine_->model(),
+                            .rank = rank_,
                             .has_arena = row_arena_ != nullptr,
-                            .has_regions = regions_ != nullptr});
+                            .has_regions = regions_ != nullptr,
+                            .takes_shared_batches = engine_->takes_shared_batches()});
 }
 
-std::byte* BatchExecutor::ArenaRows(const Shard& shard) const {
-  return row_arena_->rows(shard.slot) + shard.first_row * RowBytes(shard, engine_->model());
+std::byte* BatchExecutor::RowsInArena(const Shard& shard) const {
+  return ArenaRows(shard, engine_->model(), *row_arena_);
+}
+
+runtime::ShardInput BatchExecutor::InputOf(int index, const Shard& shard) const {
+  return MakeShardInput(shard, engine_->model(), row_arena_.get(), slots_[index]->on_device);
 }
 
 // What lies in device regions is found, and what the host has to see of it comes here.
@@ -307,40 +344,15 @@ absl::Status BatchExecutor::TakeDeviceRows(int index, Shard& shard, BatchDone& d
   }
   if (!shard.in_arena) shard.hidden.resize(static_cast<std::size_t>(shard.num_tokens * row_bytes));
   std::byte* const rows =
-      shard.in_arena ? ArenaRows(shard) : reinterpret_cast<std::byte*>(shard.hidden.data());
+      shard.in_arena ? RowsInArena(shard) : reinterpret_cast<std::byte*>(shard.hidden.data());
   return on_device.FetchHidden(shard, *engine_, row_bytes, rows);
-}
-
-runtime::ShardInput BatchExecutor::InputOf(int index, const Shard& shard) const {
-  runtime::ShardInput input{.slot = shard.slot,
-                            .sequence = shard.batch,
-                            .layer = shard.layer,
-                            .dtype = shard.dtype,
-                            .num_tokens = shard.num_tokens,
-                            .topk = shard.topk,
-                            .hidden = shard.hidden.data()};
-  const DeviceShard& on_device = slots_[index]->on_device;
-  input.device_rows = on_device.rows();
-  if (shard.in_arena) input.hidden = ArenaRows(shard);
-  if (!shard.routed) return input;
-  if (on_device.topk_ids() != nullptr) {
-    input.topk_ids = on_device.topk_ids();
-    input.topk_weights = on_device.topk_weights();
-  } else if (shard.in_arena) {
-    input.topk_ids = row_arena_->topk_ids(shard.slot) + shard.first_row * shard.topk;
-    input.topk_weights = row_arena_->topk_weights(shard.slot) + shard.first_row * shard.topk;
-  } else {
-    input.topk_ids = reinterpret_cast<const std::int32_t*>(shard.topk_ids.data());
-    input.topk_weights = reinterpret_cast<const float*>(shard.topk_weights.data());
-  }
-  return input;
 }
 
 // The output takes the place of the shard's rows in the arena, or goes into the message. Rows that
 // are wanted in clients' regions go on from the arena, or, where no others are there, straight from
 // where the engine has them. To device regions the engine has brought them itself.
 absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
-  void* output = shard.in_arena ? ArenaRows(shard) : nullptr;
+  void* output = shard.in_arena ? RowsInArena(shard) : nullptr;
   const std::byte* combined = nullptr;
   if (shard.num_tokens > 0 &&
       NumRowsWith(&DeviceRows::output, shard.device_rows) == shard.num_tokens) {
@@ -360,7 +372,7 @@ absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
   EPS_RETURN_IF_ERROR(
       engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows));
   if (combined != nullptr || shard.targets.empty()) return absl::OkStatus();
-  return WriteRegions(shard, ArenaRows(shard), done);
+  return WriteRegions(shard, RowsInArena(shard), done);
 }
 
 absl::Status BatchExecutor::WriteRegions(const Shard& shard, const std::byte* rows,
@@ -412,53 +424,45 @@ absl::Status BatchExecutor::WaitFor(Slot& slot, const bool& flag, std::string_vi
   return absl::OkStatus();
 }
 
-// What the coordinator says of this rank's rows must be what was counted here: offsets in the
-// peers' memory follow from it.
-absl::Status BatchExecutor::CheckCounts(const Shard& shard,
-                                        const runtime::ShardCounts& staged) const {
-  EPS_RETURN_IF_ERROR(
-      runtime::ValidateCountMatrix(*shard.counts, placement_, config_.max_batch_tokens));
-  for (int dst = 0; dst < placement_.num_ranks(); ++dst) {
-    if (shard.counts->at(rank_, dst) != staged.rows_to_rank[dst]) {
-      return absl::InternalError(absl::StrCat(
-          "count matrix: ", shard.counts->at(rank_, dst), " rows from rank ", rank_, " to rank ",
-          dst, ", but the shard of batch ", shard.batch, " has ", staged.rows_to_rank[dst]));
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status BatchExecutor::ObtainCounts(int index, Batch& batch,
-                                         const runtime::ShardCounts& staged, bool came_along) {
+absl::Status BatchExecutor::ObtainCounts(int index, Batch& batch) {
   Shard& shard = batch.shard;
   if (shard.device_counts) {
     EPS_RETURN_IF_ERROR(CheckLease("counts"));
     EPS_ASSIGN_OR_RETURN(shard.counts, engine_->ExchangeCounts(index));
-  } else if (!came_along) {
-    ReportUnlessAborted(shard.epoch,
-                        CountsReport{.epoch = shard.epoch, .batch = shard.batch, .counts = staged});
+  } else {
     EPS_RETURN_IF_ERROR(WaitFor(*slots_[index], batch.counts_known, "count matrix"));
   }
-  return CheckCounts(shard, staged);
+  return CheckCounts(shard, batch.staged, placement_, rank_, config_.max_batch_tokens);
 }
 
-absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
+// Up to where the counts are known here, and told to the coordinator where that asks for them.
+absl::Status BatchExecutor::StageBatch(int index, Batch& batch) {
   const Shard& shard = batch.shard;
-  Slot& slot = *slots_[index];
+  BatchDone& done = batch.done;
   EPS_RETURN_IF_ERROR(Check(shard));
   if (!shard.sources.empty()) {
     done.region_faults =
-        regions_->ReadRows(shard.sources, RowBytes(shard, engine_->model()), ArenaRows(shard));
+        regions_->ReadRows(shard.sources, RowBytes(shard, engine_->model()), RowsInArena(shard));
   }
   EPS_RETURN_IF_ERROR(TakeDeviceRows(index, batch.shard, done));
   // Asked once: the coordinator may send the matrix unasked, while this thread is staging.
-  const bool counts_came_along = CountsKnownNow(batch);
-  EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(index, shard)));
-  const std::int64_t staged_ns = SteadyNowNs();
-  done.times.assign_ns = staged_ns - shard.received_ns;
-  EPS_RETURN_IF_ERROR(ObtainCounts(index, batch, staged, counts_came_along));
-  if (shard.device_counts || !counts_came_along) {
-    done.times.counts_ns = SteadyNowNs() - staged_ns;
+  batch.counts_came_along = CountsKnownNow(batch);
+  EPS_ASSIGN_OR_RETURN(batch.staged, engine_->Stage(InputOf(index, shard)));
+  batch.is_staged = true;
+  batch.staged_ns = SteadyNowNs();
+  done.times.assign_ns = batch.staged_ns - shard.received_ns;
+  if (!batch.counts_came_along) {
+    ReportUnlessAborted(shard.epoch, CountsReport{shard.epoch, shard.batch, batch.staged});
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BatchExecutor::RunStaged(int index, Batch& batch) {
+  const Shard& shard = batch.shard;
+  Slot& slot = *slots_[index];
+  EPS_RETURN_IF_ERROR(ObtainCounts(index, batch));
+  if (shard.device_counts || !batch.counts_came_along) {
+    batch.done.times.counts_ns = SteadyNowNs() - batch.staged_ns;
   }
   if (shard.separate_triggers) {
     EPS_RETURN_IF_ERROR(WaitFor(slot, batch.dispatch_triggered, "dispatch trigger"));
@@ -472,7 +476,7 @@ absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   }
   EPS_RETURN_IF_ERROR(CheckLease("combine"));
   EPS_RETURN_IF_ERROR(engine_->Combine(index));
-  return Finish(shard, done);
+  return Finish(shard, batch.done);
 }
 
 bool BatchExecutor::CountsKnownNow(const Batch& batch) const {

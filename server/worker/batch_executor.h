@@ -1,14 +1,17 @@
 // Runs batches: one thread a slot, and for small batches whoever brings them, take a slot's shards
 // through Stage, Dispatch, RunExperts, Combine and Finish, and wait in between for what the
 // coordinator still owes (count matrix, dispatch trigger, combine trigger). Where a shard says so,
-// the ranks exchange the counts among themselves, and the matrix is not waited for.
+// the ranks exchange the counts among themselves, and the matrix is not waited for. A small batch
+// that owes its matrix to the coordinator is parked meanwhile: no thread has it, and whoever brings
+// the matrix runs the rest. It ends with its epoch at the latest, which the coordinator ends where
+// ranks do not count in time.
 //
 //   closed ─OpenEpoch─► open (shards are held) ─StartEpoch─► running ─AbortEpoch─► aborted ─Drain─►
 //   closed
 //
-// Thread-safe; no call blocks but Drain, RefuseWhenIdle and, for a small batch, Submit. Whatever
-// carries another epoch than the present one is dropped. After AbortEpoch no new report of the
-// epoch is begun, and after Drain none is under way and the engine is not in use.
+// Thread-safe; no call blocks but Drain, RefuseWhenIdle and, for a small batch, Submit and
+// SetCounts. Whatever carries another epoch than the present one is dropped. After AbortEpoch no
+// new report of the epoch is begun, and after Drain none is under way and the engine is not in use.
 #ifndef EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
 #define EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
 
@@ -81,6 +84,7 @@ class BatchExecutor {
   // of the coordinator, and nothing else is held, runs it before returning: that saves waking a
   // thread, and may take up to the peers' timeout.
   void Submit(Shard shard);
+  // May run the batch, as Submit.
   void SetCounts(CountsKnown known);
   void Trigger(const DispatchTrigger& trigger);
   void Trigger(const CombineTrigger& trigger);
@@ -96,17 +100,31 @@ class BatchExecutor {
  private:
   enum class EpochState { kClosed, kOpen, kRunning, kAborted };
 
+  enum class Holder {
+    kThread,     // one runs it, or will take it from the queue
+    kNobody,     // parked, until its count matrix comes
+    kSlotsNext,  // the matrix has come, and the slot's thread is to go on with it
+  };
+
   struct Batch {
     Shard shard;
     bool counts_known = false;  // the coordinator owes no count matrix
     bool dispatch_triggered = false;
     bool combine_triggered = false;
+    bool may_park = false;
+    Holder holder = Holder::kThread;
+    // Of the thread that holds it alone.
+    bool is_staged = false;
+    bool counts_came_along = false;
+    runtime::ShardCounts staged;
+    std::int64_t staged_ns = 0;
+    BatchDone done;
   };
 
   struct Slot {
     std::condition_variable changed;
     std::unique_ptr<Batch> queued;   // Guarded by mutex_, as all here.
-    std::unique_ptr<Batch> running;  // Only its flags and counts are guarded.
+    std::unique_ptr<Batch> running;  // Only its flags, holder and counts are guarded.
     DeviceShard on_device;           // Of the thread that runs the batch alone.
     std::thread thread;
   };
@@ -115,25 +133,26 @@ class BatchExecutor {
   bool MayRunHere(const Shard& shard) const;
   void RunTaken(int index);
   void EndBatch(Slot& slot);
-  void Execute(int index, Batch& batch);
-  absl::Status RunBatch(int index, Batch& batch, BatchDone& done);
+  // Runs the batch, or what is left of it. False: it is parked.
+  bool Execute(int index, Batch& batch);
+  bool Parks(Batch& batch);
+  absl::Status StageBatch(int index, Batch& batch);
+  absl::Status RunStaged(int index, Batch& batch);
   absl::Status CheckSlot(const Shard& shard) const;
   absl::Status Check(const Shard& shard) const;
-  std::byte* ArenaRows(const Shard& shard) const;
+  std::byte* RowsInArena(const Shard& shard) const;
   absl::Status TakeDeviceRows(int index, Shard& shard, BatchDone& done);
   runtime::ShardInput InputOf(int index, const Shard& shard) const;
   absl::Status Finish(const Shard& shard, BatchDone& done);
   absl::Status WriteRegions(const Shard& shard, const std::byte* rows, BatchDone& done);
   absl::Status CheckMayWriteRegions() const;
   absl::Status CheckLease(std::string_view phase) const;
-  absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged) const;
   bool CountsKnownNow(const Batch& batch) const;
   // Has the count matrix in the shard, however it is to be had.
-  absl::Status ObtainCounts(int index, Batch& batch, const runtime::ShardCounts& staged,
-                            bool came_along);
+  absl::Status ObtainCounts(int index, Batch& batch);
   absl::Status WaitFor(Slot& slot, const bool& flag, std::string_view what);
   bool AbortLocked();
-  bool Idle() const;
+  bool IdleBut(const Slot* apart) const;  // null: none is apart
   Batch* Find(std::uint64_t epoch, std::uint64_t batch, Slot** slot);
   bool ReportUnlessAborted(std::uint64_t epoch, WorkerMessage message);
 

@@ -79,8 +79,9 @@ struct Shard {
   // These three are empty where the rows are in the epoch's arena, from first_row on.
   bool in_arena = false;
   std::int64_t first_row = 0;
-  std::vector<RegionRows> sources;  // to read into the arena first
-  std::vector<RegionRows> targets;  // to write from there in the end
+  std::vector<std::int64_t> shard_begin;  // [R + 1] where all ranks see all rows, else empty
+  std::vector<RegionRows> sources;        // to read into the arena first
+  std::vector<RegionRows> targets;        // to write from there in the end
   std::vector<DeviceRows> device_rows;
   bool separate_triggers = false;
   bool device_counts = false;  // the ranks exchange the counts among themselves
@@ -171,6 +172,7 @@ struct HeapCreated {
   std::string handle;
   bool row_arena_mapped = false;
   bool regions_reachable = false;
+  bool takes_shared_batches = false;
   std::vector<DeviceRegionState> refused_regions;
 };
 

@@ -121,6 +121,7 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.topk_weights = std::move(*proto.mutable_topk_weights());
   shard.in_arena = proto.in_arena();
   shard.first_row = proto.first_row();
+  shard.shard_begin.assign(proto.shard_begin().begin(), proto.shard_begin().end());
   shard.sources = ToRows(*proto.mutable_sources());
   shard.targets = ToRows(*proto.mutable_targets());
   shard.device_rows = ToRows(proto.device_rows());
@@ -198,6 +199,7 @@ struct ProtoWriter {
     proto.mutable_heap_created()->set_handle(std::move(m.handle));
     proto.mutable_heap_created()->set_row_arena_mapped(m.row_arena_mapped);
     proto.mutable_heap_created()->set_regions_reachable(m.regions_reachable);
+    proto.mutable_heap_created()->set_takes_shared_batches(m.takes_shared_batches);
     for (const DeviceRegionState& state : m.refused_regions) {
       SetState(state, *proto.mutable_heap_created()->add_refused_regions());
     }

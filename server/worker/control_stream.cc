@@ -262,12 +262,12 @@ bool ControlStream::OnRead(bool ok) {
     RequestFinish();
     return true;
   }
-  const bool is_shard = incoming_.has_shard();
-  const bool ends_epoch = incoming_.has_epoch_ended();
+  // A batch may be carried out with its shard, or with its count matrix where that comes apart.
+  const bool is_batch = incoming_.has_shard() || incoming_.has_count_matrix();
   absl::StatusOr<CoordinatorMessage> message = FromProto(incoming_);
   // Before the handler is told: the answer may go out before it returns.
-  const bool read_on = !DelayRead(is_shard, ends_epoch);
-  if (is_shard && message.ok()) {
+  const bool read_on = !DelayRead(incoming_.message_case());
+  if (is_batch && message.ok()) {
     // Before, too: the handler may keep this thread, and the next message is another's then.
     if (read_on) stream_->Read(&incoming_, ToTag(kRead));
     const std::uint64_t absence = turn_.Leave();
@@ -286,10 +286,13 @@ bool ControlStream::OnRead(bool ok) {
 }
 
 // False: the next read may not wait for an answer to be written.
-bool ControlStream::DelayRead(bool is_shard, bool ends_epoch) {
+bool ControlStream::DelayRead(v1::CoordinatorMessage::MessageCase kind) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ends_epoch) owed_answers_ = 0;
-  if (!is_shard || ++owed_answers_ > 1) return false;
+  if (kind == v1::CoordinatorMessage::kEpochEnded) owed_answers_ = 0;
+  const bool is_shard = kind == v1::CoordinatorMessage::kShard;
+  if (is_shard) ++owed_answers_;
+  if (!is_shard && kind != v1::CoordinatorMessage::kCountMatrix) return false;
+  if (owed_answers_ != 1) return false;
   if (prompt_reads_ > 0) {
     --prompt_reads_;
     return false;

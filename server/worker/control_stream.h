@@ -4,14 +4,14 @@
 //
 // One thread polls gRPC, reads, converts and hands messages to the handler; whoever sends writes
 // from its own thread where nothing else is being written, and takes the write's end there too,
-// which saves two wake-ups per batch. After a shard nothing is read until its answer has gone out,
-// or about a millisecond has passed: gRPC's window update then rides on the answer, and is no
-// message of its own that wakes the coordinator.
+// which saves two wake-ups per batch. After a shard or a count matrix nothing is read until what
+// answers it has gone out, or about a millisecond has passed: gRPC's window update then rides on
+// the answer, and is no message of its own that wakes the coordinator.
 //
 // Thread-safe. Handler calls come from the polling thread, one at a time, and must not block, with
-// one exception: OnMessage may take its time with a shard, to carry it out. Where that is long,
-// another thread polls on and makes further calls meanwhile; see poll_turn.h. Handlers may call
-// Send and Cancel, but must not destroy the stream.
+// one exception: OnMessage may take its time with a shard or a count matrix, to carry out the
+// batch. Where that is long, another thread polls on and makes further calls meanwhile; see
+// poll_turn.h. Handlers may call Send and Cancel, but must not destroy the stream.
 #ifndef EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
 #define EPSERVE_SERVER_WORKER_CONTROL_STREAM_H_
 
@@ -97,7 +97,7 @@ class ControlStream {
   bool OnRead(bool ok);
   void OnStarted(bool ok);
   void OnFinished();
-  bool DelayRead(bool is_shard, bool ends_epoch);
+  bool DelayRead(v1::CoordinatorMessage::MessageCase kind);
   void StartDelayedReadLocked();
   void OnWritten(bool ok);
   // Whether the write has ended at once, and so.

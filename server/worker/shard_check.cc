@@ -42,6 +42,26 @@ absl::Status CheckInArena(const Shard& shard, const ShardLimits& limits) {
   return absl::OkStatus();
 }
 
+// The shards' borders themselves are the engine's to check, with those of its peers.
+absl::Status CheckSharedBatch(const Shard& shard, const ShardLimits& limits) {
+  if (shard.shard_begin.empty()) return absl::OkStatus();
+  if (!limits.takes_shared_batches) {
+    return absl::InternalError(
+        "shard: its batch is shared, but this worker has not said that it takes such");
+  }
+  if (!shard.in_arena || !shard.routed || !shard.sources.empty() || !shard.device_rows.empty()) {
+    return absl::InternalError(
+        "shard: its batch is shared, but not all of its rows and ids are in the arena");
+  }
+  const auto rank = static_cast<std::size_t>(limits.rank);
+  if (rank >= shard.shard_begin.size() || shard.shard_begin[rank] != shard.first_row) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard: first_row ", shard.first_row,
+                     " is not where the shared batch has the shard of ", "rank ", limits.rank));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckRegions(const Shard& shard, const ShardLimits& limits) {
   if (shard.sources.empty() && shard.targets.empty()) return absl::OkStatus();
   if (!shard.in_arena || !limits.has_regions) {
@@ -99,6 +119,7 @@ absl::Status CheckShard(const Shard& shard, const ShardLimits& limits) {
         "shard: a count matrix came, and the ranks are to exchange the counts, too");
   }
   if (shard.in_arena) EPS_RETURN_IF_ERROR(CheckInArena(shard, limits));
+  EPS_RETURN_IF_ERROR(CheckSharedBatch(shard, limits));
   EPS_RETURN_IF_ERROR(CheckRegions(shard, limits));
   EPS_RETURN_IF_ERROR(CheckDeviceRows(shard));
   const std::int64_t in_message = shard.in_arena ? 0 : shard.num_tokens;
@@ -108,6 +129,20 @@ absl::Status CheckShard(const Shard& shard, const ShardLimits& limits) {
   const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
   EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
   return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
+}
+
+absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged,
+                         const runtime::Placement& placement, int rank,
+                         std::int64_t max_batch_tokens) {
+  EPS_RETURN_IF_ERROR(runtime::ValidateCountMatrix(*shard.counts, placement, max_batch_tokens));
+  for (int dst = 0; dst < placement.num_ranks(); ++dst) {
+    if (shard.counts->at(rank, dst) != staged.rows_to_rank[dst]) {
+      return absl::InternalError(absl::StrCat(
+          "count matrix: ", shard.counts->at(rank, dst), " rows from rank ", rank, " to rank ", dst,
+          ", but the shard of batch ", shard.batch, " has ", staged.rows_to_rank[dst]));
+    }
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace epserve::worker

@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "runtime/checkpoint/model_info.h"
+#include "runtime/routing/count_matrix.h"
 #include "server/worker/control_messages.h"
 
 namespace epserve::worker {
@@ -14,8 +15,10 @@ struct ShardLimits {
   std::int64_t max_batch_tokens = 0;
   std::int64_t max_shard_tokens = 0;
   const runtime::ModelInfo* model = nullptr;
+  int rank = 0;
   bool has_arena = false;    // the epoch's is mapped
   bool has_regions = false;  // clients' system regions are in reach
+  bool takes_shared_batches = false;
 };
 
 // One row of the shard's type.
@@ -23,6 +26,12 @@ std::int64_t RowBytes(const Shard& shard, const runtime::ModelInfo& model);
 
 // INVALID_ARGUMENT or INTERNAL, naming what does not fit.
 absl::Status CheckShard(const Shard& shard, const ShardLimits& limits);
+
+// What the count matrix says of this rank's rows must be what was counted here: offsets in the
+// peers' memory follow from it. INVALID_ARGUMENT or INTERNAL. REQUIRES: the shard has the matrix.
+absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged,
+                         const runtime::Placement& placement, int rank,
+                         std::int64_t max_batch_tokens);
 
 }  // namespace epserve::worker
 

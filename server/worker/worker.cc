@@ -406,11 +406,13 @@ void Worker::DoCreateHeap() {
                             .hidden = engine_->model().hidden,
                             .topk = engine_->model().topk},
                            *engine_);
-  Report(HeapCreated{.epoch = epoch,
-                     .handle = *std::move(handle),
-                     .row_arena_mapped = shared_rows_.arena != nullptr,
-                     .regions_reachable = shared_rows_.regions != nullptr,
-                     .refused_regions = shared_rows_.refused});
+  Report(HeapCreated{
+      .epoch = epoch,
+      .handle = *std::move(handle),
+      .row_arena_mapped = shared_rows_.arena != nullptr,
+      .regions_reachable = shared_rows_.regions != nullptr,
+      .takes_shared_batches = shared_rows_.arena != nullptr && engine_->takes_shared_batches(),
+      .refused_regions = shared_rows_.refused});
 }
 
 void Worker::DoOpenPeers() {

@@ -13,6 +13,17 @@ bool RankSet::Insert(int rank) {
   return true;
 }
 
+std::vector<int> SendingOrder(const std::vector<ShardPlan>& shards) {
+  std::vector<int> order;
+  order.reserve(shards.size());
+  for (const bool has_rows : {false, true}) {
+    for (const ShardPlan& shard : shards) {
+      if ((shard.rows.size() > 0) == has_rows) order.push_back(shard.rank);
+    }
+  }
+  return order;
+}
+
 Batch::Batch(BatchId id, int slot, int num_ranks, TimeUs now_us)
     : id(id),
       slot(slot),
@@ -24,7 +35,7 @@ Batch::Batch(BatchId id, int slot, int num_ranks, TimeUs now_us)
 std::vector<StreamId> Batch::Streams() const {
   std::vector<StreamId> streams;
   streams.reserve(shards.size());
-  for (const ShardPlan& shard : shards) streams.push_back(shard.stream);
+  for (const int rank : SendingOrder(shards)) streams.push_back(shards[rank].stream);
   return streams;
 }
 

@@ -28,6 +28,10 @@ class RankSet {
   int size_ = 0;
 };
 
+// The ranks in the order in which they are to be told to go on: those that only work for others
+// first, for whoever has rows waits for them.
+std::vector<int> SendingOrder(const std::vector<ShardPlan>& shards);
+
 struct Batch {
   Batch(BatchId id, int slot, int num_ranks, TimeUs now_us);
 
@@ -48,7 +52,7 @@ struct Batch {
   TimeUs failed_until_us = kNever;  // when the others must have answered after the first error
   std::string failure;
 
-  std::vector<StreamId> Streams() const;  // [R]
+  std::vector<StreamId> Streams() const;  // [R] in their SendingOrder
   void DropRequest(RequestId id);
 
   // Adds one rank's counts. INVALID_ARGUMENT: they do not fit the placement or the rank's shard,

@@ -159,6 +159,17 @@ std::vector<ShardPlan> StateMachine::Impl::PlanShards(std::int64_t num_tokens) c
   return shards;
 }
 
+// The row of a batch that has no other is the rank's that does most for it: of CPUs' ranks those
+// that have neither rows nor experts for it take no part, see Host::TakesPart.
+std::vector<ShardPlan> StateMachine::Impl::PlanLoneRow(int lone_rank) const {
+  std::vector<ShardPlan> shards = PlanShards(0);
+  for (ShardPlan& shard : shards) {
+    shard.rows.begin = shard.rank > lone_rank ? 1 : 0;
+    shard.rows.end = shard.rank >= lone_rank ? 1 : 0;
+  }
+  return shards;
+}
+
 CountExchange StateMachine::Impl::ExchangeFor(bool routed) const {
   if (config_.count_exchange == CountExchangeMode::kDevice) return CountExchange::kDevice;
   if (routed) return CountExchange::kCoordinator;
@@ -200,7 +211,10 @@ void StateMachine::Impl::PumpQueue() {
       num_tokens = end;
     }
     batch.exchange = ExchangeFor(head.routed && !head.ids_hidden);
-    batch.shards = PlanShards(num_tokens);
+    const bool lone = num_tokens == 1 && head.rank_of_most_experts >= 0 &&
+                      head.rank_of_most_experts < config_.num_workers &&
+                      membership_.AtRank(0)->backend == "host";
+    batch.shards = lone ? PlanLoneRow(head.rank_of_most_experts) : PlanShards(num_tokens);
     Emit(StartBatch{epoch_, batch.id, slot, head.layer, head.row_type, head.routed, num_tokens,
                     batch.requests, batch.shards, config_.trigger, batch.exchange});
     const bool counts_follow = batch.exchange == CountExchange::kStreams;

@@ -107,6 +107,7 @@ class StateMachine::Impl {
   // Of a batch of the present epoch. `routed`: its ids are seen here.
   CountExchange ExchangeFor(bool routed) const;
   std::vector<ShardPlan> PlanShards(std::int64_t num_tokens) const;
+  std::vector<ShardPlan> PlanLoneRow(int rank) const;
   Batch* BatchOf(EpochId epoch, BatchId batch);
   void FailBatch(Batch& batch, absl::StatusCode code, const std::string& message);
   void RetireBatch(Batch& batch);

@@ -142,6 +142,16 @@ inline DispatchArgs ShardArgs(const Batch& batch, const CountMatrix& counts, int
   return args;
 }
 
+// The begins of `shards`' ranges and the end of the last, as SharedBatch has them.
+inline std::vector<std::int64_t> ShardBegins(std::int64_t num_tokens, int num_ranks) {
+  std::vector<std::int64_t> begin;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    begin.push_back(ShardOf(num_tokens, num_ranks, rank).begin);
+  }
+  begin.push_back(num_tokens);
+  return begin;
+}
+
 // What one rank counts of its shard.
 inline ShardCounts CountsOf(const Batch& batch, const Placement& placement, int rank) {
   ShardCounts counts;
@@ -178,6 +188,52 @@ class Cluster {
 
   const ExchangeConfig& config() const { return config_; }
   HostExchange& rank(int rank) { return *ranks_[rank]; }
+
+  // Runs the batch as one that all ranks see, cut at `shard_begin`, with a thread a rank. Its
+  // output takes the place of its rows.
+  absl::StatusOr<std::vector<std::byte>> RunShared(int slot, std::uint64_t sequence,
+                                                   const Batch& batch,
+                                                   const std::vector<std::int64_t>& shard_begin) {
+    const int num_ranks = config_.num_ranks;
+    CountMatrix counts;
+    counts.num_ranks = num_ranks;
+    counts.rows.resize(static_cast<std::size_t>(num_ranks * num_ranks));
+    counts.rows_per_expert.resize(static_cast<std::size_t>(config_.placement.num_experts()));
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      CountShard(std::span(batch.topk_ids)
+                     .subspan(static_cast<std::size_t>(shard_begin[rank] * batch.topk),
+                              static_cast<std::size_t>((shard_begin[rank + 1] - shard_begin[rank]) *
+                                                       batch.topk)),
+                 batch.topk, config_.placement,
+                 std::span(counts.rows)
+                     .subspan(static_cast<std::size_t>(rank * num_ranks),
+                              static_cast<std::size_t>(num_ranks)),
+                 counts.rows_per_expert);
+    }
+    std::vector<std::byte> rows = batch.x;
+    std::vector<absl::Status> results(num_ranks);
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      threads.emplace_back([&, rank] {
+        HostExchange& exchange = *ranks_[rank];
+        DispatchArgs args = ShardArgs(batch, counts, slot, sequence, num_ranks, rank);
+        args.x = nullptr;  // The shared batch's stand in their place.
+        args.topk_ids = nullptr;
+        args.topk_weights = nullptr;
+        args.num_tokens = shard_begin[rank + 1] - shard_begin[rank];
+        args.shared = {shard_begin, rows.data(), batch.topk_ids.data(), batch.topk_weights.data()};
+        results[rank] = exchange.Dispatch(args);
+        if (!results[rank].ok()) return;
+        RunStandIn(exchange.Received(slot), batch.hidden, config_.placement.first_expert[rank]);
+        results[rank] = exchange.Combine(slot, rows.data() + shard_begin[rank] * batch.row_bytes());
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const absl::Status& result : results) {
+      if (!result.ok()) return result;
+    }
+    return rows;
+  }
 
   // Runs the batch with a thread a rank, memory poisoned first. The output, or the first error.
   absl::StatusOr<std::vector<std::byte>> Run(int slot, std::uint64_t sequence, const Batch& batch) {

@@ -28,6 +28,8 @@ struct Batch {
   std::vector<std::byte> hidden;  // [T, H]
   std::vector<std::int32_t> ids;  // [T, K], empty: the router decides
   std::vector<float> weights;     // [T, K]
+  // Empty, or [R + 1]: all ranks see the batch, cut so, and its output takes its rows' place.
+  std::vector<std::int64_t> shard_begin;
 };
 
 // Where a batch's count matrix comes from.
@@ -111,7 +113,11 @@ class EngineCluster {
     const auto row_bytes =
         static_cast<std::size_t>(engines_[0]->model().hidden) * runtime::DataTypeBytes(batch.dtype);
     BatchResult result;
-    result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
+    if (batch.shard_begin.empty()) {
+      result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
+    } else {
+      result.output = batch.hidden;
+    }
     result.statuses.resize(num_ranks);
     result.times.resize(num_ranks);
     result.matrices.resize(num_ranks);
@@ -126,9 +132,15 @@ class EngineCluster {
     std::vector<std::thread> threads;
     for (std::size_t rank = 0; rank < num_ranks; ++rank) {
       threads.emplace_back([&, rank] {
-        const auto shard =
-            runtime::ShardOf(batch.num_tokens, this->num_ranks(), static_cast<int>(rank));
-        auto staged = engines_[rank]->Stage(MakeInput(batch, shard, row_bytes));
+        const runtime::RowRange shard = ShardOfRank(batch, static_cast<int>(rank));
+        runtime::ShardInput input = MakeInput(batch, shard, row_bytes);
+        if (!batch.shard_begin.empty()) {
+          input.shared = {batch.shard_begin, result.output.data(), batch.ids.data(),
+                          batch.weights.data()};
+          input.output = result.output.data() + static_cast<std::size_t>(shard.begin) * row_bytes;
+          input.hidden = input.output;
+        }
+        auto staged = engines_[rank]->Stage(input);
         if (staged.ok()) {
           const std::lock_guard lock(mutex);
           std::copy(staged->rows_to_rank.begin(), staged->rows_to_rank.end(),
@@ -166,6 +178,12 @@ class EngineCluster {
   }
 
  private:
+  runtime::RowRange ShardOfRank(const Batch& batch, int rank) const {
+    if (batch.shard_begin.empty()) return runtime::ShardOf(batch.num_tokens, num_ranks(), rank);
+    const auto index = static_cast<std::size_t>(rank);
+    return {batch.shard_begin[index], batch.shard_begin[index + 1]};
+  }
+
   static runtime::ShardInput MakeInput(const Batch& batch, const runtime::RowRange& shard,
                                        std::size_t row_bytes) {
     runtime::ShardInput input;
@@ -190,7 +208,7 @@ class EngineCluster {
     if (auto status = engine.Dispatch(batch.slot, counts); !status.ok()) return status;
     if (auto status = engine.RunExperts(batch.slot); !status.ok()) return status;
     if (auto status = engine.Combine(batch.slot); !status.ok()) return status;
-    const auto shard = runtime::ShardOf(batch.num_tokens, num_ranks(), static_cast<int>(rank));
+    const runtime::RowRange shard = ShardOfRank(batch, static_cast<int>(rank));
     const auto shard_bytes = static_cast<std::size_t>(shard.size() * engine.model().hidden) *
                              runtime::DataTypeBytes(batch.dtype);
     // Where the engine shows its output before Finish, it is the one that Finish gives.

@@ -177,6 +177,29 @@ TEST_F(EngineTest, GivenIdsMatchDoubleReferenceInEveryLayoutAndRowType) {
   }
 }
 
+TEST_F(EngineTest, BatchThatAllRanksSeeGivesThePushedFormsBitsInItsRowsPlace) {
+  const CheckpointSpec spec = Layouts().front();
+  EngineCluster cluster(Write(spec), 4);
+  if (!cluster.engine(0).takes_shared_batches()) GTEST_SKIP() << "this backend takes none";
+  cluster.StartEpoch(1);
+  std::uint64_t sequence = 0;
+  for (const DataType dtype : {DataType::kFp32, DataType::kFp16, DataType::kBf16}) {
+    for (const std::vector<std::int64_t>& shard_begin :
+         {std::vector<std::int64_t>{0, 0, 0, 1, 1}, {0, 16, 16, 20, 36}, {0, 16, 32, 48, 64}}) {
+      Batch batch = RandomBatch(spec, dtype, shard_begin.back(), 3, ++sequence);
+      batch.sequence = sequence;
+      const BatchResult pushed = cluster.Run(batch);
+      ASSERT_TRUE(pushed.ok());
+      batch.sequence = ++sequence;
+      batch.shard_begin = shard_begin;
+      const BatchResult shared = cluster.Run(batch);
+      ASSERT_TRUE(shared.ok());
+      EXPECT_EQ(shared.output, pushed.output);
+      EXPECT_EQ(shared.rows_per_expert, pushed.rows_per_expert);
+    }
+  }
+}
+
 TEST_F(EngineTest, EveryTopkFromOneToSixteenMatches) {
   const CheckpointSpec spec = Layouts()[2];
   EngineCluster cluster(Write(spec), 3);

@@ -120,6 +120,21 @@ TEST(ComputeCountMatrixTest, RandomBatchesAgreeWithPlainCounting) {
   }
 }
 
+TEST(ComputeCountMatrixTest, ShardsMayBeCutAnywhere) {
+  const std::vector<std::int32_t> ids = {0, 3, 1, -1, 2, 2};
+  const std::vector<RowRange> shards = {{0, 0}, {0, 1}, {1, 3}};
+  const CountMatrix counts = ComputeCountMatrix(ids, shards, 2, EvenPlacement(6, 3));
+  EXPECT_THAT(counts.rows, ElementsAre(0, 0, 0, 1, 1, 0, 1, 1, 0));
+  EXPECT_THAT(counts.rows_per_expert, ElementsAre(1, 1, 2, 1, 0, 0));
+}
+
+TEST(RankOfMostExpertsTest, TheLowestOfSeveralAndZeroForNone) {
+  const Placement placement = EvenPlacement(6, 3);
+  EXPECT_EQ(RankOfMostExperts(std::vector<std::int32_t>{0, 4, 5}, placement), 2);
+  EXPECT_EQ(RankOfMostExperts(std::vector<std::int32_t>{4, 3, -1}, placement), 1);
+  EXPECT_EQ(RankOfMostExperts(std::vector<std::int32_t>{-1, -1, -1}, placement), 0);
+}
+
 class ValidateCountMatrixTest : public testing::Test {
  protected:
   void ExpectRefused(const std::string& part) {

@@ -222,6 +222,43 @@ TEST_F(BatchStoreArenaTest, RowsOfAWorkerThatHasItMappedGoThroughIt) {
   EXPECT_THAT(output, ElementsAre(1, 2, 3, 4, 7, 8, 9, 10));
 }
 
+TEST_F(BatchStoreArenaTest, RanksThatSeeAllRowsAreToldWhoseTheyAre) {
+  for (const StreamId stream : {11, 12}) {
+    store_.UseArena(5, stream);
+    store_.UseSharedRows(5, stream);
+  }
+  for (const ShardMessage& shard : Start()) {
+    EXPECT_TRUE(shard.in_arena);
+    EXPECT_THAT(shard.shard_begin, ElementsAre(0, 2, 4));
+  }
+  // However the rows are cut.
+  start_.shards = {{0, 11, {0, 1}}, {1, 12, {1, 4}}};
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_THAT(shards[1].shard_begin, ElementsAre(0, 1, 4));
+  EXPECT_EQ(shards[1].first_row, 1);
+  ASSERT_NE(shards[0].counts, nullptr);
+  EXPECT_THAT(shards[0].counts->rows, ElementsAre(1, 0, 1, 3));
+}
+
+TEST_F(BatchStoreArenaTest, NoRankIsToldWhereOneDoesNotSeeAllRows) {
+  const auto expect_none = [this] {
+    for (const ShardMessage& shard : Start()) EXPECT_THAT(shard.shard_begin, ElementsAre());
+  };
+  store_.UseArena(5, 11);
+  store_.UseSharedRows(5, 11);
+  store_.UseSharedRows(5, 12);  // Without the arena it is of no effect.
+  expect_none();
+  store_.UseArena(5, 12);
+  expect_none();
+  store_.UseSharedRows(4, 12);  // Of another epoch.
+  expect_none();
+  store_.UseSharedRows(5, 12);
+  EXPECT_THAT(Start()[0].shard_begin, ElementsAre(0, 2, 4));
+  start_.routed = false;
+  start_.counts = CountExchange::kStreams;
+  expect_none();
+}
+
 TEST_F(BatchStoreArenaTest, ArenaOfAnotherEpochIsNotUsed) {
   store_.UseArena(4, 11);
   EXPECT_FALSE(Start()[0].in_arena);
@@ -309,6 +346,17 @@ TEST_F(BatchStoreRegionTest, WorkersThatReachRegionsAreToldWhereRowsLieAndGo) {
   EndBoth();
   EXPECT_TRUE(Deliver(0).ok());
   EXPECT_EQ(object_.Read(0, 256), before) << "the workers have written it";
+}
+
+TEST_F(BatchStoreRegionTest, RowsThatWorkersAreStillToReadAreNotShared) {
+  for (const StreamId stream : {11, 12}) {
+    store_.UseArena(5, stream);
+    store_.UseSharedRows(5, stream);
+  }
+  // Read by the coordinator they are in the arena when the shards go out.
+  EXPECT_THAT(Start()[0].shard_begin, ElementsAre(0, 2, 4));
+  store_.UseRegions(5, 11);
+  for (const ShardMessage& shard : Start()) EXPECT_THAT(shard.shard_begin, ElementsAre());
 }
 
 TEST_F(BatchStoreRegionTest, ForOtherWorkersRowsAreCopiedBothWays) {

@@ -30,6 +30,19 @@ TEST(ControlProtoConvertTest, DeviceRegionsAreOpenedWithAHeapOrByThemselvesAndCl
   EXPECT_THAT(close.close_device_regions().regions(), testing::ElementsAre(7, 8));
 }
 
+TEST(ControlProtoConvertTest, SharedBatchesAreOfferedByTheWorkerAndToldWithTheShard) {
+  v1::WorkerMessage created;
+  created.mutable_heap_created()->set_takes_shared_batches(true);
+  const auto report = FromProto(11, created);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_TRUE(report->takes_shared_batches);
+  EXPECT_FALSE(report->regions_reachable);
+  ShardMessage shard;
+  shard.shard_begin = {0, 3, 3, 5};
+  const v1::CoordinatorMessage message = ToProto(std::move(shard));
+  EXPECT_THAT(message.shard().shard_begin(), testing::ElementsAre(0, 3, 3, 5));
+}
+
 TEST(ControlProtoConvertTest, DeviceRowsTellTheirPlacesAndOnlyThose) {
   ShardMessage shard;
   DeviceRows rows;

@@ -84,6 +84,50 @@ TEST_F(BatchExecutorTest, ShardInTheArenaIsReadAndAnsweredThere) {
   EXPECT_EQ(std::string(rows + 5 * row_bytes, kTokens * row_bytes), MakeShard(1).hidden);
 }
 
+TEST_F(BatchExecutorTest, SharedBatchIsTheEnginesFromTheArenasFirstRowOn) {
+  auto arena = runtime::RowArena::Create(ArenaSpec());
+  ASSERT_TRUE(arena.ok()) << arena.status();
+  arena_ = *std::move(arena);
+  Serve();
+  Shard shard = MoveToArena(MakeShard(1, 1), 5, arena_.get());
+  shard.shard_begin = {0, 5, 7};
+  executor_->Submit(std::move(shard));
+  const auto done = reporter_.Next<BatchDone>();
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  EXPECT_THAT(engine_.staged_shared().first, testing::ElementsAre(0, 5, 7));
+  EXPECT_EQ(engine_.staged_shared().second, arena_->rows(1));
+}
+
+TEST_F(BatchExecutorTest, SharedBatchThatIsNotAllThereIsRefused) {
+  auto arena = runtime::RowArena::Create(ArenaSpec());
+  ASSERT_TRUE(arena.ok()) << arena.status();
+  arena_ = *std::move(arena);
+  Serve();
+  Shard shard = MoveToArena(MakeShard(1), 5, arena_.get());
+  shard.shard_begin = {0, 4, 7};
+  ExpectRefused(shard, absl::StatusCode::kInvalidArgument,
+                "first_row 5 is not where the shared batch has the shard of rank 1");
+  shard.shard_begin = {5};
+  ExpectRefused(shard, absl::StatusCode::kInvalidArgument, "first_row 5 is not where");
+  shard.shard_begin = {0, 5, 7};
+  shard.routed = false;
+  ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
+  shard.routed = true;
+  shard.sources = {{1, "'one'", 0, 0, 1}};
+  ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
+  shard.sources.clear();
+  shard.in_arena = false;
+  ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
+}
+
+TEST_F(BatchExecutorTest, SharedBatchForAnEngineThatTakesNoneIsRefused) {
+  engine_.set_takes_shared_batches(false);
+  Serve();
+  Shard shard = MakeShard(1);
+  shard.shard_begin = {0, 0, 2};
+  ExpectRefused(shard, absl::StatusCode::kInternal, "has not said that it takes such");
+}
+
 TEST_F(BatchExecutorTest, ShardPastTheArenaIsRefused) {
   auto arena = runtime::RowArena::Create(ArenaSpec());
   ASSERT_TRUE(arena.ok()) << arena.status();

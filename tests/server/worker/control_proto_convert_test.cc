@@ -71,6 +71,19 @@ TEST(FromProtoTest, ShardSaysWhetherTheRanksExchangeItsCounts) {
   EXPECT_FALSE(std::get<Shard>(*converted).counts.has_value());
 }
 
+TEST(FromProtoTest, SharedBatchIsTakenAndItsReaderSaysThatItTakesSuch) {
+  v1::CoordinatorMessage message;
+  v1::Shard& proto = *message.mutable_shard();
+  proto.set_row_type(v1::ROW_TYPE_FP32);
+  for (const std::int64_t begin : {0, 3, 3, 5}) proto.add_shard_begin(begin);
+  const auto converted = FromProto(message);
+  ASSERT_TRUE(converted.ok()) << converted.status();
+  EXPECT_THAT(std::get<Shard>(*converted).shard_begin, ElementsAre(0, 3, 3, 5));
+  EXPECT_TRUE(
+      ToProto(HeapCreated{.takes_shared_batches = true}).heap_created().takes_shared_batches());
+  EXPECT_FALSE(ToProto(HeapCreated{}).heap_created().takes_shared_batches());
+}
+
 TEST(FromProtoTest, RowsInRegionsAndRegionsGoneAreTakenWhole) {
   v1::CoordinatorMessage message;
   v1::Shard& proto = *message.mutable_shard();

@@ -185,6 +185,8 @@ absl::StatusOr<runtime::ShardCounts> FakeEngine::Stage(const runtime::ShardInput
   if (input.topk_ids != nullptr) std::copy_n(input.topk_ids, ids.size(), ids.begin());
   std::lock_guard<std::mutex> lock(mutex_);
   staged_ids_ = ids;
+  staged_shared_ = {{input.shared.shard_begin.begin(), input.shared.shard_begin.end()},
+                    input.shared.x};
   if (input.topk_weights != nullptr) {
     staged_weights_.assign(input.topk_weights, input.topk_weights + ids.size());
   }

@@ -60,6 +60,8 @@ class FakeEngine : public runtime::Engine {
   void set_exchanges_counts(bool exchanges) { exchanges_counts_ = exchanges; }
   // Whether small batches may run in the thread that brings them; set before the engine is used.
   void set_runs_on_any_thread(bool runs) { runs_on_any_thread_ = runs; }
+  // Whether it takes rows of shared batches; set before the engine is used.
+  void set_takes_shared_batches(bool takes) { takes_shared_batches_ = takes; }
   void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
 
   // What device_regions() is from now on, before the engine is used.
@@ -75,12 +77,19 @@ class FakeEngine : public runtime::Engine {
     return staged_weights_;
   }
 
+  // The same: a copy of its shard_begin, and its rows.
+  std::pair<std::vector<std::int64_t>, const void*> staged_shared() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return staged_shared_;
+  }
+
   // What CombinedRows points to from now on; empty: it gives nothing.
   void set_combined(std::string rows) { combined_ = std::move(rows); }
 
   std::string_view backend() const override { return "host"; }
   const runtime::ModelInfo& model() const override { return model_; }
   bool runs_on_any_thread() const override { return runs_on_any_thread_; }
+  bool takes_shared_batches() const override { return takes_shared_batches_; }
   absl::StatusOr<runtime::MemoryPlan> PlanMemory(const runtime::Placement& placement,
                                                  int rank) const override;
   absl::Status LoadExperts(
@@ -115,6 +124,7 @@ class FakeEngine : public runtime::Engine {
   runtime::MemoryPlan plan_;
   bool exchanges_counts_ = true;
   bool runs_on_any_thread_ = false;
+  bool takes_shared_batches_ = true;
   std::string combined_;
   FakeDeviceRegions* device_regions_ = nullptr;
   mutable std::mutex mutex_;
@@ -129,6 +139,7 @@ class FakeEngine : public runtime::Engine {
   int rank_ = -1;
   std::map<int, runtime::ShardInput> staged_;
   std::map<int, runtime::ShardCounts> counted_;
+  std::pair<std::vector<std::int64_t>, const void*> staged_shared_;
   std::vector<std::int32_t> staged_ids_;
   std::vector<float> staged_weights_;
 };

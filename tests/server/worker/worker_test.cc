@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/symmetric/row_arena.h"
 #include "server/common/probe.h"
 #include "tests/server/worker/worker_harness.h"
 
@@ -52,6 +53,7 @@ TEST_F(WorkerTest, JoinsLoadsAndServesTheFirstEpochInOrder) {
   const v1::WorkerMessage created = session->Next();
   ASSERT_TRUE(created.has_heap_created()) << created.DebugString();
   EXPECT_EQ(created.heap_created().handle(), "heap-7");
+  EXPECT_FALSE(created.heap_created().takes_shared_batches()) << "there is no arena";
 
   session->Send(OpenPeersMessage(7));
   const v1::WorkerMessage opened = session->Next();
@@ -66,6 +68,47 @@ TEST_F(WorkerTest, JoinsLoadsAndServesTheFirstEpochInOrder) {
   RunBatch(*session, 7, 1);
   EXPECT_THAT(engine_->calls(), ElementsAre("load", "create", "open peer,own", "seal", "stage 0",
                                             "dispatch 0", "experts 0", "combine 0", "finish 0"));
+}
+
+class WorkerArenaTest : public WorkerTest, public testing::WithParamInterface<bool> {};
+INSTANTIATE_TEST_SUITE_P(TakesSharedBatches, WorkerArenaTest, testing::Bool());
+
+TEST_P(WorkerArenaTest, TakesSharedBatchesWhereItsEngineDoes) {
+  auto arena = runtime::RowArena::Create({.cluster_id = "test",
+                                          .epoch = 7,
+                                          .num_slots = 2,
+                                          .max_batch_tokens = 16,
+                                          .hidden = FakeEngine::kHidden,
+                                          .topk = FakeEngine::kTopk});
+  ASSERT_TRUE(arena.ok()) << arena.status();
+  engine_->set_takes_shared_batches(GetParam());
+  StartCoordinator();
+  StartWorker();
+  const std::shared_ptr<ControlSession> session = GreetAndLoad();
+  ASSERT_NE(session, nullptr);
+  v1::CoordinatorMessage message = CreateHeapMessage(7);
+  message.mutable_create_heap()->set_row_arena((*arena)->handle());
+  session->Send(message);
+  const v1::WorkerMessage created = session->Next();
+  ASSERT_TRUE(created.has_heap_created()) << created.DebugString();
+  EXPECT_TRUE(created.heap_created().row_arena_mapped());
+  EXPECT_EQ(created.heap_created().takes_shared_batches(), GetParam());
+}
+
+TEST_F(WorkerTest, BatchesThatAreParkedForTheirMatrixGoThroughOneAfterAnother) {
+  engine_->set_runs_on_any_thread(true);
+  const std::shared_ptr<ControlSession> session = Serve(7);
+  ASSERT_NE(session, nullptr);
+  for (std::uint64_t batch = 1; batch <= 20; ++batch) {
+    session->Send(ShardMessage(7, batch, 0, Routing::kByWorker));
+    const v1::WorkerMessage counts = session->Next();
+    ASSERT_TRUE(counts.has_counts()) << counts.DebugString();
+    session->Send(CountMatrixMessage(7, batch));
+    const v1::WorkerMessage done = session->Next();
+    ASSERT_TRUE(done.has_batch_done()) << done.DebugString();
+    EXPECT_EQ(done.batch_done().code(), 0) << done.batch_done().message();
+    EXPECT_EQ(done.batch_done().output(), ShardRows(batch));
+  }
 }
 
 TEST_F(WorkerTest, BatchDoneCarriesTimesAndLocalExpertRows) {

@@ -1,4 +1,5 @@
 // Batches: slots, shards, merging, counts, triggers and failures.
+#include "server/coordinator/state_machine/batch.h"
 #include "tests/server/coordinator/state_machine/state_machine_fixture.h"
 
 namespace epserve::coordinator {
@@ -55,6 +56,46 @@ TEST(BatchesTest, StartsAtOnceWithShardsByRank) {
     EXPECT_EQ(batch->shards[r].rows.begin, begins[r]);
   }
   EXPECT_EQ(batch->shards[3].rows.end, 6);
+}
+
+// The ranks' rows of the batch that a request of one token makes.
+std::vector<std::int64_t> RowsOfLoneToken(const std::string& backend, RequestArrived request) {
+  TestCluster cluster;
+  for (int i = 0; i < 4; ++i) {
+    cluster.Join("w" + std::to_string(i), {.backend = backend});
+  }
+  for (int i = 0; i < 4; ++i) cluster.Load(i, i);
+  cluster.FormAndProbe();
+  const auto batch = First<StartBatch>(cluster.Request(1, 1, request));
+  EXPECT_TRUE(batch);
+  std::vector<std::int64_t> rows;
+  std::int64_t end = 0;
+  for (const ShardPlan& shard : batch->shards) {
+    EXPECT_EQ(shard.rows.begin, end);
+    end = shard.rows.end;
+    rows.push_back(shard.rows.size());
+  }
+  EXPECT_EQ(end, 1);
+  return rows;
+}
+
+TEST(BatchesTest, LoneTokenIsTheRanksThatOwnsMostOfItsExperts) {
+  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 2}), ElementsAre(0, 0, 1, 0));
+  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 0}), ElementsAre(1, 0, 0, 0));
+  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 3}), ElementsAre(0, 0, 0, 1));
+}
+
+TEST(BatchesTest, LoneTokenIsTheFirstRanksWhereItsExpertsAreNotKnownOrAllTakePart) {
+  EXPECT_THAT(RowsOfLoneToken("host", {}), ElementsAre(1, 0, 0, 0));
+  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 4}), ElementsAre(1, 0, 0, 0));
+  EXPECT_THAT(RowsOfLoneToken("cuda", {.rank_of_most_experts = 2}), ElementsAre(1, 0, 0, 0));
+}
+
+TEST(BatchesTest, RanksWithoutRowsAreSentTheirShardsFirst) {
+  const std::vector<ShardPlan> lone = {{0, 10, {0, 0}}, {1, 11, {0, 1}}, {2, 12, {1, 1}}};
+  EXPECT_THAT(SendingOrder(lone), ElementsAre(0, 2, 1));
+  const std::vector<ShardPlan> even = {{0, 10, {0, 2}}, {1, 11, {2, 3}}, {2, 12, {3, 4}}};
+  EXPECT_THAT(SendingOrder(even), ElementsAre(0, 1, 2));
 }
 
 TEST(BatchesTest, SlotIsReusedOnlyAfterEveryRankIsDone) {
