@@ -43,7 +43,7 @@ void FillWorker(const WorkerView& in, v1::WorkerStatus* out) {
   out->set_node(in.node);
   out->set_pid(in.pid);
   out->set_rank(in.worker.rank);
-  out->set_state(WorkerStateName(in.worker));
+  out->set_state(WorkerStateName(in.worker.state, in.worker.draining));
   out->set_first_expert(in.worker.first_expert);
   out->set_num_experts(in.worker.num_experts);
   out->set_weight_bytes(in.worker.weight_bytes);

@@ -387,14 +387,22 @@ void Host::AddExpertRows(std::int64_t model_layer, int rank, StreamId stream,
 }
 
 void Host::UpdateGauges() {
-  const Snapshot snapshot = machine_->TakeSnapshot();
-  metrics_->SetQueueDepth(snapshot.queued_requests);
-  metrics_->SetEpoch(snapshot.epoch);
-  metrics_->SetBatchesInFlight(snapshot.batches_in_flight);
+  const Load load = machine_->TakeLoad();
+  metrics_->SetQueueDepth(load.queued_requests);
+  metrics_->SetBatchesInFlight(load.batches_in_flight);
+  const bool same = shown_load_.has_value() && load.epoch == shown_load_->epoch &&
+                    load.workers == shown_load_->workers &&
+                    load.workers_draining == shown_load_->workers_draining;
+  shown_load_ = load;
+  if (same) return;  // As after nearly every event.
+  metrics_->SetEpoch(load.epoch);
   std::vector<std::pair<std::string, int>> workers;
-  for (const WorkerSnapshot& worker : snapshot.workers) {
-    workers.emplace_back(WorkerStateName(worker), 1);
+  for (int state = 0; state < kNumWorkerStates; ++state) {
+    workers.emplace_back(WorkerStateName(static_cast<WorkerState>(state), /*draining=*/false),
+                         load.workers[static_cast<std::size_t>(state)]);
   }
+  workers.emplace_back(WorkerStateName(WorkerState::kServing, /*draining=*/true),
+                       load.workers_draining);
   metrics_->SetWorkers(workers);
 }
 
@@ -419,9 +427,9 @@ ClusterView Host::View() const {
   return view;
 }
 
-const char* WorkerStateName(const WorkerSnapshot& worker) {
-  if (worker.draining) return "draining";
-  switch (worker.state) {
+const char* WorkerStateName(WorkerState state, bool draining) {
+  if (draining) return "draining";
+  switch (state) {
     case WorkerState::kStandby:
       return "standby";
     case WorkerState::kLoading:

@@ -27,6 +27,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -76,7 +77,7 @@ struct HostHooks {
 };
 
 // The word for a worker's state in the admin service and the metrics.
-const char* WorkerStateName(const WorkerSnapshot& worker);
+const char* WorkerStateName(WorkerState state, bool draining);
 
 class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionActions {
  public:
@@ -243,6 +244,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   std::deque<Event> raised_;  // by commands; applied once the commands before are carried out
   bool applying_ = false;     // within ApplyEvent
   std::vector<std::vector<std::uint64_t>> expert_rows_;  // [layers][E]
+  std::optional<Load> shown_load_;                       // what the gauges say; none: nothing yet
 
   std::unique_ptr<ProcessWatch> process_watch_;  // null: the leases alone decide
   std::thread timer_;

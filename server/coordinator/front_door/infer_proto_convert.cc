@@ -3,20 +3,24 @@
 #include <google/protobuf/io/coded_stream.h>
 #include <google/protobuf/repeated_field.h>
 #include <google/protobuf/wire_format_lite.h>
-#include <grpcpp/impl/codegen/proto_utils.h>
-#include <grpcpp/support/proto_buffer_reader.h>
+#include <grpcpp/support/slice.h>
 
+#include <cstring>
+#include <initializer_list>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "inference/grpc_service.pb.h"
 #include "runtime/base/status.h"
+#include "server/common/grpc_status.h"
 #include "server/coordinator/front_door/message_split.h"
+#include "server/coordinator/front_door/plain_request.h"
 #include "server/coordinator/front_door/request_validation.h"
 #include "server/coordinator/front_door/shm_registry.h"
-#include "server/rpc/messages.h"
+#include "server/coordinator/front_door/wire_text.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -200,32 +204,20 @@ RequestView ViewOf(const ModelInferRequest& message) {
   return view;
 }
 
-// As ParseInferRequest, with the large raw entries left in the message's own slices.
-absl::StatusOr<InferRequestMessage> ParseInPieces(const grpc::ByteBuffer& bytes,
-                                                  const RequestLimits& limits) {
-  struct Parts {
-    std::vector<grpc::Slice> slices;
-    ModelInferRequest message;
-  };
-  const auto parts = std::make_shared<Parts>();
-  if (!bytes.Dump(&parts->slices).ok()) return Malformed();
-  SplitMessage split = SplitLargeEntries(parts->slices, limits.large_entry_bytes);
-  {
-    CodedInputStream stream(reinterpret_cast<const std::uint8_t*>(split.rest.data()),
-                            static_cast<int>(split.rest.size()));
-    EPS_RETURN_IF_ERROR(CheckCounts(stream, limits));
-  }
-  if (!parts->message.ParseFromString(split.rest)) return Malformed();
-  InferRequestMessage result;
-  result.id = parts->message.id();
-  result.view = ViewOf(parts->message);
-  for (auto& [index, raw] : split.large) {
-    // Both count the entries alike; were it not so, nothing must be written elsewhere.
-    if (index >= result.view.raw_contents.size()) return Malformed();
-    result.view.raw_contents[index] = std::move(raw);
-  }
-  result.owner = parts;
-  return result;
+// What a request's views point into.
+struct RequestParts {
+  std::vector<grpc::Slice> slices;           // of the large raw entries, where there are any
+  std::string bytes;                         // of the rest, where that is plain
+  PlainShapes shapes;                        // likewise
+  std::optional<ModelInferRequest> message;  // of the rest, where it is not
+};
+
+absl::Status ParseRest(const std::string& bytes, const RequestLimits& limits,
+                       ModelInferRequest* message) {
+  CodedInputStream stream(reinterpret_cast<const std::uint8_t*>(bytes.data()),
+                          static_cast<int>(bytes.size()));
+  EPS_RETURN_IF_ERROR(CheckCounts(stream, limits));
+  return message->ParseFromString(bytes) ? absl::OkStatus() : Malformed();
 }
 
 const char* WireDataType(runtime::DataType type) {
@@ -237,12 +229,6 @@ const char* WireDataType(runtime::DataType type) {
     default:
       return "FP32";  // A validated request has no other.
   }
-}
-
-void Head(const ServedModel& model, std::string_view id, ModelInferResponse& response) {
-  response.set_model_name(model.name);
-  response.set_model_version(model.version);
-  response.set_id(std::string(id));
 }
 
 // What a timeline is drawn from: when the batch went out, how its count matrix was made and what
@@ -261,65 +247,107 @@ std::string TraceOf(const InferTimes& times) {
   return absl::StrCat(text, "]}");
 }
 
-void SetParameters(const InferReply& reply, ModelInferResponse& response) {
-  auto& parameters = *response.mutable_parameters();
-  const auto set = [&parameters](const char* name, std::int64_t value) {
-    parameters[name].set_int64_param(value);
+// The fields of InferParameter, and of a map's entry.
+constexpr int kIntValue = inference::InferParameter::kInt64ParamFieldNumber;
+constexpr int kTextValue = inference::InferParameter::kStringParamFieldNumber;
+constexpr int kEntryName = 1;
+constexpr int kEntryValue = 2;
+
+// Begins an entry of the map that is the field `field`; a value of `value_bytes` is to follow.
+void AppendEntryHead(int field, std::string_view name, std::size_t value_bytes, std::string& text) {
+  AppendFieldHead(
+      field, FieldHeadBytes(name.size()) + name.size() + FieldHeadBytes(value_bytes) + value_bytes,
+      text);
+  AppendBytesField(kEntryName, name, text);
+  AppendFieldHead(kEntryValue, value_bytes, text);
+}
+
+void AppendParameter(int field, std::string_view name, std::int64_t value, std::string& text) {
+  AppendEntryHead(field, name, 1 + VarintBytes(static_cast<std::uint64_t>(value)), text);
+  AppendIntField(kIntValue, value, text);
+}
+
+void AppendParameter(int field, std::string_view name, std::string_view value, std::string& text) {
+  AppendEntryHead(field, name, FieldHeadBytes(value.size()) + value.size(), text);
+  AppendBytesField(kTextValue, value, text);
+}
+
+void AppendHead(const ServedModel& model, std::string_view id, std::string& text) {
+  AppendBytesField(ModelInferResponse::kModelNameFieldNumber, model.name, text);
+  AppendBytesField(ModelInferResponse::kModelVersionFieldNumber, model.version, text);
+  AppendBytesField(ModelInferResponse::kIdFieldNumber, id, text);
+}
+
+void AppendParameters(const InferReply& reply, std::string& text) {
+  const auto append = [&text](std::string_view name, auto value) {
+    AppendParameter(ModelInferResponse::kParametersFieldNumber, name, value, text);
   };
-  set("epserve_queue_us", reply.times.queue_us);
-  set("epserve_assign_us", reply.times.assign_us);
-  set("epserve_counts_us", reply.times.counts_ns / 1000);
-  set("epserve_dispatch_us", reply.times.dispatch_us);
-  set("epserve_ffn_us", reply.times.ffn_us);
-  set("epserve_combine_us", reply.times.combine_us);
-  set("epserve_epoch", static_cast<std::int64_t>(reply.times.epoch));
-  set("epserve_server_us", reply.server_us);
-  if (!reply.times.ranks.empty()) {
-    parameters["epserve_trace"].set_string_param(TraceOf(reply.times));
+  append("epserve_queue_us", reply.times.queue_us);
+  append("epserve_assign_us", reply.times.assign_us);
+  append("epserve_counts_us", reply.times.counts_ns / 1000);
+  append("epserve_dispatch_us", reply.times.dispatch_us);
+  append("epserve_ffn_us", reply.times.ffn_us);
+  append("epserve_combine_us", reply.times.combine_us);
+  append("epserve_epoch", static_cast<std::int64_t>(reply.times.epoch));
+  append("epserve_server_us", reply.server_us);
+  if (reply.times.ranks.empty()) return;
+  append("epserve_trace", std::string_view(TraceOf(reply.times)));
+}
+
+void AppendOutput(const ServedModel& model, const ValidatedRequest& request, std::string& text) {
+  using Output = ModelInferResponse::InferOutputTensor;
+  std::string output;
+  AppendBytesField(Output::kNameFieldNumber, kHiddenStates, output);
+  AppendBytesField(Output::kDatatypeFieldNumber, WireDataType(request.dtype), output);
+  const auto rows = static_cast<std::uint64_t>(request.num_tokens);
+  const auto columns = static_cast<std::uint64_t>(model.hidden);
+  AppendFieldHead(Output::kShapeFieldNumber, VarintBytes(rows) + VarintBytes(columns), output);
+  AppendVarint(rows, output);
+  AppendVarint(columns, output);
+  if (const RegionWindow& window = request.output; window.region != nullptr) {
+    const auto append = [&output](std::string_view name, auto value) {
+      AppendParameter(Output::kParametersFieldNumber, name, value, output);
+    };
+    append("shared_memory_region", std::string_view(window.region->info().name));
+    append("shared_memory_byte_size", static_cast<std::int64_t>(request.output_bytes));
+    append("shared_memory_offset", static_cast<std::int64_t>(window.offset_bytes));
   }
+  AppendBytesField(ModelInferResponse::kOutputsFieldNumber, output, text);
 }
 
-void AppendNumber(std::uint64_t number, std::string& text) {
-  for (; number >= 0x80; number >>= 7) text.push_back(static_cast<char>(number | 0x80));
-  text.push_back(static_cast<char>(number));
+// One slice of these bytes, one piece after another.
+grpc::Slice Joined(std::initializer_list<std::string_view> pieces) {
+  std::size_t size = 0;
+  for (const std::string_view piece : pieces) size += piece.size();
+  grpc_slice joined = grpc_slice_malloc(size);
+  std::uint8_t* to = GRPC_SLICE_START_PTR(joined);
+  for (const std::string_view piece : pieces) {
+    if (!piece.empty()) std::memcpy(to, piece.data(), piece.size());
+    to += piece.size();
+  }
+  return grpc::Slice(joined, grpc::Slice::STEAL_REF);
 }
 
-// The tag and the length of a field of so many bytes.
-std::string FieldHead(int field, std::uint64_t bytes) {
-  std::string head;
-  AppendNumber(static_cast<std::uint64_t>(field) << 3 | WireFormatLite::WIRETYPE_LENGTH_DELIMITED,
-               head);
-  AppendNumber(bytes, head);
-  return head;
-}
-
-// The message's bytes with `output` as its raw entry, put together here, so that the entry stays
-// where it is. The raw entries are the message's last field, and a stream's response its only one.
-absl::StatusOr<grpc::ByteBuffer> WithOutput(const ModelInferResponse& response, InferForm form,
-                                            OutputBytes output) {
-  const std::string raw_head =
-      FieldHead(ModelInferResponse::kRawOutputContentsFieldNumber, output.size());
-  const std::uint64_t response_bytes =
-      std::uint64_t{response.ByteSizeLong()} + raw_head.size() + output.size();
+// The response `text` with `output` as its raw entry, which stays where it is if it is large. The
+// raw entries are a response's last field, and the response a stream's message's only one.
+absl::StatusOr<grpc::ByteBuffer> WithOutput(std::string text, InferForm form, OutputBytes output) {
+  AppendFieldHead(ModelInferResponse::kRawOutputContentsFieldNumber, output.size(), text);
+  const std::uint64_t response_bytes = std::uint64_t{text.size()} + output.size();
   if (response_bytes > std::numeric_limits<std::int32_t>::max()) {
     return absl::InternalError(absl::StrCat("infer: the reply of ", output.size(),
                                             " output bytes passes the 2 GiB of a message"));
   }
-  std::string text;
+  std::string outer;
   if (form == InferForm::kStream) {
-    text =
-        FieldHead(inference::ModelStreamInferResponse::kInferResponseFieldNumber, response_bytes);
+    AppendFieldHead(inference::ModelStreamInferResponse::kInferResponseFieldNumber, response_bytes,
+                    outer);
   }
-  if (!response.AppendToString(&text)) {
-    return absl::InternalError("infer: the reply could not be written");
-  }
-  text += raw_head;
   if (output.size() <= kCopiedOutputBytes) {
-    text.append(output.bytes().data(), output.size());
-    const grpc::Slice slice(text);
+    const grpc::Slice slice =
+        Joined({outer, text, std::string_view(output.bytes().data(), output.size())});
     return grpc::ByteBuffer(&slice, 1);
   }
-  const grpc::Slice slices[] = {grpc::Slice(text), output.Release()};
+  const grpc::Slice slices[] = {Joined({outer, text}), output.Release()};
   return grpc::ByteBuffer(slices, std::size(slices));
 }
 
@@ -328,56 +356,62 @@ absl::StatusOr<grpc::ByteBuffer> WithOutput(const ModelInferResponse& response, 
 absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
                                                       const RequestLimits& limits) {
   if (!bytes.Valid()) return Malformed();
-  if (bytes.Length() >= limits.large_entry_bytes) return ParseInPieces(bytes, limits);
-  grpc::ByteBuffer shared(bytes);  // Counts references; copies no bytes.
-  {
-    grpc::ProtoBufferReader reader(&shared);
-    if (!reader.status().ok()) return Malformed();
-    CodedInputStream stream(&reader);
-    EPS_RETURN_IF_ERROR(CheckCounts(stream, limits));
+  const auto parts = std::make_shared<RequestParts>();
+  if (!bytes.Dump(&parts->slices).ok()) return Malformed();
+  SplitMessage split;
+  if (bytes.Length() >= limits.large_entry_bytes) {
+    split = SplitLargeEntries(parts->slices, limits.large_entry_bytes);
+  } else {
+    split.rest.reserve(bytes.Length());
+    for (const grpc::Slice& slice : parts->slices) {
+      split.rest.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
+    }
   }
-  auto message = std::make_shared<ModelInferRequest>();
-  if (!server::ParseMessage(bytes, message.get()).ok()) return Malformed();
+  // The slices are parts of larger buffers of gRPC's, which they would keep.
+  if (split.large.empty()) parts->slices.clear();
+
   InferRequestMessage result;
-  result.id = message->id();
-  result.view = ViewOf(*message);
-  result.owner = std::move(message);
+  parts->bytes = std::move(split.rest);
+  if (!ReadPlainRequest(parts->bytes, limits, parts->shapes, result.view, result.id)) {
+    EPS_RETURN_IF_ERROR(ParseRest(parts->bytes, limits, &parts->message.emplace()));
+    parts->bytes = std::string();
+    result.view = ViewOf(*parts->message);
+    result.id = parts->message->id();
+  }
+  for (auto& [index, raw] : split.large) {
+    // Both count the entries alike; were it not so, nothing must be written elsewhere.
+    if (index >= result.view.raw_contents.size()) return Malformed();
+    result.view.raw_contents[index] = std::move(raw);
+  }
+  result.owner = parts;
   return result;
 }
 
 absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, InferForm form,
                                                      InferReply reply) {
-  ModelInferResponse response;
-  Head(model, reply.id, response);
-  SetParameters(reply, response);
-  auto* output = response.add_outputs();
-  output->set_name(kHiddenStates);
-  output->set_datatype(WireDataType(reply.request->dtype));
-  output->add_shape(reply.request->num_tokens);
-  output->add_shape(model.hidden);
-  if (const auto& window = reply.request->output; window.region != nullptr) {
-    auto& parameters = *output->mutable_parameters();
-    parameters["shared_memory_region"].set_string_param(window.region->info().name);
-    parameters["shared_memory_byte_size"].set_int64_param(
-        static_cast<std::int64_t>(reply.request->output_bytes));
-    parameters["shared_memory_offset"].set_int64_param(
-        static_cast<std::int64_t>(window.offset_bytes));
-  }
-  return WithOutput(response, form, std::move(reply.output));
+  constexpr std::size_t kUsualBytes = 512;
+  std::string text;
+  text.reserve(kUsualBytes);
+  AppendHead(model, reply.id, text);
+  AppendParameters(reply, text);
+  AppendOutput(model, *reply.request, text);
+  return WithOutput(std::move(text), form, std::move(reply.output));
 }
 
 grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view id,
                                       const absl::Status& status) {
-  inference::ModelStreamInferResponse response;
-  response.set_error_message(server::ToGrpcStatus(status).error_message());
-  Head(model, id, *response.mutable_infer_response());
+  using Response = inference::ModelStreamInferResponse;
+  std::string response;
+  AppendHead(model, id, response);
   // A stream's errors are text alone in this protocol; callers that know us get the code too.
-  (*response.mutable_infer_response()->mutable_parameters())["epserve_error_code"].set_int64_param(
-      static_cast<std::int64_t>(status.code()));
-  grpc::ByteBuffer bytes;
-  // Of a few hundred bytes; the library fails for messages of 2 GiB and more.
-  (void)server::SerializeMessage(response, &bytes);
-  return bytes;
+  AppendParameter(ModelInferResponse::kParametersFieldNumber, "epserve_error_code",
+                  static_cast<std::int64_t>(status.code()), response);
+  std::string text;
+  AppendBytesField(Response::kErrorMessageFieldNumber, server::ToGrpcStatus(status).error_message(),
+                   text);
+  AppendBytesField(Response::kInferResponseFieldNumber, response, text);
+  const grpc::Slice slice(text);
+  return grpc::ByteBuffer(&slice, 1);
 }
 
 }  // namespace epserve::coordinator

@@ -210,8 +210,10 @@ absl::Status LocateContents(const RequestView& view, const RequestLimits& limits
         std::find(kSlotNames.begin(), kSlotNames.end(), input.name) - kSlotNames.begin());
     const auto slot = static_cast<Slot>(index);
     Tensor& tensor = tensors[index];
-    EPS_ASSIGN_OR_RETURN(const auto window,
-                         ParseShmWindow(InputName(slot), input.parameters, limits));
+    std::optional<ShmWindow> window;
+    if (!input.parameters.empty()) {
+      EPS_ASSIGN_OR_RETURN(window, ParseShmWindow(InputName(slot), input.parameters, limits));
+    }
     if (window.has_value()) {
       EPS_RETURN_IF_ERROR(LocateInRegion(slot, *window, regions, tensor));
       continue;

@@ -12,6 +12,8 @@
 #include <variant>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
+
 namespace epserve::coordinator {
 
 struct ParameterView {
@@ -53,6 +55,8 @@ struct OutputView {
 // The bytes of a raw entry: in one piece, or where they are many in the pieces they came in.
 class RawView {
  public:
+  using Pieces = absl::InlinedVector<std::span<const char>, 1>;
+
   RawView() = default;
   RawView(std::string_view bytes) {  // NOLINT(google-explicit-constructor): a piece is an entry
     Append({bytes.data(), bytes.size()});
@@ -62,7 +66,7 @@ class RawView {
     pieces_.push_back(piece);
   }
   std::size_t size() const { return size_; }
-  const std::vector<std::span<const char>>& pieces() const { return pieces_; }
+  const Pieces& pieces() const { return pieces_; }
   // Copies [offset, offset + out.size()). REQUIRES: that lies within.
   void Copy(std::size_t offset, std::span<char> out) const {
     for (const std::span<const char> piece : pieces_) {
@@ -80,7 +84,7 @@ class RawView {
 
  private:
   std::size_t size_ = 0;
-  std::vector<std::span<const char>> pieces_;
+  Pieces pieces_;
 };
 
 struct RequestView {

@@ -2,6 +2,7 @@
 #ifndef EPSERVE_SERVER_COORDINATOR_STATE_MACHINE_CONFIG_H_
 #define EPSERVE_SERVER_COORDINATOR_STATE_MACHINE_CONFIG_H_
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -58,6 +59,15 @@ struct WorkerSnapshot {
   std::uint64_t resident_bytes = 0;
   std::uint64_t batches = 0;  // done in the present epoch, without the probe
   TimeUs last_heartbeat_us = 0;
+};
+
+// What of a snapshot is shown after every event, and so has to be cheap.
+struct Load {
+  EpochId epoch = 0;
+  std::int64_t queued_requests = 0;
+  std::int64_t batches_in_flight = 0;
+  std::array<int, kNumWorkerStates> workers{};  // by WorkerState, but for those that drain
+  int workers_draining = 0;
 };
 
 struct Snapshot {

@@ -23,6 +23,7 @@ std::optional<TimeUs> StateMachine::NextDeadline() const {
 }
 
 Snapshot StateMachine::TakeSnapshot() const { return impl_->TakeSnapshot(); }
+Load StateMachine::TakeLoad() const { return impl_->TakeLoad(); }
 const runtime::Placement& StateMachine::placement() const { return impl_->placement(); }
 
 StateMachine::Impl::Impl(const Config& config)
@@ -119,6 +120,18 @@ std::string StateMachine::Impl::WaitingFor() const {
   if (now_us_ < membership_.FencedUntil()) return "the lease of a lost worker to run out";
   if (now_us_ < backoff_until_us_) return "the backoff after a failed epoch";
   return "the lease of an earlier epoch to run out";
+}
+
+Load StateMachine::Impl::TakeLoad() const {
+  Load load;
+  load.epoch = epoch_;
+  load.queued_requests = queue_.num_queued();
+  load.batches_in_flight = static_cast<std::int64_t>(batches_.size());
+  for (const auto& [stream, session] : membership_.sessions()) {
+    ++(session.draining ? load.workers_draining
+                        : load.workers[static_cast<std::size_t>(session.state)]);
+  }
+  return load;
 }
 
 Snapshot StateMachine::Impl::TakeSnapshot() const {

@@ -38,6 +38,7 @@ class StateMachine {
   std::optional<TimeUs> NextDeadline() const;
 
   Snapshot TakeSnapshot() const;
+  Load TakeLoad() const;
   const runtime::Placement& placement() const;
 
  private:

@@ -26,6 +26,7 @@ class StateMachine::Impl {
   std::vector<Command> Apply(const Event& event, TimeUs now_us);
   TimeUs NextDeadline() const;  // kNever: none
   Snapshot TakeSnapshot() const;
+  Load TakeLoad() const;
   const runtime::Placement& placement() const { return placement_; }
 
  private:

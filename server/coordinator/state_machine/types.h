@@ -77,6 +77,7 @@ enum class CountExchangeMode {
 };
 
 enum class WorkerState { kStandby, kLoading, kLoaded, kForming, kServing, kQuiescing, kLeaving };
+inline constexpr int kNumWorkerStates = 7;
 enum class ClusterState { kWaiting, kForming, kProbing, kServing, kDraining };
 
 // One rank's part of a batch.

@@ -151,7 +151,8 @@ class Recorder final : public CallHandler {
   grpc::ByteBuffer message_;
 };
 
-// Answers each message but those that begin with "quiet", and reads on only after a write.
+// Answers each message but those that begin with "quiet", and reads on only after a write. Fails
+// where a write's end is told within its start: a handler may hold a lock there.
 class LateReader final : public CallHandler {
  public:
   LateReader(ServerCall* call, Recorder::Log* log) : call_(call), log_(log) {
@@ -173,6 +174,7 @@ class LateReader final : public CallHandler {
     call_->StartReadAfterWrite(&message_);
   }
   void OnWriteDone(bool ok) override {
+    EXPECT_FALSE(starting_);
     writing_ = false;
     if (ok && !owed_.empty()) Write(std::exchange(owed_, ""));
   }
@@ -183,13 +185,16 @@ class LateReader final : public CallHandler {
   void Write(const std::string& text) {
     writing_ = true;
     const grpc::Slice slice(text);
+    starting_ = true;
     call_->StartWrite(grpc::ByteBuffer(&slice, 1));
+    starting_ = false;
   }
 
   ServerCall* const call_;
   Recorder::Log* const log_;
   grpc::ByteBuffer message_;
   bool writing_ = false;
+  bool starting_ = false;  // within StartWrite
   std::string owed_;
 };
 
