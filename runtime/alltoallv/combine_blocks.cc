@@ -7,10 +7,10 @@ namespace epserve::runtime {
 namespace {
 
 // A row that a reducing block reads takes it longer than a pushing one: partial rows come in as the
-// peers send them. On two H200s, 4096 rows of 7168 bf16, top-8, with 24, 22, 20, 18, 16 and 14 of
-// 48 blocks to push: 236, 225, 200, 207, 223, 249 us; top-4: 206, 205, 193, 198, 198, 199 us; of
-// 2048: 95, 89, 91, 97, 108, 119 us.
-constexpr double kReducedRowCost = 1.1;
+// peers send them. On two H200s, 4096 rows of 7168 bf16, top-8, with 24, 22, 21, 20, 19, 18, 16 of
+// 48 blocks to push: 239, 223, 215, 200, 200, 207, 223 us; top-4: 206, 200, 198, 194, 191, 195, 198
+// us; top-8 of 2048: 94, 89, 89, 91, 93, 98, 108 us.
+constexpr double kReducedRowCost = 1.08;
 
 }  // namespace
 

@@ -34,14 +34,15 @@ struct CudaExchangeConfig {
   HandleType handle_type = HandleType::kFd;
   std::uint64_t settings_digest = 0;     // of what else all ranks must have alike
   std::int64_t max_decode_tokens = 512;  // a rank
-  std::int64_t packet_tokens = 16;       // decode path: up to so many of a rank travel as packets
-  int max_element_bytes = 2;             // 4 where FP32 batches are served
-  int comm_blocks = 24;                  // of dispatch (prefill path)
-  int push_blocks = 0;                   // of combine's push role (prefill path); 0: divided
-  int reduce_blocks = 0;                 // of its reduce role; 0: what 2 * comm_blocks leave
-  int max_reduce_blocks = 1024;          // of these, where they are divided
-  int decode_blocks = 128;               // of dispatch on the decode path
-  int decode_combine_blocks = 264;       // of combine on the decode path; each has both roles
+  // Decode path: up to so many of a rank travel as packets (see PacketCapacity).
+  std::int64_t packet_tokens = kMaxPacketTokens;
+  int max_element_bytes = 2;        // 4 where FP32 batches are served
+  int comm_blocks = 24;             // of dispatch (prefill path)
+  int push_blocks = 0;              // of combine's push role (prefill path); 0: divided
+  int reduce_blocks = 0;            // of its reduce role; 0: what 2 * comm_blocks leave
+  int max_reduce_blocks = 1024;     // of these, where they are divided
+  int decode_blocks = 128;          // of dispatch on the decode path
+  int decode_combine_blocks = 264;  // of combine on the decode path; each has both roles
 };
 
 class CudaExchange final : public DeviceExchange {

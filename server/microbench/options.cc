@@ -69,7 +69,8 @@ void AddCuda(CLI::App* app, BenchParams* p) {
       ->check(CLI::Range(0, 128))
       ->capture_default_str();
   app->add_option("--packet-tokens", p->packet_tokens,
-                  "Up to so many tokens of a rank travel as packets (cuda, decode)")
+                  "Up to so many tokens of a rank travel as packets (cuda, decode); at most 64 of "
+                  "all ranks do")
       ->envname("EPSERVE_PACKET_TOKENS")
       ->check(CLI::Range(0, 32))
       ->capture_default_str();

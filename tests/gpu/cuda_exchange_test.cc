@@ -116,6 +116,10 @@ TEST_F(CudaExchangeTest, DecodeOfFewTokensMatchesReference) {
   c.limit = 1e-5;
   c.topk = 3;
   Run(c, 4, 22);
+  c.num_ranks = 2;
+  c.tokens = {32, 31};  // As many as packets ever carry.
+  c.packet_tokens = 32;
+  Run(c, 4, 30);
 }
 
 TEST_F(CudaExchangeTest, DecodeOfFewTokensCastToFp8MatchesReference) {

@@ -9,6 +9,7 @@ TEST(DivideCombineBlocksTest, TwoRanksReduceMoreThanTheyPush) {
   const CombineBlocks blocks = DivideCombineBlocks(48, 2, 8);
   EXPECT_EQ(blocks.push, 20);
   EXPECT_EQ(blocks.reduce, 28);
+  EXPECT_EQ(DivideCombineBlocks(48, 2, 4).push, 19);
 }
 
 TEST(DivideCombineBlocksTest, MoreRanksPushMore) {
