@@ -43,6 +43,42 @@ TEST(LoadGeneratorTest, ClosedLoopDoesNotPauseAfterAnAnswer) {
   EXPECT_LT(result.seconds, 100 * 0.020);
 }
 
+// All at once, no more, and no fewer: each request waits until as many are under way.
+TEST(LoadGeneratorTest, ClosedLoopKeepsAsManyUnderWayAsAsked) {
+  constexpr int kConcurrency = 8;
+  for (const bool streaming : {false, true}) {
+    FakeService service;
+    std::atomic<int> under_way{0};
+    std::atomic<int> most{0};
+    std::atomic<bool> all_came{false};
+    service.set_handler([&](grpc::ServerContext& context, const auto& request, auto& response) {
+      const int now = ++under_way;
+      for (int seen = most; seen < now && !most.compare_exchange_weak(seen, now);) {
+      }
+      if (now == kConcurrency) all_came = true;
+      while (!all_came && !context.IsCancelled()) absl::SleepFor(absl::Milliseconds(1));
+      --under_way;
+      return FakeService::Echo(context, request, response);
+    });
+    InferenceClient client({.target = service.target()});
+    LoadPlan plan;
+    plan.concurrency = kConcurrency;
+    plan.streaming = streaming;
+    plan.requests = 100;
+    const LoadResult result =
+        RunLoad(client, Inputs(absl::Seconds(30)), plan, [](std::int64_t, double) {});
+    EXPECT_EQ(most, kConcurrency) << streaming;
+    ASSERT_EQ(result.samples.size(), 100u);
+    for (const Sample& sample : result.samples) {
+      EXPECT_EQ(sample.code, absl::StatusCode::kOk);
+      EXPECT_GT(sample.request_us, 0);
+      EXPECT_EQ(sample.phases_us[kFfnPhase], 7);
+      EXPECT_EQ(sample.phases_us.front(), kNoTime);
+      EXPECT_EQ(sample.trace, nullptr);
+    }
+  }
+}
+
 TEST(LoadGeneratorTest, StreamingLoopGoesOnAfterAFailureAndAfterAStreamThatBreaks) {
   FakeService service;
   std::atomic<int> number{0};
