@@ -20,10 +20,12 @@ constexpr std::uint64_t kPressingShare = 16;
 
 BufferGuard::Call::Call(BufferGuard* guard, const std::string& peer)
     : guard_(guard), reader_(guard->half_messages_.ReaderOf(peer)) {
+  reader_->OnCallBegins();
   guard_->AwaitMessage();
 }
 
 BufferGuard::Call::~Call() {
+  reader_->OnCallEnds();
   if (awaits_first_) guard_->num_awaiting_.fetch_sub(1, std::memory_order_relaxed);
 }
 

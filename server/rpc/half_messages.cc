@@ -32,12 +32,15 @@ std::optional<HalfMessages::Holder> HalfMessages::Look(const std::vector<Receive
   for (const Received& now : connections) {
     Connection& connection = connections_[now.peer];
     // A port may be another connection's by now.
-    if (now.num_bytes < connection.received_bytes) connection = Connection();
+    if (now.num_bytes < connection.received_bytes) {
+      connection.received_bytes = connection.held_bytes = 0;
+      connection.ended = false;
+    }
     const std::uint64_t has = connection.held_bytes + now.num_bytes - connection.received_bytes;
     const std::uint64_t read =
         connection.reader->read_bytes_.exchange(0, std::memory_order_relaxed);
     // Never below: what is allowed for too much now must not count for later.
-    connection.held_bytes = has > read ? has - read : 0;
+    connection.held_bytes = has > read && connection.reader->num_calls_.load() > 0 ? has - read : 0;
     connection.received_bytes = now.num_bytes;
     connection.seen_at = num_looks_;
     if (connection.ended) continue;

@@ -4,7 +4,9 @@
 // is found before.
 //
 // gRPC does not tell what it holds. It is what has come over a connection's socket, less the
-// messages that were read from it; framing and headers are allowed for.
+// messages that were read from it; framing and headers are allowed for. What came of messages that
+// nobody read, of calls that were refused or cancelled, is counted until the connection has no call
+// under way.
 //
 // Thread-safe.
 #ifndef EPSERVE_SERVER_RPC_HALF_MESSAGES_H_
@@ -26,10 +28,13 @@ class HalfMessages {
   // One connection's messages, counted by those who read them.
   class Reader {
    public:
+    void OnCallBegins() { num_calls_.fetch_add(1, std::memory_order_relaxed); }
+    void OnCallEnds() { num_calls_.fetch_sub(1, std::memory_order_relaxed); }
     void OnMessage(std::uint64_t num_bytes);
 
    private:
     friend class HalfMessages;
+    std::atomic<int> num_calls_{0};
     std::atomic<std::uint64_t> read_bytes_{0};  // since the last look, with what is allowed for
   };
 

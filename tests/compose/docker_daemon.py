@@ -80,7 +80,8 @@ class Daemon:
         self.folder = folders.run
         self.log_path = self.folder / "dockerd.log"
         self.env = {"DOCKER_HOST": f"unix://{self.folder}/docker.sock", "DOCKER_BUILDKIT": "1"}
-        name = self.folder.name
+        # containerd takes no name that ends in "_", which a temporary folder's may.
+        name = self.folder.name.replace("_", "0")
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [

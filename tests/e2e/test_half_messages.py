@@ -11,7 +11,7 @@ from infer import Load, random_batch
 from raw_calls import FRONT_DOOR, FillingCall
 
 MIB = 1 << 20
-FILLERS = 8
+FILLERS = 5
 HALF_MIB = 200
 REFUSED = 'epserve_refused_total{reason="half_messages"}'
 

@@ -161,5 +161,9 @@ def test_worker_told_to_go_waits_for_a_silent_coordinator_for_the_leave_timeout(
             cluster.coordinator.resume()
         assert leave_ms / 1000 <= took < leave_ms / 1000 + 5 * SLOWNESS
         assert "leave_timed_out" in cluster.workers[0].log()
-        cluster.start_worker(0)
-        cluster.wait_status(lambda s: s.state == "serving", 20, "it serves again")
+        pid = cluster.start_worker(0).pid
+        cluster.wait_status(
+            lambda s: s.state == "serving" and pid in [w.pid for w in s.workers],
+            20,
+            "it serves again",
+        )

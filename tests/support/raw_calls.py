@@ -79,7 +79,7 @@ class FillingCall:
 
     def __init__(self, port, method, message_bytes):
         self.socket = socket.create_connection(("127.0.0.1", port))
-        self.socket.settimeout(20 * SLOWNESS)
+        self.socket.settimeout(60 * SLOWNESS)  # much is to be read before
         opening = frame(SETTINGS, 0, 0) + frame(HEADERS, END_HEADERS, 1, headers_of(method))
         self.socket.sendall(PREFACE + opening)
         self.windows = {0: 65535, 1: 65535}
@@ -94,7 +94,7 @@ class FillingCall:
         while self.sent < num_bytes and not self.ended:
             size = min(*self.windows.values(), 16384, num_bytes - self.sent)
             writers = [self.socket] if size > 0 else []
-            readable, writable, _ = select.select([self.socket], writers, [], 5 * SLOWNESS)
+            readable, writable, _ = select.select([self.socket], writers, [], 10 * SLOWNESS)
             if not readable and not writable:
                 return
             try:

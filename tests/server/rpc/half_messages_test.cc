@@ -2,14 +2,24 @@
 
 #include <gtest/gtest.h>
 
+#include <memory>
+#include <string>
+
 namespace epserve::server {
 namespace {
 
 constexpr std::uint64_t kMiB = 1 << 20;
 
+// The reader of a connection with a call under way.
+std::shared_ptr<HalfMessages::Reader> Call(HalfMessages& half, const std::string& peer) {
+  auto reader = half.ReaderOf(peer);
+  reader->OnCallBegins();
+  return reader;
+}
+
 TEST(HalfMessagesTest, WhatWasReadIsNotHeld) {
   HalfMessages half;
-  const auto reader = half.ReaderOf("a");
+  const auto reader = Call(half, "a");
   EXPECT_FALSE(half.Look({{"a", 3 * kMiB}}, 10 * kMiB).has_value());
   EXPECT_EQ(half.held_bytes(), 3 * kMiB);
   reader->OnMessage(5 * kMiB);
@@ -19,6 +29,8 @@ TEST(HalfMessagesTest, WhatWasReadIsNotHeld) {
 
 TEST(HalfMessagesTest, WhoHoldsMostIsNamedOnceTheyHoldTooMuchTogether) {
   HalfMessages half;
+  const auto a = Call(half, "a");
+  const auto b = Call(half, "b");
   EXPECT_FALSE(half.Look({{"a", 4 * kMiB}, {"b", 5 * kMiB}}, 10 * kMiB).has_value());
   const auto holder = half.Look({{"a", 4 * kMiB}, {"b", 7 * kMiB}}, 10 * kMiB);
   ASSERT_TRUE(holder.has_value());
@@ -31,15 +43,19 @@ TEST(HalfMessagesTest, WhoHoldsMostIsNamedOnceTheyHoldTooMuchTogether) {
 
 TEST(HalfMessagesTest, WhatAConnectionHeldGoesWithIt) {
   HalfMessages half;
-  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  Call(half, "a");
+  const auto b = Call(half, "b");
+  half.Look({{"a", 20 * kMiB}, {"b", 0}}, 30 * kMiB);
   EXPECT_FALSE(half.Look({{"b", 1}}, 10 * kMiB).has_value());
   EXPECT_EQ(half.held_bytes(), 1);
+  Call(half, "a");
   half.Look({{"a", 7}, {"b", 1}}, 10 * kMiB);
   EXPECT_EQ(half.held_bytes(), 8) << "another connection of the same port";
 }
 
 TEST(HalfMessagesTest, ConnectionThatReplacesAnotherUnseenBeginsAnew) {
   HalfMessages half;
+  Call(half, "a");
   half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
   half.Look({{"a", 2 * kMiB}}, 30 * kMiB);
   EXPECT_EQ(half.held_bytes(), 2 * kMiB);
@@ -47,7 +63,7 @@ TEST(HalfMessagesTest, ConnectionThatReplacesAnotherUnseenBeginsAnew) {
 
 TEST(HalfMessagesTest, SmallMessagesAreNoCreditForALargeHalf) {
   HalfMessages half;
-  const auto reader = half.ReaderOf("a");
+  const auto reader = Call(half, "a");
   std::uint64_t received = 0;
   for (int look = 0; look < 100; ++look) {
     for (int i = 0; i < 1000; ++i) reader->OnMessage(1);
@@ -59,11 +75,27 @@ TEST(HalfMessagesTest, SmallMessagesAreNoCreditForALargeHalf) {
 
 TEST(HalfMessagesTest, ConnectionThatALookDidNotFindYetKeepsItsReader) {
   HalfMessages half;
-  const auto reader = half.ReaderOf("new");
+  const auto old = Call(half, "old");
+  const auto reader = Call(half, "new");
   half.Look({{"old", 1}}, kMiB);
   reader->OnMessage(3 * kMiB);
   half.Look({{"old", 1}, {"new", 3 * kMiB}}, kMiB);
   EXPECT_EQ(half.held_bytes(), 1);
+}
+
+TEST(HalfMessagesTest, WhatCameForNobodyCountsNotOnceNoCallIsUnderWay) {
+  HalfMessages half;
+  const auto reader = Call(half, "a");
+  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 20 * kMiB);
+  reader->OnCallEnds();  // Without its message: it was cancelled.
+  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 0);
+  half.Look({{"a", 90 * kMiB}}, 30 * kMiB);  // Of calls that were refused.
+  EXPECT_EQ(half.held_bytes(), 0);
+  reader->OnCallBegins();
+  half.Look({{"a", 95 * kMiB}}, 30 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 5 * kMiB);
 }
 
 TEST(HalfMessagesTest, CallsOfOneConnectionHaveOneReader) {
