@@ -6,7 +6,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <list>
 #include <map>
@@ -120,14 +119,6 @@ class RpcServer::Loop {
   void AwaitCall();
   // Those that have a handler; of the loop's thread alone.
   std::list<Call*>& calls() { return calls_; }
-  // Starts an operation of a call's. Where that is over at once, its event need not go through the
-  // queue, which costs a look at the sockets: it is next after the one that this thread is at.
-  template <typename Start>
-  void Run(const Start& start) {
-    if (running_ != this) return start();
-    const auto event = StartAndLook(queue_.get(), start);
-    if (event.has_value()) ended_.push_back(*event);
-  }
   // Calls whose read waits, in the order of their due times. Of the loop's thread alone.
   std::list<Call*>::iterator Delay(Call* call) { return delayed_.insert(delayed_.end(), call); }
   void Forget(std::list<Call*>::iterator place) { delayed_.erase(place); }
@@ -136,7 +127,6 @@ class RpcServer::Loop {
 
  private:
   void Poll();
-  void ProceedWithEnded();
   void StartDueReads();
   void SetAlarm();
   void Tick(bool ok);
@@ -145,8 +135,6 @@ class RpcServer::Loop {
   const std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   std::list<Call*> calls_;
   std::list<Call*> delayed_;
-  std::deque<ImmediateEvent> ended_;         // of the loop's thread alone
-  static thread_local const Loop* running_;  // whose thread this is; null: no loop's
   std::mutex mutex_;
   bool shut_down_ = false;  // Guarded by mutex_: nothing may be started on the queue.
   grpc::Alarm alarm_;
@@ -182,17 +170,15 @@ class RpcServer::Call final : public ServerCall {
   }
   void StartWrite(const grpc::ByteBuffer& message) override {
     Hold();
-    loop_->Run([&] { stream_.Write(message, &written_); });
+    stream_.Write(message, &written_);
   }
   void WriteAndFinish(const grpc::ByteBuffer& message) override {
     finishing_.store(true, std::memory_order_relaxed);
-    loop_->Run([&] {
-      stream_.WriteAndFinish(message, grpc::WriteOptions(), grpc::Status::OK, &finished_);
-    });
+    stream_.WriteAndFinish(message, grpc::WriteOptions(), grpc::Status::OK, &finished_);
   }
   void Finish(const grpc::Status& status) override {
     finishing_.store(true, std::memory_order_relaxed);
-    loop_->Run([&] { stream_.Finish(status, &finished_); });
+    stream_.Finish(status, &finished_);
   }
   void TryCancel() override { context_.TryCancel(); }
   grpc::ServerContext& context() override { return context_; }
@@ -319,22 +305,10 @@ void RpcServer::Loop::Start() {
   thread_ = std::thread([this] { Poll(); });
 }
 
-thread_local const RpcServer::Loop* RpcServer::Loop::running_ = nullptr;
-
-void RpcServer::Loop::ProceedWithEnded() {
-  while (!ended_.empty()) {
-    const ImmediateEvent event = ended_.front();
-    ended_.pop_front();
-    static_cast<Tag*>(event.tag)->Proceed(event.ok);
-  }
-}
-
 void RpcServer::Loop::Poll() {
-  running_ = this;
   void* tag = nullptr;
   bool ok = false;
   for (;;) {
-    ProceedWithEnded();
     if (delayed_.empty()) {
       const auto next = BusyNext(queue_.get(), state_->busy_poll, kNoDeadline, &tag, &ok);
       if (next != grpc::CompletionQueue::GOT_EVENT) return;
