@@ -22,12 +22,6 @@ bool IsSmall(const Shard& shard) {
                      [](std::int32_t rows) { return rows <= kSmallRows; });
 }
 
-std::int64_t RowsWantedInRegions(const Shard& shard) {
-  std::int64_t num_rows = 0;
-  for (const RegionRows& target : shard.targets) num_rows += target.num_rows;
-  return num_rows;
-}
-
 }  // namespace
 
 BatchExecutor::BatchExecutor(const Config& config, runtime::Engine* engine, const Lease* lease,
@@ -143,6 +137,7 @@ void BatchExecutor::Submit(Shard shard) {
       place = std::make_unique<Batch>();
       place->counts_known = shard.counts.has_value() || shard.device_counts;
       place->shard = std::move(shard);
+      if (!runs_here) taken->has_queued.Raise();
     }
   }
   if (runs_here) return RunTaken(index);
@@ -250,11 +245,15 @@ void BatchExecutor::RunSlot(int index) {
   Slot& slot = *slots_[index];
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
+    lock.unlock();
+    slot.has_queued.LookFor(config_.busy_poll);
+    lock.lock();
     slot.changed.wait(lock, [&] {
       return stopping_ || (slot.queued && !slot.running && state_ == EpochState::kRunning);
     });
     if (stopping_) return;
     slot.running = std::move(slot.queued);
+    slot.has_queued.Lower();
     lock.unlock();
     Execute(index, *slot.running);
     lock.lock();
@@ -322,7 +321,7 @@ runtime::ShardInput BatchExecutor::InputOf(int index, const Shard& shard) const 
   const DeviceShard& on_device = slots_[index]->on_device;
   input.device_rows = on_device.rows();
   if (shard.in_arena) input.hidden = ArenaRows(shard);
-  if (!shard.routed) return input;
+  if (!shard.routed || on_device.routing_left()) return input;
   if (on_device.topk_ids() != nullptr) {
     input.topk_ids = on_device.topk_ids();
     input.topk_weights = on_device.topk_weights();
@@ -349,7 +348,7 @@ absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
     done.output.resize(
         static_cast<std::size_t>(shard.num_tokens * RowBytes(shard, engine_->model())));
     output = done.output.data();
-  } else if (shard.num_tokens > 0 && RowsWantedInRegions(shard) == shard.num_tokens) {
+  } else if (shard.num_tokens > 0 && NumRowsIn(shard.targets) == shard.num_tokens) {
     combined = engine_->CombinedRows(shard.slot);
   }
   if (combined != nullptr) {
@@ -359,6 +358,8 @@ absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
   done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
   EPS_RETURN_IF_ERROR(
       engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows));
+  DeviceShard::TellFaults(shard, engine_->model().num_experts, engine_->routing_faults(shard.slot),
+                          done.region_faults);
   if (combined != nullptr || shard.targets.empty()) return absl::OkStatus();
   return WriteRegions(shard, ArenaRows(shard), done);
 }
@@ -456,15 +457,18 @@ absl::Status BatchExecutor::RunBatch(int index, Batch& batch, BatchDone& done) {
   EPS_ASSIGN_OR_RETURN(runtime::ShardCounts staged, engine_->Stage(InputOf(index, shard)));
   const std::int64_t staged_ns = SteadyNowNs();
   done.times.assign_ns = staged_ns - shard.received_ns;
-  EPS_RETURN_IF_ERROR(ObtainCounts(index, batch, staged, counts_came_along));
-  if (shard.device_counts || !counts_came_along) {
+  // Where the counts go with the rows, nobody waits for them.
+  const bool uncounted = shard.device_counts && engine_->dispatches_uncounted(shard.topk);
+  if (!uncounted) EPS_RETURN_IF_ERROR(ObtainCounts(index, batch, staged, counts_came_along));
+  if (!uncounted && (shard.device_counts || !counts_came_along)) {
     done.times.counts_ns = SteadyNowNs() - staged_ns;
   }
   if (shard.separate_triggers) {
     EPS_RETURN_IF_ERROR(WaitFor(slot, batch.dispatch_triggered, "dispatch trigger"));
   }
   EPS_RETURN_IF_ERROR(CheckLease("dispatch"));
-  EPS_RETURN_IF_ERROR(engine_->Dispatch(index, *shard.counts));
+  EPS_RETURN_IF_ERROR(uncounted ? engine_->DispatchUncounted(index)
+                                : engine_->Dispatch(index, *shard.counts));
   EPS_RETURN_IF_ERROR(engine_->RunExperts(index));
   if (shard.separate_triggers) {
     ReportUnlessAborted(shard.epoch, DispatchDone{.epoch = shard.epoch, .batch = shard.batch});

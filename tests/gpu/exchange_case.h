@@ -33,6 +33,8 @@ struct Case {
   int comm_blocks = 6;
   int reduce_blocks = 4;
   double limit = 1e-2;
+  // Of a slot's batches, the first and every other one is dispatched without a count matrix.
+  bool uncounted = false;
   bool one_expert = false;  // all tokens on one expert
   // The first groups of 128 of every token are hard to cast: zeros, zeros around one value whose
   // scale's reciprocal would overflow, and one large among small.
