@@ -74,11 +74,12 @@ const char* StageName(std::uint32_t stage) {
 
 // What an area needs beside the heap, and what its present batch looks like.
 struct CudaExchange::Local {
-  DeviceBuffer send_position;  // i32 [T, R]
-  DeviceBuffer expert_index;   // i32 [row_capacity, K]
-  DeviceBuffer expert_offset;  // i32 [E_local + 1]
-  DeviceBuffer sequence;       // u64 [4], decode path
-  CountsMailboxBuffer counts;  // of a slot
+  DeviceBuffer send_position;   // i32 [T, R]
+  DeviceBuffer expert_index;    // i32 [row_capacity, K]
+  DeviceBuffer expert_offset;   // i32 [E_local + 1]
+  PinnedBuffer counted_offset;  // the same, of a slot
+  DeviceBuffer sequence;        // u64 [4], decode path
+  CountsMailboxBuffer counts;   // of a slot
   std::uint64_t counted_batch = 0;
   std::uint64_t uses = 0;
   int topk = 0;
@@ -148,6 +149,9 @@ absl::Status CudaExchange::AllocateLocals() {
     if (!decode) {
       EPS_ASSIGN_OR_RETURN(
           local->counts, CountsMailboxBuffer::Create(base.num_ranks, base.placement.num_experts()));
+    }
+    if (!decode) {
+      EPS_ASSIGN_OR_RETURN(local->counted_offset, PinnedBuffer::Create((local_experts + 1) * 4));
     }
     locals_.push_back(std::move(local));
   }
@@ -304,10 +308,10 @@ absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& token
       decode ? config_.max_decode_tokens : MaxShardTokens(base.max_batch_tokens, base.num_ranks);
   EPS_RETURN_IF_ERROR(CheckDeviceTokens(tokens, {limit, base.max_topk, config_.max_element_bytes}));
   Local& local = LocalOf(path, slot);
-  if (!decode) {
+  if (!decode && counts != nullptr) {
     EPS_RETURN_IF_ERROR(ValidateCountMatrix(*counts, base.placement, base.max_batch_tokens));
-    ++local.uses;
   }
+  if (!decode) ++local.uses;
   local.topk = tokens.topk;
   CudaDispatchArgs args{};
   args.area = ViewOf(path, slot);
@@ -325,25 +329,38 @@ absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& token
   for (int r = 0; r <= base.num_ranks; ++r) {
     args.first_expert[r] = static_cast<std::int32_t>(base.placement.first_expert[r]);
   }
-  const auto decode_rows = static_cast<std::int32_t>(config_.max_decode_tokens);
-  for (int r = 0; r < base.num_ranks; ++r) {
-    if (decode) {
-      args.row_base[r] = base.rank * decode_rows;
-      args.row_limit[r] = decode_rows;
-      local.recv_base[r] = r * decode_rows;
-      local.recv_rows[r] = -1;
-      local.return_base[r] = base.rank * decode_rows;
-      local.partial_base[r] = r * decode_rows;
-    } else {
-      args.row_base[r] = static_cast<std::int32_t>(counts->ReceiveOffset(base.rank, r));
-      args.row_limit[r] = counts->at(base.rank, r);
-      local.recv_base[r] = static_cast<std::int32_t>(counts->ReceiveOffset(r, base.rank));
-      local.recv_rows[r] = counts->at(r, base.rank);
-      local.return_base[r] = static_cast<std::int32_t>(counts->SendOffset(r, base.rank));
-      local.partial_base[r] = static_cast<std::int32_t>(counts->SendOffset(base.rank, r));
-    }
+  if (!decode && counts != nullptr) {
+    PlaceByCounts(*counts, local, args);
+  } else {
+    PlaceBySource(limit, local, args);
   }
   return LaunchDispatch(args, stream);
+}
+
+void CudaExchange::PlaceByCounts(const CountMatrix& counts, Local& local,
+                                 CudaDispatchArgs& args) const {
+  const int rank = config_.base.rank;
+  for (int r = 0; r < config_.base.num_ranks; ++r) {
+    args.row_base[r] = static_cast<std::int32_t>(counts.ReceiveOffset(rank, r));
+    args.row_limit[r] = counts.at(rank, r);
+    local.recv_base[r] = static_cast<std::int32_t>(counts.ReceiveOffset(r, rank));
+    local.recv_rows[r] = counts.at(r, rank);
+    local.return_base[r] = static_cast<std::int32_t>(counts.SendOffset(r, rank));
+    local.partial_base[r] = static_cast<std::int32_t>(counts.SendOffset(rank, r));
+  }
+}
+
+void CudaExchange::PlaceBySource(std::int64_t most_rows, Local& local,
+                                 CudaDispatchArgs& args) const {
+  const auto most = static_cast<std::int32_t>(most_rows);
+  for (int r = 0; r < config_.base.num_ranks; ++r) {
+    args.row_base[r] = config_.base.rank * most;
+    args.row_limit[r] = most;
+    local.recv_base[r] = r * most;
+    local.recv_rows[r] = -1;
+    local.return_base[r] = config_.base.rank * most;
+    local.partial_base[r] = r * most;
+  }
 }
 
 absl::Status CudaExchange::LayOutExperts(Path path, int slot, cudaStream_t stream) {
@@ -358,6 +375,7 @@ absl::Status CudaExchange::LayOutExperts(Path path, int slot, cudaStream_t strea
       static_cast<int>(config_.base.placement.num_local_experts(config_.base.rank));
   args.expert_index = local.expert_index.as<std::int32_t>();
   args.expert_offset = local.expert_offset.as<std::int32_t>();
+  args.host_expert_offset = local.counted_offset.as<std::int32_t>();
   return LaunchExpertLayout(args, stream);
 }
 
@@ -422,6 +440,10 @@ absl::Status CudaExchange::Barrier(cudaStream_t stream) {
 
 const std::int32_t* CudaExchange::expert_offset(Path path, int slot) const {
   return LocalOf(path, slot).expert_offset.as<std::int32_t>();
+}
+
+const std::int32_t* CudaExchange::counted_offset(int slot) const {
+  return LocalOf(Path::kPrefill, slot).counted_offset.as<std::int32_t>();
 }
 
 std::int64_t CudaExchange::row_capacity(Path path) const {

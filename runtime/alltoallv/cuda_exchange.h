@@ -66,6 +66,7 @@ class CudaExchange final : public DeviceExchange {
                                              const ShardCounts& counts, absl::Duration timeout,
                                              cudaStream_t stream) override;
 
+  bool dispatches_uncounted() const override { return true; }
   absl::Status Dispatch(Path path, int slot, const CudaTokens& tokens, const CountMatrix* counts,
                         cudaStream_t stream) override;
   absl::Status LayOutExperts(Path path, int slot, cudaStream_t stream) override;
@@ -77,6 +78,7 @@ class CudaExchange final : public DeviceExchange {
   absl::Status Barrier(cudaStream_t stream);
 
   const std::int32_t* expert_offset(Path path, int slot) const override;
+  const std::int32_t* counted_offset(int slot) const override;
   std::int64_t row_capacity(Path path) const override;
   // Where a rank's first slot receives rows, in this device's address space. For measuring the
   // link.
@@ -95,6 +97,9 @@ class CudaExchange final : public DeviceExchange {
   absl::StatusOr<DeviceAllocation> OpenPeer(const CudaHeapHandle& peer,
                                             const Deadline& deadline) const;
   AreaView ViewOf(Path path, int slot) const;
+  // Where rows and partial rows of the batch stand, here and at the peers.
+  void PlaceByCounts(const CountMatrix& counts, Local& local, CudaDispatchArgs& args) const;
+  void PlaceBySource(std::int64_t most_rows, Local& local, CudaDispatchArgs& args) const;
   Local& LocalOf(Path path, int slot);
   const Local& LocalOf(Path path, int slot) const;
   WaitControl Wait() const;

@@ -51,13 +51,18 @@ __device__ int BlockRank(bool flag, int* scratch, int* total) {
   return before + __popc(ballot & ((1u << lane) - 1u));
 }
 
+__device__ void StoreOffset(const ExpertLayoutArgs& args, int expert, int first_row) {
+  args.expert_offset[expert] = first_row;
+  if (args.host_expert_offset != nullptr) args.host_expert_offset[expert] = first_row;
+}
+
 __global__ void __launch_bounds__(kLayoutThreads)
     ExpertLayoutKernel(const __grid_constant__ ExpertLayoutArgs args) {
   __shared__ int scratch[kLayoutWarps];
   const int expert = static_cast<int>(blockIdx.x);  // num_local_experts: the block of the total
   if (__syncthreads_or(GaveUp(args.wait)) !=
       0) {  // A late peer may still be writing what is read here.
-    if (threadIdx.x == 0) args.expert_offset[expert] = 0;
+    if (threadIdx.x == 0) StoreOffset(args, expert, 0);
     return;
   }
   const AreaUse use = CurrentUse(args.area, 1);  // the dispatch counter has moved on already
@@ -72,7 +77,7 @@ __global__ void __launch_bounds__(kLayoutThreads)
     }
   }
   int next = BlockSum(below, scratch);
-  if (threadIdx.x == 0) args.expert_offset[expert] = next;
+  if (threadIdx.x == 0) StoreOffset(args, expert, next);
   for (int s = 0; s < args.area.num_ranks; ++s) {
     const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area.layout, s) * args.topk;
     const std::int64_t first = static_cast<std::int64_t>(args.recv_base[s]) * args.topk;

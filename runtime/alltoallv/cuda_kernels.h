@@ -143,9 +143,10 @@ struct ExpertLayoutArgs {
   std::int32_t recv_rows[kMaxCudaRanks];  // -1: as counted on the device
   int topk;
   int num_local_experts;
-  std::int32_t* expert_index;   // [row_capacity, K] out: row in expert-major order, -1 = none
-  std::int32_t* expert_offset;  // [E_local + 1] out: first row of each expert
-  WaitControl wait;             // of the dispatch before
+  std::int32_t* expert_index;        // [row_capacity, K] out: row in expert-major order, -1 = none
+  std::int32_t* expert_offset;       // [E_local + 1] out: first row of each expert
+  std::int32_t* host_expert_offset;  // the same in memory of the host, out; null: not wanted
+  WaitControl wait;                  // of the dispatch before
 };
 
 // Orders the received rows by expert, then by source and token. Deterministic. No rows where the

@@ -131,7 +131,7 @@ constexpr std::int64_t PacketCapacity(const CudaHeapShape& shape) {
 }
 
 struct CudaHeapLayout {
-  AreaLayout slot;       // compact: rows of all sources one after another
+  AreaLayout slot;       // rows of all sources one after another, or a place for each one's shard
   AreaLayout decode;     // fixed: max_decode_tokens rows for each source
   std::int64_t barrier;  // u64 [kMaxCudaRanks], kFlagStrideBytes apart
   std::int64_t slots;    // first slot area
@@ -142,8 +142,8 @@ struct CudaHeapLayout {
 constexpr CudaHeapLayout MakeCudaHeapLayout(const CudaHeapShape& shape) {
   CudaHeapLayout layout{};
   const std::int64_t shard = (shape.max_batch_tokens + shape.num_ranks - 1) / shape.num_ranks;
-  const std::int64_t fan_out = shape.num_ranks < shape.max_topk ? shape.num_ranks : shape.max_topk;
-  layout.slot = MakeAreaLayout(shape, shape.max_batch_tokens, shard * fan_out);
+  // A whole shard of each source, wherever its rows go: they have places before they are counted.
+  layout.slot = MakeAreaLayout(shape, shape.num_ranks * shard, shape.num_ranks * shard);
   layout.decode = MakeAreaLayout(shape, shape.num_ranks * shape.max_decode_tokens,
                                  shape.num_ranks * shape.max_decode_tokens, PacketCapacity(shape));
   layout.barrier = 0;

@@ -7,9 +7,9 @@
 // stream's synchronisation.
 //
 // A batch on a slot: [ExchangeCounts ─►] Dispatch ─► LayOutExperts ─► Gather ─► (experts) ─►
-// Combine, on one stream. Thread safety: one thread at a time for a slot (the decode path counts as
-// one slot), different slots at once; Abort() from any thread. The current device must be the same
-// in every call.
+// Combine, on one stream. Where dispatches_uncounted(), no host needs to know the counts. Thread
+// safety: one thread at a time for a slot (the decode path counts as one slot), different slots at
+// once; Abort() from any thread. The current device must be the same in every call.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_DEVICE_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_DEVICE_EXCHANGE_H_
 
@@ -75,8 +75,11 @@ class DeviceExchange {
                                                  " do not exchange them on the device"));
   }
 
+  // Whether the prefill path takes batches without a count matrix.
+  virtual bool dispatches_uncounted() const { return false; }
   // `slot` is the batch's slot; of no meaning on the decode path. `counts` is read on the prefill
-  // path alone, during the call.
+  // path alone, during the call. Null there, on all ranks, where dispatches_uncounted(): each
+  // source's rows have a place for a whole shard, and the counts come with them.
   virtual absl::Status Dispatch(Path path, int slot, const CudaTokens& tokens,
                                 const CountMatrix* counts, cudaStream_t stream) = 0;
   // Expert-major order of what was dispatched: expert_offset(path, slot).
@@ -92,6 +95,9 @@ class DeviceExchange {
   // First row of each local expert in expert-major order, [E_local + 1] i32 in device memory; the
   // last is M.
   virtual const std::int32_t* expert_offset(Path path, int slot) const = 0;
+  // The same of a slot's batch that was dispatched without a count matrix, in memory of the host;
+  // to be read once the batch has ended. Null: not dispatches_uncounted().
+  virtual const std::int32_t* counted_offset(int /*slot*/) const { return nullptr; }
   // Rows that a slot can receive; each may be named by up to K local experts.
   virtual std::int64_t row_capacity(Path path) const = 0;
 

@@ -388,6 +388,10 @@ absl::Status NcclExchange::Dispatch(Path path, int slot, const CudaTokens& token
   const ExchangeConfig& base = config_.base;
   EPS_RETURN_IF_ERROR(
       CheckDeviceTokens(tokens, {lane->max_tokens, base.max_topk, config_.max_element_bytes}));
+  if (!lane->decode && counts == nullptr) {
+    return absl::InvalidArgumentError(
+        "dispatch: counts is null; transfers of NCCL are posted by the count matrix");
+  }
   if (!lane->decode) {
     EPS_RETURN_IF_ERROR(ValidateCountMatrix(*counts, base.placement, base.max_batch_tokens));
   }

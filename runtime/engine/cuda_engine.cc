@@ -76,10 +76,18 @@ class CudaEngine final : public EngineBase {
   bool exchanges_counts() const override { return !options_.cuda.use_nccl; }
   absl::StatusOr<CountMatrix> ExchangeCounts(int slot) override;
   absl::Status Dispatch(int slot, const CountMatrix& counts) override;
+  // A slot's buffers are for so many experts a token in a whole batch.
+  bool dispatches_uncounted(int topk) const override {
+    return !options_.cuda.use_nccl && topk <= model().topk;
+  }
+  absl::Status DispatchUncounted(int slot) override;
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
   absl::Status Finish(int slot, void* output, BatchTimes* times,
                       std::vector<std::int64_t>* local_expert_rows) override;
+  std::span<const RoutingFault> routing_faults(int slot) const override {
+    return slots_[static_cast<std::size_t>(slot)]->routing_faults();
+  }
   void Discard(int slot) override;
 
  private:
@@ -87,6 +95,7 @@ class CudaEngine final : public EngineBase {
   ShardSlot& SlotAt(int slot) override { return *slots_[static_cast<std::size_t>(slot)]; }
   absl::StatusOr<CudaSlot*> BatchIn(const char* operation, int slot, CudaSlot::State wanted);
 
+  static absl::Status CheckCounted(const char* operation, const CudaSlot& slot);
   absl::Status CheckCounts(const CudaSlot& slot, const CountMatrix& counts) const;
   absl::Status CheckModel(const Placement& placement, int rank) const;
   CudaSlotConfig MakeSlotConfig(const Placement& placement, int rank) const;
@@ -164,7 +173,8 @@ CudaSlotConfig CudaEngine::MakeSlotConfig(const Placement& placement, int rank) 
   CudaSlotConfig config;
   config.intake = MakeIntakeConfig(placement);
   config.shape = CudaWeights::ShapeOf(*checkpoint_, placement.num_local_experts(rank));
-  config.max_rows = options_.max_batch_tokens * model().topk;
+  // A whole shard of every rank: what an uncounted batch can bring at most.
+  config.max_rows = config.intake.max_shard_tokens * placement.num_ranks() * model().topk;
   config.payload = transport_.payload;
   return config;
 }
@@ -354,9 +364,18 @@ absl::StatusOr<CountMatrix> CudaEngine::ExchangeCounts(int index) {
                        BatchIn("exchange counts", index, CudaSlot::State::kStaged));
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("exchange counts"));
   EPS_RETURN_IF_ERROR(exchange->CheckWaits());
+  EPS_RETURN_IF_ERROR(CheckCounted("exchange counts", *slot));
   EPS_ASSIGN_OR_RETURN(CountMatrix counts, slot->ExchangeCounts(*exchange, index, BatchTimeout()));
   slot->SetState(CudaSlot::State::kStaged);
   return counts;
+}
+
+absl::Status CudaEngine::CheckCounted(const char* operation, const CudaSlot& slot) {
+  if (!slot.intake().routed_on_device()) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat(operation,
+                   ": the shard's ids are in device memory, where nobody has counted "
+                   "them; dispatch it uncounted"));
 }
 
 // Places in the peers' memory follow from the matrix, so what it says of this rank must be true.
@@ -376,9 +395,24 @@ absl::Status CudaEngine::Dispatch(int index, const CountMatrix& counts) {
   EPS_ASSIGN_OR_RETURN(CudaSlot * slot, BatchIn("dispatch", index, CudaSlot::State::kStaged));
   EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("dispatch"));
   EPS_RETURN_IF_ERROR(exchange->CheckWaits());
+  EPS_RETURN_IF_ERROR(CheckCounted("dispatch", *slot));
   EPS_RETURN_IF_ERROR(CheckCounts(*slot, counts));
   const std::int64_t first = placement().first_expert[static_cast<std::size_t>(rank())];
   EPS_RETURN_IF_ERROR(Failed(*slot, slot->EnqueueDispatch(*exchange, index, counts, first)));
+  slot->SetState(CudaSlot::State::kDispatched);
+  return absl::OkStatus();
+}
+
+absl::Status CudaEngine::DispatchUncounted(int index) {
+  EPS_ASSIGN_OR_RETURN(CudaSlot * slot, BatchIn("dispatch", index, CudaSlot::State::kStaged));
+  if (const int topk = slot->intake().input().topk; !dispatches_uncounted(topk)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dispatch: the ", std::string(backend()), " backend cannot dispatch topk ",
+                     topk, " uncounted, only up to the model's ", model().topk));
+  }
+  EPS_ASSIGN_OR_RETURN(const auto exchange, exchange_.Get("dispatch"));
+  EPS_RETURN_IF_ERROR(exchange->CheckWaits());
+  EPS_RETURN_IF_ERROR(Failed(*slot, slot->EnqueueUncounted(*exchange, index)));
   slot->SetState(CudaSlot::State::kDispatched);
   return absl::OkStatus();
 }
@@ -408,7 +442,7 @@ absl::Status CudaEngine::Finish(int index, void* output, BatchTimes* times,
   // Also after an Abort(): the device's own report says what was waited for.
   const std::shared_ptr<DeviceExchange> exchange = exchange_.Peek();
   if (exchange == nullptr) return absl::FailedPreconditionError("finish: no epoch is open");
-  EPS_RETURN_IF_ERROR(Failed(*slot, slot->Finish(*exchange, output, BatchTimeout())));
+  EPS_RETURN_IF_ERROR(Failed(*slot, slot->Finish(*exchange, index, output, BatchTimeout())));
   if (times != nullptr) *times = slot->times();
   if (local_expert_rows != nullptr) *local_expert_rows = slot->local_expert_rows();
   slot->Disengage();

@@ -72,10 +72,12 @@ absl::StatusOr<std::unique_ptr<CudaSlot>> CudaSlot::Create(const CudaSlotConfig&
 
 absl::Status CudaSlot::Initialize() {
   EPS_RETURN_IF_ERROR(LoadConvertKernels());
+  EPS_RETURN_IF_ERROR(LoadRoutingKernel());
   EPS_RETURN_IF_ERROR(stream_.Create());
   for (Event& mark : marks_) EPS_RETURN_IF_ERROR(mark.Create());
   const std::int64_t elements = ShardElements(config_);
   EPS_ASSIGN_OR_RETURN(staging_, PinnedBuffer::Create(InputBytes(config_)));
+  EPS_ASSIGN_OR_RETURN(reports_, PinnedBuffer::Create(kMaxRoutedPieces * sizeof(RoutingReport)));
   EPS_ASSIGN_OR_RETURN(input_, DeviceBuffer::Create(InputBytes(config_)));
   EPS_ASSIGN_OR_RETURN(x_, DeviceBuffer::Create(elements * kBf16Bytes));
   EPS_ASSIGN_OR_RETURN(out_, DeviceBuffer::Create(elements * kBf16Bytes));
@@ -137,6 +139,8 @@ absl::Status CudaSlot::EnqueueStage() {
   // Used where they lie, or brought together in input_.
   const std::byte* const in_place = WholeHidden(input.device_rows, input.num_tokens);
   const std::byte* const rows = in_place != nullptr ? in_place : device;
+  routing_faults_.clear();
+  uncounted_ = false;
   tokens_ = {.x = converted ? x_.as<void>() : static_cast<const void*>(rows),
              .topk_ids = reinterpret_cast<const std::int32_t*>(device + ids_at),
              .topk_weights = reinterpret_cast<const float*>(device + weights_at),
@@ -146,19 +150,59 @@ absl::Status CudaSlot::EnqueueStage() {
              .payload = config_.payload};
   if (input.num_tokens == 0) return absl::OkStatus();
   auto* const staging = staging_.as<std::byte>();
-  std::memcpy(staging + ids_at, intake().topk_ids(), index_bytes);
-  std::memcpy(staging + weights_at, intake().topk_weights(), index_bytes);
+  std::size_t staged_to = weights_at + index_bytes;
+  if (intake().routed_on_device()) {
+    EPS_RETURN_IF_ERROR(EnqueueDeviceRouting(reinterpret_cast<std::int32_t*>(device + ids_at),
+                                             reinterpret_cast<float*>(device + weights_at)));
+    staged_to = row_bytes;
+  } else {
+    std::memcpy(staging + ids_at, intake().topk_ids(), index_bytes);
+    std::memcpy(staging + weights_at, intake().topk_weights(), index_bytes);
+  }
   EPS_ASSIGN_OR_RETURN(const bool staged, EnqueueHostRows());
-  const std::size_t staged_from = staged ? 0 : ids_at;
-  EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device + staged_from, staging + staged_from,
-                                           weights_at + index_bytes - staged_from,
-                                           cudaMemcpyHostToDevice, stream_.get()));
+  if (const std::size_t staged_from = staged ? 0 : ids_at; staged_from < staged_to) {
+    EPS_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device + staged_from, staging + staged_from,
+                                             staged_to - staged_from, cudaMemcpyHostToDevice,
+                                             stream_.get()));
+  }
   if (in_place == nullptr) {
     EPS_RETURN_IF_ERROR(GatherHidden(input.device_rows, RowBytes(), device, stream_.get()));
   }
   if (!converted) return absl::OkStatus();
   return LaunchToBf16(input.dtype, rows, x_.as<void>(), input.num_tokens * config_.intake.hidden,
                       stream_.get());
+}
+
+absl::Status CudaSlot::EnqueueDeviceRouting(std::int32_t* ids, float* weights) {
+  const ShardInput& input = intake().input();
+  auto* report = reports_.as<RoutingReport>();
+  for (const ShardDeviceRows& piece : input.device_rows) {
+    const std::int64_t at = piece.first_row * input.topk;
+    EPS_RETURN_IF_ERROR(LaunchTakeRouting({.ids = piece.topk_ids,
+                                           .weights = piece.topk_weights,
+                                           .wide_ids = piece.wide_ids,
+                                           .num_entries = piece.num_rows * input.topk,
+                                           .num_experts = config_.intake.num_experts,
+                                           .checked_ids = ids + at,
+                                           .checked_weights = weights + at,
+                                           .report = report++},
+                                          stream_.get()));
+  }
+  return absl::OkStatus();
+}
+
+void CudaSlot::TakeRoutingFaults() {
+  if (!intake().routed_on_device()) return;
+  const auto* const reports = reports_.as<RoutingReport>();
+  for (std::size_t piece = 0; piece < intake().input().device_rows.size(); ++piece) {
+    const RoutingReport& report = reports[piece];
+    if (report.kind == RoutingReport::kFine) continue;
+    routing_faults_.push_back({.piece = piece,
+                               .entry = report.entry,
+                               .in_weights = report.kind == RoutingReport::kWrongWeight,
+                               .id = report.id,
+                               .weight = report.weight});
+  }
 }
 
 absl::StatusOr<CountMatrix> CudaSlot::ExchangeCounts(DeviceExchange& exchange, int index,
@@ -183,6 +227,14 @@ absl::Status CudaSlot::EnqueueDispatch(DeviceExchange& exchange, int index,
   engaged_ = true;
   EPS_RETURN_IF_ERROR(Mark(kDispatchBegin));
   EPS_RETURN_IF_ERROR(exchange.Dispatch(kPath, index, tokens_, &counts, stream_.get()));
+  return Mark(kDispatchEnd);
+}
+
+absl::Status CudaSlot::EnqueueUncounted(DeviceExchange& exchange, int index) {
+  uncounted_ = true;
+  engaged_ = true;
+  EPS_RETURN_IF_ERROR(Mark(kDispatchBegin));
+  EPS_RETURN_IF_ERROR(exchange.Dispatch(kPath, index, tokens_, /*counts=*/nullptr, stream_.get()));
   return Mark(kDispatchEnd);
 }
 
@@ -219,7 +271,8 @@ absl::Status CudaSlot::EnqueueCombine(DeviceExchange& exchange, int index) {
   return Mark(kCombineEnd);
 }
 
-absl::Status CudaSlot::Finish(DeviceExchange& exchange, void* output, absl::Duration timeout) {
+absl::Status CudaSlot::Finish(DeviceExchange& exchange, int index, void* output,
+                              absl::Duration timeout) {
   const std::size_t bytes = intake().row_bytes();
   const ShardInput& input = intake().input();
   const bool converted = input.dtype != DataType::kBf16;
@@ -237,6 +290,12 @@ absl::Status CudaSlot::Finish(DeviceExchange& exchange, void* output, absl::Dura
   EPS_RETURN_IF_ERROR(WaitForDone(&exchange, timeout));
   EPS_RETURN_IF_ERROR(exchange.CheckWaits());
   if (pageable) std::memcpy(output, staging_.as<void>(), bytes);
+  TakeRoutingFaults();
+  if (const std::int32_t* first = exchange.counted_offset(index); uncounted_ && first != nullptr) {
+    for (std::size_t e = 0; e < local_expert_rows_.size(); ++e) {
+      local_expert_rows_[e] = first[e + 1] - first[e];
+    }
+  }
   return TakeTimes();
 }
 

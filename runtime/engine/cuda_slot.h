@@ -15,6 +15,7 @@
 #include "runtime/alltoallv/device_exchange.h"
 #include "runtime/base/cuda_memory.h"
 #include "runtime/base/cuda_stream.h"
+#include "runtime/engine/cuda_routing.h"
 #include "runtime/engine/engine.h"
 #include "runtime/engine/shard_slot.h"
 #include "runtime/experts/cuda_expert_ffn.h"
@@ -42,6 +43,8 @@ class CudaSlot final : public ShardSlot {
                                              absl::Duration timeout);
   absl::Status EnqueueDispatch(DeviceExchange& exchange, int index, const CountMatrix& counts,
                                std::int64_t first_expert);
+  // As EnqueueDispatch, where the counts go with the rows. REQUIRES: topk is the model's at most.
+  absl::Status EnqueueUncounted(DeviceExchange& exchange, int index);
   absl::Status EnqueueExperts(DeviceExchange& exchange, int index, const std::byte* layer);
   absl::Status EnqueueCombine(DeviceExchange& exchange, int index);
 
@@ -52,7 +55,7 @@ class CudaSlot final : public ShardSlot {
   // Copies the output to `output` (memory of the host or of the device; null: all rows have gone to
   // device regions) and waits for all of it. DEADLINE_EXCEEDED or ABORTED: a device wait gave up;
   // the exchange is aborted then.
-  absl::Status Finish(DeviceExchange& exchange, void* output, absl::Duration timeout);
+  absl::Status Finish(DeviceExchange& exchange, int index, void* output, absl::Duration timeout);
 
   // Waits until nothing of this slot is on the device any more. DEADLINE_EXCEEDED after `timeout`:
   // the device hangs, and nothing that this slot uses may be freed.
@@ -62,6 +65,7 @@ class CudaSlot final : public ShardSlot {
   bool engaged() const { return engaged_; }
   void Disengage() { engaged_ = false; }
   const std::vector<std::int64_t>& local_expert_rows() const { return local_expert_rows_; }
+  std::span<const RoutingFault> routing_faults() const { return routing_faults_; }
 
  private:
   // Where a timing event stands in a batch.
@@ -72,6 +76,9 @@ class CudaSlot final : public ShardSlot {
   absl::Status Initialize();
   // The rows that come from the host go to input_; true where they are staged for a copy.
   absl::StatusOr<bool> EnqueueHostRows();
+  // The routing that lies in device regions goes to `ids` and `weights` [T, K].
+  absl::Status EnqueueDeviceRouting(std::int32_t* ids, float* weights);
+  void TakeRoutingFaults();
   std::size_t RowBytes() const;  // of the request's type
   absl::Status Mark(Mark mark) { return marks_[mark].Record(stream_.get()); }
   absl::Status WaitForDone(DeviceExchange* exchange, absl::Duration timeout);
@@ -91,8 +98,11 @@ class CudaSlot final : public ShardSlot {
   DeviceBuffer expert_rows_;            // [max_rows, H] bf16
   DeviceBuffer out_;                    // [T, H] bf16
   std::unique_ptr<CudaExpertFfn> ffn_;  // null without local experts
+  PinnedBuffer reports_;                // RoutingReport [kMaxRoutedPieces]
   CudaTokens tokens_;
+  std::vector<RoutingFault> routing_faults_;
   std::vector<std::int64_t> local_expert_rows_;  // [E_local]
+  bool uncounted_ = false;
   bool engaged_ = false;
 };
 

@@ -3,7 +3,8 @@
 // (host, cuda, nccl); all give the same results and pass the same tests.
 //
 // Life: Create ─► LoadExperts ─► [ CreateHeap ─► OpenPeers ─► SealHeap ─► batches ─► CloseEpoch ]*
-// A batch on a slot: Stage [─► ExchangeCounts] ─► Dispatch ─► RunExperts ─► Combine ─► Finish.
+// A batch on a slot: Stage [─► ExchangeCounts] ─► Dispatch ─► RunExperts ─► Combine ─► Finish; or
+// Stage ─► DispatchUncounted ─► RunExperts ─► Combine ─► Finish, on every rank.
 // A slot's next batch starts, on any rank, only after its last one has ended on all of them.
 // A device backend enqueues in all but Stage and ExchangeCounts (which must return counts) and
 // Finish.
@@ -87,10 +88,12 @@ struct ShardInput {
   // [T, H] dtype, memory of the host; stays valid until Finish. Null: all rows are of device_rows.
   const void* hidden = nullptr;
   // Stay valid until Finish, too. Only for an engine that has device_regions(); rows whose hidden
-  // states lie there must have ids.
+  // states lie there must have ids. Ids that lie there, too, are for batches that will be
+  // dispatched uncounted.
   std::span<const ShardDeviceRows> device_rows;
-  const std::int32_t* topk_ids = nullptr;  // [T, K], null: the router decides
-  const float* topk_weights = nullptr;     // [T, K], null where topk_ids is
+  // [T, K], null: the router decides, or they are of device_rows.
+  const std::int32_t* topk_ids = nullptr;
+  const float* topk_weights = nullptr;  // [T, K], null where topk_ids is
   // The whole batch, where all ranks see it and every engine takes_shared_batches(): given to all
   // or to none. This rank's shard, which must have ids, is its part of it. Stays as it is until
   // every rank has finished, but for rows that their own rank's output replaces.
@@ -161,7 +164,8 @@ class Engine {
 
   // Whether Dispatch can take rows of a shared batch where they stand.
   virtual bool takes_shared_batches() const { return false; }
-  // Takes a shard in, routes it where ids are absent, and counts it.
+  // Takes a shard in, routes it where ids are absent, and counts it: no counts, of no ranks, where
+  // the ids are of device_rows.
   virtual absl::StatusOr<ShardCounts> Stage(const ShardInput& input) = 0;
   // Whether ExchangeCounts is to be had.
   virtual bool exchanges_counts() const { return false; }
@@ -175,6 +179,16 @@ class Engine {
                      " backend cannot; give the coordinator --count-exchange=coordinator or auto"));
   }
   virtual absl::Status Dispatch(int slot, const CountMatrix& counts) = 0;
+  // Whether DispatchUncounted is to be had for batches of `topk` experts a token; the same on all
+  // ranks. Shards of such batches may have their ids in device_rows.
+  virtual bool dispatches_uncounted(int /*topk*/) const { return false; }
+  // In place of ExchangeCounts and Dispatch: every row has a place of its own in the receiver's
+  // heap, whoever sends how many, and the counts go there with the rows. No host waits for them.
+  // The result is the same to the bit. UNIMPLEMENTED: not dispatches_uncounted().
+  virtual absl::Status DispatchUncounted(int /*slot*/) {
+    return absl::UnimplementedError(absl::StrCat("dispatch: ranks of the ", std::string(backend()),
+                                                 " backend cannot without a count matrix"));
+  }
   virtual absl::Status RunExperts(int slot) = 0;
   virtual absl::Status Combine(int slot) = 0;
   // Where the output stands after Combine, [T, H] in the input's type, for whoever would only copy
@@ -186,6 +200,9 @@ class Engine {
   // `local_expert_rows` [E_local] receives the rows each local expert took. Frees the slot.
   virtual absl::Status Finish(int slot, void* output, BatchTimes* times,
                               std::vector<std::int64_t>* local_expert_rows) = 0;
+  // What was wrong with ids and weights of device_rows, in the pieces' order: of the batch that
+  // was finished last. Valid until the slot's next Stage.
+  virtual std::span<const RoutingFault> routing_faults(int /*slot*/) const { return {}; }
   // Drops a staged or failed batch and frees the slot; safe in any state of it.
   virtual void Discard(int slot) = 0;
 };

@@ -138,15 +138,31 @@ absl::StatusOr<ShardSlot*> EngineBase::SlotIn(const char* operation, int slot,
   return &found;
 }
 
+absl::Status EngineBase::CheckDeviceRouting(const ShardInput& input) const {
+  if (NumRoutedIn(input.device_rows) == 0) return absl::OkStatus();
+  if (!dispatches_uncounted(input.topk)) {
+    return RefuseEngine("stage: the ids are in device memory, and the ", std::string(backend()),
+                        " backend cannot dispatch topk ", input.topk, " uncounted; read them");
+  }
+  if (input.device_rows.size() <= kMaxRoutedPieces) return absl::OkStatus();
+  return RefuseEngine("stage: the ids are in ", input.device_rows.size(),
+                      " pieces of device memory, more than ", kMaxRoutedPieces, "; read them");
+}
+
 absl::StatusOr<ShardCounts> EngineBase::Stage(const ShardInput& input) {
   EPS_ASSIGN_OR_RETURN(ShardSlot * slot, SlotIn("stage", input.slot, ShardSlot::State::kFree));
   EPS_ASSIGN_OR_RETURN(const std::size_t layer, LayerIndex("stage", input.layer));
+  EPS_RETURN_IF_ERROR(CheckDeviceRouting(input));
   const RouterWeights* router = routers_.empty() ? nullptr : &routers_[layer];
   EPS_RETURN_IF_ERROR(slot->TakeIn(input, layer, router));
   slot->SetState(ShardSlot::State::kFailed);
   EPS_RETURN_IF_ERROR(StageSlot(*slot));
   slot->SetState(ShardSlot::State::kStaged);
   ShardCounts counts;
+  if (slot->intake().routed_on_device()) {
+    slot->SetCounts(counts);
+    return counts;
+  }
   counts.rows_to_rank.resize(static_cast<std::size_t>(placement_.num_ranks()));
   counts.rows_per_expert.resize(static_cast<std::size_t>(model().num_experts));
   CountShard(slot->intake().ids(), input.topk, placement_, counts.rows_to_rank,

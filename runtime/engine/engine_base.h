@@ -63,6 +63,8 @@ class EngineBase : public Engine {
   const std::unique_ptr<Checkpoint> checkpoint_;
 
  private:
+  absl::Status CheckDeviceRouting(const ShardInput& input) const;
+
   // Set by LoadExperts, read by batches.
   int rank_ = -1;  // -1: nothing is loaded
   Placement placement_;

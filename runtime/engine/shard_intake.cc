@@ -59,6 +59,11 @@ absl::Status ShardIntake::Validate(const ShardInput& input, bool has_router) con
   if ((input.topk_ids == nullptr) != (input.topk_weights == nullptr) && input.num_tokens > 0) {
     return Refuse("topk_ids and topk_weights must be given together");
   }
+  if (const std::int64_t routed = NumRoutedIn(input.device_rows); routed > 0) {
+    if (input.topk_ids == nullptr && routed == input.num_tokens) return absl::OkStatus();
+    return Refuse("the ids of ", routed, " of ", input.num_tokens,
+                  " rows are in device memory, which must be those of all or of none");
+  }
   if (input.topk_ids == nullptr && input.num_tokens > 0) {
     if (NumHiddenIn(input.device_rows) > 0) {
       return Refuse("topk_ids are absent, and rows in device memory are not routed");
@@ -81,7 +86,7 @@ absl::Status ShardIntake::Validate(const ShardInput& input, bool has_router) con
 absl::Status ShardIntake::Take(const ShardInput& input, const RouterWeights* router) {
   EPS_RETURN_IF_ERROR(Validate(input, router != nullptr));
   if (input.topk_ids == nullptr) {
-    if (input.num_tokens > 0) Route(input, *router);
+    if (input.num_tokens > 0 && NumRoutedIn(input.device_rows) == 0) Route(input, *router);
   } else {
     const std::int64_t count = input.num_tokens * input.topk;
     std::copy_n(input.topk_ids, count, topk_ids_.get());

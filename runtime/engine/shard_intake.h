@@ -42,6 +42,8 @@ class ShardIntake {
   std::span<const std::int32_t> ids() const {
     return {topk_ids_.get(), static_cast<std::size_t>(input_.num_tokens * input_.topk)};
   }
+  // The ids are of the shard's device_rows, and ids() is not for use.
+  bool routed_on_device() const { return NumRoutedIn(input_.device_rows) > 0; }
   std::size_t row_bytes() const {
     return static_cast<std::size_t>(input_.num_tokens * config_.hidden) *
            DataTypeBytes(input_.dtype);

@@ -28,8 +28,10 @@ constexpr std::uint64_t kMagic = 0x6570736876310001;  // "epshv1", version 1
 // Opens a request that a descriptor's number follows, and a reply that has none of that number.
 constexpr std::uint64_t kNumberedMagic = kMagic + 1;
 constexpr std::uint64_t kNothingMagic = kMagic + 2;
+constexpr std::uint64_t kRefusedMagic = kMagic + 3;  // a reply to another secret
 // A peer that connects and says nothing must not hold the server for longer than this.
 constexpr absl::Duration kAnswerTimeout = absl::Seconds(1);
+constexpr int kBacklog = 64;  // callers that wait; there are no more ranks
 
 struct Request {
   std::uint64_t magic = kMagic;
@@ -45,8 +47,9 @@ absl::Status SocketError(const char* call, const std::string& address) {
   const int error = errno;
   const std::string message =
       absl::StrCat("handle socket: ", call, " on ", address, " failed: ", std::strerror(error));
-  if (error == EADDRINUSE) return absl::AlreadyExistsError(message);
-  if (error == ECONNREFUSED || error == ENOENT || error == EAGAIN) {
+  if (error == EADDRINUSE || error == EEXIST) return absl::AlreadyExistsError(message);
+  if (error == ECONNREFUSED || error == ENOENT || error == EAGAIN || error == ECONNRESET ||
+      error == EPIPE) {
     return absl::UnavailableError(message);
   }
   return absl::InternalError(message);
@@ -88,6 +91,25 @@ bool IsSocketOf(std::string_view file, const std::string& prefix) {
     return !text.empty() && text.find_first_not_of("0123456789") == text.npos;
   };
   return dash != file.npos && is_number(file.substr(0, dash)) && is_number(file.substr(dash + 1));
+}
+
+// The path appears with a listener behind it: to ReclaimStaleSockets one that is bound and not yet
+// listened to would be a dead one's.
+absl::Status ListenAtPath(int listener, const std::string& path) {
+  const std::string unfinished = absl::StrCat(path, "~");
+  sockaddr_un name;
+  EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(unfinished, &name));
+  unlink(unfinished.c_str());  // A killed process's, of the same epoch and rank.
+  if (bind(listener, reinterpret_cast<sockaddr*>(&name), length) != 0) {
+    return SocketError("bind", unfinished);
+  }
+  absl::Status status;
+  if (listen(listener, kBacklog) != 0) status = SocketError("listen", unfinished);
+  if (status.ok() && link(unfinished.c_str(), path.c_str()) != 0) {
+    status = SocketError("link", path);
+  }
+  unlink(unfinished.c_str());
+  return status;
 }
 
 bool SameUser(int fd) {
@@ -161,11 +183,15 @@ absl::StatusOr<std::unique_ptr<HandleServer>> HandleServer::Start(const std::str
   EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(address, &name));
   UniqueFd listener(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!listener.valid()) return SocketError("socket", address);
-  if (bind(listener.get(), reinterpret_cast<sockaddr*>(&name), length) != 0) {
-    return SocketError("bind", address);
+  if (address[0] == '@') {
+    if (bind(listener.get(), reinterpret_cast<sockaddr*>(&name), length) != 0) {
+      return SocketError("bind", address);
+    }
+    if (listen(listener.get(), kBacklog) != 0) return SocketError("listen", address);
+  } else {
+    EPS_RETURN_IF_ERROR(ListenAtPath(listener.get(), address));
   }
   server->address_ = address;  // From here on the destructor removes the path.
-  if (listen(listener.get(), 64) != 0) return SocketError("listen", address);
   server->stop_ = UniqueFd(eventfd(0, EFD_CLOEXEC));
   if (!server->stop_.valid()) return SocketError("eventfd", address);
   server->listener_ = std::move(listener);
@@ -197,7 +223,7 @@ void HandleServer::Serve() {
 }
 
 void HandleServer::Answer(int connection) const {
-  // Closing without a reply is the refusal; FetchHandle reports it.
+  // A stranger is told nothing.
   if (!SameUser(connection) || !SetTimeouts(connection, kAnswerTimeout, address_).ok()) return;
   Request request;
   if (recv(connection, &request, sizeof(request), MSG_WAITALL) != sizeof(request)) return;
@@ -208,7 +234,11 @@ void HandleServer::Answer(int connection) const {
       recv(connection, &id, sizeof(id), MSG_WAITALL) != sizeof(id)) {
     return;
   }
-  if (!SecretsMatch(request.secret, secret_)) return;
+  if (!SecretsMatch(request.secret, secret_)) {
+    const Reply refusal{.magic = kRefusedMagic};
+    (void)send(connection, &refusal, sizeof(refusal), MSG_NOSIGNAL);
+    return;
+  }
   const absl::StatusOr<OfferedHandle> offered = offer_(id);
   if (!offered.ok() && !absl::IsNotFound(offered.status())) return;
   Reply reply;
@@ -257,10 +287,20 @@ absl::StatusOr<OfferedHandle> TakeReply(int connection, const std::string& addre
     return absl::NotFoundError(
         absl::StrCat("handle socket: ", address, " has no descriptor of that number"));
   }
-  if (received != sizeof(reply) || reply.magic != kMagic || !result.descriptor.valid()) {
+  if (received == sizeof(reply) && reply.magic == kRefusedMagic) {
     return absl::PermissionDeniedError(
         absl::StrCat("handle socket: ", address,
                      " refused; the cluster's secret must be the same on every worker"));
+  }
+  // Its process ended meanwhile, or had to wait for others for too long.
+  if (received != sizeof(reply)) {
+    return absl::UnavailableError(
+        absl::StrCat("handle socket: ", address, " ended without an answer; ask again"));
+  }
+  if (reply.magic != kMagic || !result.descriptor.valid()) {
+    return absl::InternalError(absl::StrCat("handle socket: ", address,
+                                            " gave an answer that is none; all workers must "
+                                            "be of one version"));
   }
   result.bytes = reply.bytes;
   return result;

@@ -19,6 +19,12 @@ struct RegionRows {
   std::int64_t num_rows = 0;
 };
 
+inline std::int64_t NumRowsIn(const std::vector<RegionRows>& parts) {
+  std::int64_t count = 0;
+  for (const RegionRows& part : parts) count += part.num_rows;
+  return count;
+}
+
 // CUDA memory of a client.
 struct DeviceRegionInfo {
   std::uint64_t region = 0;  // its number

@@ -7,12 +7,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
+#include "server/coordinator/front_door/shm_registry.h"
 
 namespace epserve::coordinator {
 namespace {
 
-// A request of so many bytes of rows or more, and what its batch gives rise to, is the timer's
-// thread's work: copying takes up to 0.1 s, in which whoever posts must go on reading heartbeats.
+// A request of so many bytes of rows to copy or more, and what its batch gives rise to, is the
+// timer's thread's work: that takes up to 0.1 s, in which whoever posts must go on reading
+// heartbeats.
 constexpr std::uint64_t kLargeBytes = std::uint64_t{1} << 20;
 
 constexpr const char* kStopped = "coordinator: shutting down; retry against another coordinator";
@@ -26,6 +28,16 @@ RowType RowTypeOf(runtime::DataType type) {
     default:
       return RowType::kFp32;
   }
+}
+
+bool IsOnDevice(const RegionWindow& window) {
+  return window.region != nullptr && window.region->is_cuda();
+}
+
+// Rows in clients' CUDA memory are not copied here, however many they are.
+bool IsLarge(const ValidatedRequest& request) {
+  if (IsOnDevice(request.source) && IsOnDevice(request.output)) return false;
+  return request.output_bytes >= kLargeBytes;
 }
 
 TimeUs ToUs(Host::Clock::time_point time) {
@@ -89,8 +101,8 @@ void Host::Post(Item item) {
     refused = stopping_;
     if (!refused) {
       const auto* request = std::get_if<std::unique_ptr<PendingRequest>>(&item);
-      const bool large = large_requests_.load() > 0 ||
-                         (request != nullptr && (*request)->request.output_bytes >= kLargeBytes);
+      const bool large =
+          large_requests_.load() > 0 || (request != nullptr && IsLarge((*request)->request));
       inbox_.push_back(std::move(item));
       if (turn_taken_ || turn_wanted_) return;
       if (large) {
@@ -271,7 +283,7 @@ void Host::Handle(std::unique_ptr<PendingRequest>& request) {
   event.deadline_us = ToUs(request->deadline);
   const TimeUs arrived_us = ToUs(request->arrival);
   RequestRecord record{std::move(request), arrived_us, nullptr};
-  if (validated.output_bytes >= kLargeBytes) {
+  if (IsLarge(validated)) {
     large_requests_.fetch_add(1);
     record.large.reset(&large_requests_);
   }

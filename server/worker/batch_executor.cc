@@ -25,12 +25,6 @@ bool IsSmall(const Shard& shard) {
                      [](std::int32_t rows) { return rows <= kSmallRows; });
 }
 
-std::int64_t RowsWantedInRegions(const Shard& shard) {
-  std::int64_t num_rows = 0;
-  for (const RegionRows& target : shard.targets) num_rows += target.num_rows;
-  return num_rows;
-}
-
 }  // namespace
 
 BatchExecutor::BatchExecutor(const Config& config, runtime::Engine* engine, const Lease* lease,
@@ -153,6 +147,7 @@ void BatchExecutor::Submit(Shard shard) {
       place->counts_known = shard.counts.has_value() || shard.device_counts;
       place->may_park = runs_here;
       place->shard = std::move(shard);
+      if (!runs_here) taken->has_queued.Raise();
     }
   }
   if (runs_here) return RunTaken(index);
@@ -264,12 +259,18 @@ void BatchExecutor::RunSlot(int index) {
   Slot& slot = *slots_[index];
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
+    lock.unlock();
+    slot.has_queued.LookFor(config_.busy_poll);
+    lock.lock();
     slot.changed.wait(lock, [&] {
       return stopping_ || (slot.running ? slot.running->holder == Holder::kSlotsNext
                                         : slot.queued && state_ == EpochState::kRunning);
     });
     if (stopping_) return;
-    if (!slot.running) slot.running = std::move(slot.queued);
+    if (!slot.running) {
+      slot.running = std::move(slot.queued);
+      slot.has_queued.Lower();
+    }
     slot.running->holder = Holder::kThread;
     lock.unlock();
     Execute(index, *slot.running);
@@ -361,7 +362,7 @@ absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
     done.output.resize(
         static_cast<std::size_t>(shard.num_tokens * RowBytes(shard, engine_->model())));
     output = done.output.data();
-  } else if (shard.num_tokens > 0 && RowsWantedInRegions(shard) == shard.num_tokens) {
+  } else if (shard.num_tokens > 0 && NumRowsIn(shard.targets) == shard.num_tokens) {
     combined = engine_->CombinedRows(shard.slot);
   }
   if (combined != nullptr) {
@@ -371,6 +372,8 @@ absl::Status BatchExecutor::Finish(const Shard& shard, BatchDone& done) {
   done.local_expert_rows.assign(placement_.num_local_experts(rank_), 0);
   EPS_RETURN_IF_ERROR(
       engine_->Finish(shard.slot, output, &done.times.engine, &done.local_expert_rows));
+  DeviceShard::TellFaults(shard, engine_->model().num_experts, engine_->routing_faults(shard.slot),
+                          done.region_faults);
   if (combined != nullptr || shard.targets.empty()) return absl::OkStatus();
   return WriteRegions(shard, RowsInArena(shard), done);
 }
@@ -432,6 +435,8 @@ absl::Status BatchExecutor::ObtainCounts(int index, Batch& batch) {
   } else {
     EPS_RETURN_IF_ERROR(WaitFor(*slots_[index], batch.counts_known, "count matrix"));
   }
+  const bool came_along = batch.counts_came_along && !shard.device_counts;
+  batch.done.times.counts_ns = came_along ? 0 : SteadyNowNs() - batch.staged_ns;
   return CheckCounts(shard, batch.staged, placement_, rank_, config_.max_batch_tokens);
 }
 
@@ -459,20 +464,19 @@ absl::Status BatchExecutor::StageBatch(int index, Batch& batch) {
 
 absl::Status BatchExecutor::RunStaged(int index, Batch& batch) {
   const Shard& shard = batch.shard;
-  Slot& slot = *slots_[index];
-  EPS_RETURN_IF_ERROR(ObtainCounts(index, batch));
-  if (shard.device_counts || !batch.counts_came_along) {
-    batch.done.times.counts_ns = SteadyNowNs() - batch.staged_ns;
-  }
+  // Where the counts go with the rows, nobody waits for them.
+  const bool uncounted = shard.device_counts && engine_->dispatches_uncounted(shard.topk);
+  if (!uncounted) EPS_RETURN_IF_ERROR(ObtainCounts(index, batch));
   if (shard.separate_triggers) {
-    EPS_RETURN_IF_ERROR(WaitFor(slot, batch.dispatch_triggered, "dispatch trigger"));
+    EPS_RETURN_IF_ERROR(WaitFor(*slots_[index], batch.dispatch_triggered, "dispatch trigger"));
   }
   EPS_RETURN_IF_ERROR(CheckLease("dispatch"));
-  EPS_RETURN_IF_ERROR(engine_->Dispatch(index, *shard.counts));
+  EPS_RETURN_IF_ERROR(uncounted ? engine_->DispatchUncounted(index)
+                                : engine_->Dispatch(index, *shard.counts));
   EPS_RETURN_IF_ERROR(engine_->RunExperts(index));
   if (shard.separate_triggers) {
     ReportUnlessAborted(shard.epoch, DispatchDone{.epoch = shard.epoch, .batch = shard.batch});
-    EPS_RETURN_IF_ERROR(WaitFor(slot, batch.combine_triggered, "combine trigger"));
+    EPS_RETURN_IF_ERROR(WaitFor(*slots_[index], batch.combine_triggered, "combine trigger"));
   }
   EPS_RETURN_IF_ERROR(CheckLease("combine"));
   EPS_RETURN_IF_ERROR(engine_->Combine(index));

@@ -15,6 +15,7 @@
 #ifndef EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
 #define EPSERVE_SERVER_WORKER_BATCH_EXECUTOR_H_
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -32,6 +33,7 @@
 #include "server/worker/control_messages.h"
 #include "server/worker/device_shard.h"
 #include "server/worker/lease.h"
+#include "server/worker/looked_for_flag.h"
 #include "server/worker/open_device_regions.h"
 #include "server/worker/region_files.h"
 
@@ -53,6 +55,8 @@ class BatchExecutor {
     std::int64_t max_batch_tokens = 0;
     // Longest wait for the coordinator's next word on a batch.
     absl::Duration trigger_timeout = absl::Seconds(30);
+    // How long a slot's thread looks for its next batch before it sleeps.
+    std::chrono::nanoseconds busy_poll{0};
     // Steady clock that the lease is held against, microseconds.
     std::function<std::int64_t()> now_us;
   };
@@ -123,6 +127,7 @@ class BatchExecutor {
 
   struct Slot {
     std::condition_variable changed;
+    LookedForFlag has_queued;
     std::unique_ptr<Batch> queued;   // Guarded by mutex_, as all here.
     std::unique_ptr<Batch> running;  // Only its flags, holder and counts are guarded.
     DeviceShard on_device;           // Of the thread that runs the batch alone.

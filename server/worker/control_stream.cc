@@ -122,9 +122,12 @@ void ControlStream::HandOverLocked(const server::ImmediateEvent& event) {
   if (is_alarm || handed_over_.size() == 1) SetHandOverAlarmLocked();
 }
 
-// The queue is still open: it is shut down only by what comes of the call's last event.
+// The queue is still open: it is shut down only by what comes of the call's last event. For a time
+// that is past already the event is there at once; gRPC rounds any other up to its next
+// millisecond.
 void ControlStream::SetHandOverAlarmLocked() {
-  hand_over_alarm_.Set(&queue_, std::chrono::system_clock::now(), ToTag(kHandedOver));
+  hand_over_alarm_.Set(&queue_, std::chrono::system_clock::now() - std::chrono::seconds(1),
+                       ToTag(kHandedOver));
 }
 
 // One at a time, with the alarm set for the next: this thread may be kept by the first.

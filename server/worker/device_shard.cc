@@ -21,6 +21,17 @@ std::string Entry(const char* tensor, const DeviceRows& part, std::int64_t index
                       "]");
 }
 
+absl::Status RefuseId(const DeviceRows& part, std::int64_t index, int topk, std::int64_t id,
+                      std::int64_t num_experts) {
+  return absl::InvalidArgumentError(absl::StrCat(Entry("topk_ids", part, index, topk), " is ", id,
+                                                 ", outside [-1, ", num_experts, ")"));
+}
+
+absl::Status RefuseWeight(const DeviceRows& part, std::int64_t index, int topk, float weight) {
+  return absl::InvalidArgumentError(absl::StrCat(Entry("topk_weights", part, index, topk), " is ",
+                                                 weight, ", not a finite number"));
+}
+
 }  // namespace
 
 absl::StatusOr<std::byte*> DeviceShard::Find(const std::optional<server::DevicePlace>& place,
@@ -85,8 +96,7 @@ absl::Status DeviceShard::CheckIds(const DeviceRows& part, int topk, std::int64_
   for (std::int64_t i = 0; i < part.num_rows * topk; ++i) {
     const std::int64_t id = part.wide_ids ? wide_ids_[at + i] : ids_[at + i];
     if (id < -1 || id >= num_experts) {
-      return absl::InvalidArgumentError(absl::StrCat(Entry("topk_ids", part, i, topk), " is ", id,
-                                                     ", outside [-1, ", num_experts, ")"));
+      return RefuseId(part, i, topk, id, num_experts);
     }
     ids_[at + i] = static_cast<std::int32_t>(id);
   }
@@ -97,10 +107,38 @@ absl::Status DeviceShard::CheckWeights(const DeviceRows& part, int topk) const {
   const std::int64_t at = part.first_row * topk;
   for (std::int64_t i = 0; i < part.num_rows * topk; ++i) {
     if (std::isfinite(weights_[at + i])) continue;
-    return absl::InvalidArgumentError(absl::StrCat(Entry("topk_weights", part, i, topk), " is ",
-                                                   weights_[at + i], ", not a finite number"));
+    return RefuseWeight(part, i, topk, weights_[at + i]);
   }
   return absl::OkStatus();
+}
+
+bool DeviceShard::LeaveRouting(const Shard& shard, const runtime::Engine& engine) {
+  if (!shard.device_counts || !engine.dispatches_uncounted(shard.topk)) return false;
+  if (rows_.size() > runtime::kMaxRoutedPieces) return false;
+  std::int64_t num_routed = 0;
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    if (routing_[i].ids == nullptr || routing_[i].weights == nullptr) return false;
+    num_routed += rows_[i].num_rows;
+  }
+  if (num_routed != shard.num_tokens) return false;
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    rows_[i].topk_ids = routing_[i].ids;
+    rows_[i].topk_weights = routing_[i].weights;
+    rows_[i].wide_ids = shard.device_rows[i].wide_ids;
+  }
+  return true;
+}
+
+void DeviceShard::TellFaults(const Shard& shard, std::int64_t num_experts,
+                             std::span<const runtime::RoutingFault> found,
+                             std::vector<RegionFault>& faults) {
+  for (const runtime::RoutingFault& fault : found) {
+    const DeviceRows& part = shard.device_rows[fault.piece];
+    faults.push_back(
+        {part.first_row, fault.in_weights
+                             ? RefuseWeight(part, fault.entry, shard.topk, fault.weight)
+                             : RefuseId(part, fault.entry, shard.topk, fault.id, num_experts)});
+  }
 }
 
 absl::Status DeviceShard::TakeRouting(const Shard& shard, runtime::Engine& engine,
@@ -108,6 +146,7 @@ absl::Status DeviceShard::TakeRouting(const Shard& shard, runtime::Engine& engin
                                       std::vector<RegionFault>& faults) {
   if (!shard.routed || std::none_of(shard.device_rows.begin(), shard.device_rows.end(), HasRouting))
     return absl::OkStatus();
+  if (LeaveRouting(shard, engine)) return absl::OkStatus();
   const std::int64_t entries = shard.num_tokens * shard.topk;
   ids_.assign(ids, ids + entries);
   weights_.assign(weights, weights + entries);

@@ -23,7 +23,7 @@ runtime::ShardInput MakeShardInput(const Shard& shard, const runtime::ModelInfo&
     input.hidden = ArenaRows(shard, model, *arena);
     input.output = ArenaRows(shard, model, *arena);
   }
-  if (!shard.routed) return input;
+  if (!shard.routed || on_device.routing_left()) return input;
   if (on_device.topk_ids() != nullptr) {
     input.topk_ids = on_device.topk_ids();
     input.topk_weights = on_device.topk_weights();

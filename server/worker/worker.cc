@@ -57,6 +57,7 @@ Worker::Worker(WorkerConfig config, std::unique_ptr<runtime::Engine> engine)
       BatchExecutor::Config{.num_slots = config_.num_slots,
                             .max_batch_tokens = config_.max_batch_tokens,
                             .trigger_timeout = config_.peer_timeout,
+                            .busy_poll = config_.coordinator.busy_poll,
                             .now_us = config_.now_us},
       engine_.get(), &lease_, reporter);
 }

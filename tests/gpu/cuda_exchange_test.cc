@@ -212,6 +212,39 @@ TEST_F(CudaExchangeTest, AnyNumberOfBlocksGivesSameBits) {
   }
 }
 
+#ifndef EPSERVE_TEST_NCCL
+TEST_F(CudaExchangeTest, BatchesWithoutACountMatrixGiveTheBitsOfThoseWithOne) {
+  for (const std::vector<std::int64_t>& tokens :
+       {std::vector<std::int64_t>{37, 64, 0, 129}, {1, 0, 0, 0}, {300, 300, 299, 299}}) {
+    for (const RowPayload payload : {RowPayload::kCopy, RowPayload::kFp8}) {
+      Case c;
+      c.tokens = tokens;
+      c.payload = payload;
+      c.limit = payload == RowPayload::kFp8 ? 4e-2 : 1e-2;
+      const auto counted = Run(c, 6, 23);
+      c.uncounted = true;
+      EXPECT_EQ(Run(c, 6, 23), counted);
+    }
+  }
+}
+#endif
+
+TEST_F(CudaExchangeTest, DispatchWithoutACountMatrixIsRefusedWhereItIsNotToBeHad) {
+  Case c;
+  c.num_ranks = 1;
+  c.tokens = {4};
+  std::mt19937 rng(29);
+  RoundBuffers buffers;
+  buffers.Fill(c, MakeTokens(c, 4, &rng), 4);
+  const auto ranks = OpenAll({Config(c, 0, 2500)}, num_devices_);
+  const absl::Status status =
+      ranks[0]->Dispatch(Path::kPrefill, 0, buffers.tokens, nullptr, nullptr);
+  EXPECT_EQ(status.code(), ranks[0]->dispatches_uncounted() ? absl::StatusCode::kOk
+                                                            : absl::StatusCode::kInvalidArgument)
+      << status;
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
 TEST_F(CudaExchangeTest, SilentPeerTimesOutNamingIt) {
   Case c;
   c.num_ranks = 2;

@@ -39,6 +39,8 @@ struct Case {
   // The last rank comes so late to the first round's dispatch, and to the second one's combine.
   absl::Duration late;
   double limit = 1e-2;
+  // Of a slot's batches, the first and every other one is dispatched without a count matrix.
+  bool uncounted = false;
   bool one_expert = false;  // all tokens on one expert
   // The first groups of 128 of every token are hard to cast: zeros, zeros around one value whose
   // scale's reciprocal would overflow, and one large among small.

@@ -146,6 +146,17 @@ class CudaExchangeTest : public ::testing::Test {
     return counts;
   }
 
+  // What the device has counted is what the matrix says.
+  static void ExpectCounted(const CudaExchangeConfig& config, const CountMatrix& counts,
+                            const std::int32_t* offset) {
+    ASSERT_NE(offset, nullptr);
+    const Placement& placement = config.base.placement;
+    const std::int64_t first = placement.first_expert[config.base.rank];
+    for (std::int64_t e = 0; e < placement.num_local_experts(config.base.rank); ++e) {
+      EXPECT_EQ(offset[e + 1] - offset[e], counts.rows_per_expert[first + e]) << "expert " << e;
+    }
+  }
+
   static ShardCounts ShardCountsOf(const Case& c, const HostTokens& tokens) {
     ShardCounts counts;
     counts.rows_to_rank.resize(c.num_ranks);
@@ -232,14 +243,15 @@ class CudaExchangeTest : public ::testing::Test {
       const CountMatrix counts = Counts(c, rounds[round]);
       const bool late = rank + 1 == c.num_ranks && c.late > absl::ZeroDuration();
       if (late && round == 0) absl::SleepFor(c.late);
-      if (exchange.exchanges_counts() && c.path == Path::kPrefill) {
+      const bool uncounted = c.uncounted && round / 2 % 2 == 0;
+      if (!uncounted && exchange.exchanges_counts() && c.path == Path::kPrefill) {
         const auto told = exchange.ExchangeCounts(slot, round + 1, ShardCountsOf(c, mine),
                                                   2 * config.base.peer_timeout, stream);
         ASSERT_TRUE(told.ok()) << told.status();
         EXPECT_EQ(told->rows, counts.rows);
         EXPECT_EQ(told->rows_per_expert, counts.rows_per_expert);
       }
-      ASSERT_TRUE(exchange.Dispatch(c.path, slot, t, &counts, stream).ok());
+      ASSERT_TRUE(exchange.Dispatch(c.path, slot, t, uncounted ? nullptr : &counts, stream).ok());
       ASSERT_TRUE(exchange.LayOutExperts(c.path, slot, stream).ok());
       ASSERT_TRUE(exchange.Gather(c.path, slot, t, rows->as<void>(), stream).ok());
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
@@ -251,6 +263,7 @@ class CudaExchangeTest : public ::testing::Test {
       ASSERT_TRUE(exchange.Combine(c.path, slot, t, rows->as<void>(), out.as<void>(), stream).ok());
       ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
       ASSERT_TRUE(exchange.CheckWaits().ok()) << exchange.CheckWaits();
+      if (uncounted) ExpectCounted(config, counts, exchange.counted_offset(slot));
       std::vector<std::byte>& result = (*outputs)[round * c.num_ranks + rank];
       result.resize(mine.packed.size());
       if (result.empty()) continue;

@@ -77,8 +77,10 @@ class CountExchangeTest : public testing::EngineBackendTest {
     }
   }
   void ExpectTheSame(EngineCluster* cluster, const Batch& batch) {
-    ExpectTheSame(cluster, batch,
-                  {CountsFrom::kWholeBatch, CountsFrom::kGathering, CountsFrom::kRanks});
+    std::vector<CountsFrom> ways = {CountsFrom::kWholeBatch, CountsFrom::kGathering,
+                                    CountsFrom::kRanks};
+    if (cluster->engine(0).dispatches_uncounted(batch.topk)) ways.push_back(CountsFrom::kNobody);
+    ExpectTheSame(cluster, batch, ways);
   }
 
   const CheckpointSpec spec_;
@@ -128,7 +130,9 @@ TEST_F(CountExchangeTest, WhatTheRouterDecidesIsCountedAlikeByGatheringAndByTheR
     Batch batch = RandomBatch(spec_, tokens, 2, &random);
     batch.ids.clear();
     batch.weights.clear();
-    ExpectTheSame(&cluster, batch, {CountsFrom::kGathering, CountsFrom::kRanks});
+    std::vector<CountsFrom> ways = {CountsFrom::kGathering, CountsFrom::kRanks};
+    if (testing::kCudaBackend) ways.push_back(CountsFrom::kNobody);
+    ExpectTheSame(&cluster, batch, ways);
   }
 }
 
@@ -165,6 +169,20 @@ ShardInput ShardOfTwo(const Batch& batch) {
   input.topk_ids = batch.ids.data();
   input.topk_weights = batch.weights.data();
   return input;
+}
+
+TEST_F(CountExchangeTest, OnlyBatchesThatFitUncountedAreDispatchedSo) {
+  std::mt19937 random(26);
+  EngineCluster cluster(path().string(), 1);
+  cluster.StartEpoch(1);
+  EXPECT_EQ(cluster.engine(0).dispatches_uncounted(spec_.topk), testing::kCudaBackend);
+  EXPECT_FALSE(cluster.engine(0).dispatches_uncounted(spec_.topk + 1));
+  Batch batch = RandomBatch(spec_, 4, spec_.topk + 1, &random);
+  batch.sequence = 1;
+  const BatchResult result = cluster.Run(batch, CountsFrom::kNobody);
+  EXPECT_EQ(result.statuses[0].code(),
+            testing::kCudaBackend ? Code::kInvalidArgument : Code::kUnimplemented)
+      << result.statuses[0];
 }
 
 TEST_F(CountExchangeTest, CallOutOfTurnIsFailedPrecondition) {

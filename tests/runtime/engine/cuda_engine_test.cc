@@ -116,6 +116,126 @@ TEST_F(CudaEngineTest, RowsInMemoryOfEveryKindGiveTheSameBits) {
   EXPECT_EQ(attributes.type, cudaMemoryTypeUnregistered) << "still pinned after its epoch";
 }
 
+// Routing in device memory: in pieces, with ids of either width, wherever they lie.
+class CudaEngineRoutingTest : public CudaEngineTest {
+ protected:
+  void SetUp() override {
+    CudaEngineTest::SetUp();
+    if (IsSkipped()) return;
+    auto memory = DeviceBuffer::Create(kPlaceBytes * 8);
+    ASSERT_TRUE(memory.ok()) << memory.status();
+    memory_ = *std::move(memory);
+  }
+
+  // A copy of `values` in device memory, at an odd multiple of two bytes.
+  template <typename T>
+  const std::byte* Put(const std::vector<T>& values) {
+    std::byte* const place = memory_.as<std::byte>() + kPlaceBytes * num_places_++ + 2;
+    EXPECT_EQ(cudaMemcpy(place, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+              cudaSuccess);
+    return place;
+  }
+  // The rows [begin, end) of the batch.
+  template <typename Id>
+  ShardDeviceRows Piece(std::int64_t begin, std::int64_t end) {
+    const auto part = [&](const auto& values) {
+      return std::vector(values.begin() + begin * kTopk, values.begin() + end * kTopk);
+    };
+    const auto ids = part(ids_);
+    return {.first_row = begin,
+            .num_rows = end - begin,
+            .topk_ids = Put(std::vector<Id>(ids.begin(), ids.end())),
+            .topk_weights = Put(part(weights_)),
+            .wide_ids = sizeof(Id) == 8};
+  }
+  absl::Status RunUncounted(Engine& engine, std::span<const ShardDeviceRows> pieces, float* output,
+                            std::vector<std::int64_t>* expert_rows) {
+    ShardInput input = Input(rows_.data(), ++sequence_);
+    input.topk_ids = nullptr;
+    input.topk_weights = nullptr;
+    input.device_rows = pieces;
+    if (auto staged = engine.Stage(input); !staged.ok()) return staged.status();
+    if (auto status = engine.DispatchUncounted(0); !status.ok()) return status;
+    if (auto status = engine.RunExperts(0); !status.ok()) return status;
+    if (auto status = engine.Combine(0); !status.ok()) return status;
+    return engine.Finish(0, output, nullptr, expert_rows);
+  }
+
+  static constexpr std::size_t kPlaceBytes = 4096;
+  DeviceBuffer memory_;
+  std::size_t num_places_ = 0;
+};
+
+TEST_F(CudaEngineRoutingTest, RoutingOnTheDeviceGivesTheBitsOfRoutingOnTheHost) {
+  EngineCluster cluster(path(), 1);
+  cluster.StartEpoch(1);
+  Engine& engine = cluster.engine(0);
+  std::vector<float> want(rows_.size(), NAN);
+  ASSERT_TRUE(Run(engine, cluster.placement(), rows_.data(), want.data()).ok());
+  ids_[5] = -1;
+  ASSERT_TRUE(Run(engine, cluster.placement(), rows_.data(), want.data()).ok());
+  const std::vector<ShardDeviceRows> pieces = {Piece<std::int32_t>(0, 7),
+                                               Piece<std::int64_t>(7, kTokens)};
+  std::vector<float> got(rows_.size(), NAN);
+  std::vector<std::int64_t> expert_rows;
+  const absl::Status status = RunUncounted(engine, pieces, got.data(), &expert_rows);
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(got, want);
+  EXPECT_TRUE(engine.routing_faults(0).empty());
+  std::vector<std::int64_t> named(8);
+  for (const std::int32_t id : ids_) named[static_cast<std::size_t>(std::max(id, 0))] += id >= 0;
+  EXPECT_EQ(expert_rows, named);
+}
+
+TEST_F(CudaEngineRoutingTest, FirstWrongEntryOfAPieceIsToldAndThePieceNamesNoExpert) {
+  EngineCluster cluster(path(), 1);
+  cluster.StartEpoch(1);
+  Engine& engine = cluster.engine(0);
+  std::vector<float> want(rows_.size(), NAN);
+  ASSERT_TRUE(Run(engine, cluster.placement(), rows_.data(), want.data()).ok());
+  ids_[2 * kTopk] = -2;
+  ids_[4 * kTopk] = 8;
+  weights_[0] = NAN;  // The ids come first.
+  weights_[12 * kTopk + 1] = INFINITY;
+  const std::vector<ShardDeviceRows> pieces = {
+      Piece<std::int64_t>(0, 9), Piece<std::int32_t>(9, 16), Piece<std::int32_t>(16, kTokens)};
+  std::vector<float> got(rows_.size(), NAN);
+  const absl::Status status = RunUncounted(engine, pieces, got.data(), nullptr);
+  ASSERT_TRUE(status.ok()) << status;
+  const auto faults = engine.routing_faults(0);
+  ASSERT_EQ(faults.size(), 2u);
+  EXPECT_EQ(faults[0].piece, 0u);
+  EXPECT_FALSE(faults[0].in_weights);
+  EXPECT_EQ(faults[0].entry, 2 * kTopk);
+  EXPECT_EQ(faults[0].id, -2);
+  EXPECT_EQ(faults[1].piece, 1u);
+  EXPECT_TRUE(faults[1].in_weights);
+  EXPECT_EQ(faults[1].entry, 3 * kTopk + 1);
+  EXPECT_EQ(faults[1].weight, INFINITY);
+  std::fill_n(want.begin(), 16 * kHidden, 0.0F);
+  EXPECT_EQ(got, want);
+}
+
+TEST_F(CudaEngineRoutingTest, RoutingOnTheDeviceNeedsAllRowsAndAnUncountedDispatch) {
+  EngineCluster cluster(path(), 1);
+  cluster.StartEpoch(1);
+  Engine& engine = cluster.engine(0);
+  std::vector<ShardDeviceRows> pieces = {Piece<std::int32_t>(0, kTokens - 1)};
+  EXPECT_EQ(RunUncounted(engine, pieces, nullptr, nullptr).code(),
+            absl::StatusCode::kInvalidArgument);
+  pieces = {Piece<std::int32_t>(0, kTokens)};
+  ShardInput input = Input(rows_.data(), ++sequence_);
+  input.topk_ids = nullptr;
+  input.topk_weights = nullptr;
+  input.device_rows = pieces;
+  ASSERT_TRUE(engine.Stage(input).ok());
+  EXPECT_EQ(engine.Dispatch(0, CountMatrix()).code(), absl::StatusCode::kFailedPrecondition);
+  engine.Discard(0);
+  pieces = std::vector<ShardDeviceRows>(kMaxRoutedPieces + 1, pieces[0]);
+  input.device_rows = pieces;
+  EXPECT_EQ(engine.Stage(input).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST_F(CudaEngineTest, RowsSentAsFp8AreRightWithinItsPrecision) {
   testing::Batch batch;
   batch.num_tokens = kTokens;

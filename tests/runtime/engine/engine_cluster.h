@@ -37,6 +37,7 @@ enum class CountsFrom {
   kWholeBatch,  // computed from all ids, which the batch must have
   kGathering,   // from what each rank's Stage counted
   kRanks,       // from Engine::ExchangeCounts
+  kNobody,      // none: the batch is dispatched uncounted
 };
 
 struct BatchResult {
@@ -162,7 +163,7 @@ class EngineCluster {
         std::vector<std::int64_t> local_rows;
         result.statuses[rank] =
             matrix.ok()
-                ? RunRank(batch, rank, *matrix,
+                ? RunRank(batch, rank, counts_from == CountsFrom::kNobody ? nullptr : &*matrix,
                           result.output.data() + static_cast<std::size_t>(shard.begin) * row_bytes,
                           &result.times[rank], &local_rows)
                 : matrix.status();
@@ -201,11 +202,13 @@ class EngineCluster {
     return input;
   }
 
-  absl::Status RunRank(const Batch& batch, std::size_t rank, const runtime::CountMatrix& counts,
+  absl::Status RunRank(const Batch& batch, std::size_t rank, const runtime::CountMatrix* counts,
                        std::byte* output, runtime::BatchTimes* times,
                        std::vector<std::int64_t>* local_rows) {
     runtime::Engine& engine = *engines_[rank];
-    if (auto status = engine.Dispatch(batch.slot, counts); !status.ok()) return status;
+    auto dispatched = counts != nullptr ? engine.Dispatch(batch.slot, *counts)
+                                        : engine.DispatchUncounted(batch.slot);
+    if (!dispatched.ok()) return dispatched;
     if (auto status = engine.RunExperts(batch.slot); !status.ok()) return status;
     if (auto status = engine.Combine(batch.slot); !status.ok()) return status;
     const runtime::RowRange shard = ShardOfRank(batch, static_cast<int>(rank));

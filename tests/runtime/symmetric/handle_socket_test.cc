@@ -7,7 +7,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cstddef>
 #include <cstring>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 
@@ -76,11 +79,54 @@ TEST(HandleSocketTest, NobodyServingIsUnavailable) {
   EXPECT_EQ(fetched.status().code(), absl::StatusCode::kUnavailable) << fetched.status();
 }
 
+TEST(HandleSocketTest, ServerThatEndsInsteadOfAnsweringIsUnavailable) {
+  const UniqueFd listener(socket(AF_UNIX, SOCK_STREAM, 0));
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  const std::string address = Address(8);
+  std::memcpy(name.sun_path + 1, address.data() + 1, address.size() - 1);
+  const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + address.size());
+  ASSERT_EQ(bind(listener.get(), reinterpret_cast<sockaddr*>(&name), length), 0);
+  ASSERT_EQ(listen(listener.get(), 1), 0);
+  for (const bool reads : {true, false}) {
+    std::thread dying([&] {
+      const UniqueFd caller(accept(listener.get(), nullptr, nullptr));
+      char request[72];
+      if (!reads) return;
+      EXPECT_EQ(recv(caller.get(), request, sizeof(request), MSG_WAITALL), 72);
+    });
+    const auto fetched = FetchHandle(address, "secret", absl::Seconds(5));
+    dying.join();
+    EXPECT_EQ(fetched.status().code(), absl::StatusCode::kUnavailable) << fetched.status();
+  }
+}
+
 TEST(HandleSocketTest, AddressInUseIsRefused) {
-  auto first = HandleServer::Start(Address(3), "s", MemoryWith("x"), 1);
-  ASSERT_TRUE(first.ok());
-  const auto second = HandleServer::Start(Address(3), "s", MemoryWith("x"), 1);
-  EXPECT_EQ(second.status().code(), absl::StatusCode::kAlreadyExists) << second.status();
+  for (const std::string& address :
+       {Address(3), HandleSocketAddress("/tmp", absl::StrCat("in-use", getpid()), 7, 4)}) {
+    auto first = HandleServer::Start(address, "s", MemoryWith("x"), 1);
+    ASSERT_TRUE(first.ok());
+    const auto second = HandleServer::Start(address, "s", MemoryWith("x"), 1);
+    EXPECT_EQ(second.status().code(), absl::StatusCode::kAlreadyExists) << second.status();
+    EXPECT_TRUE(FetchHandle(address, "s", absl::Seconds(5)).ok()) << "the first is none the worse";
+  }
+}
+
+TEST(HandleSocketTest, SocketThatAppearsIsNeverTakenForADeadOnes) {
+  std::string directory = "/tmp/epserve-sockets-XXXXXX";
+  ASSERT_NE(mkdtemp(directory.data()), nullptr);
+  std::atomic<bool> ended = false;
+  std::thread reclaimer([&] {
+    while (!ended) EXPECT_EQ(ReclaimStaleSockets(directory, "mine").value_or(-1), 0);
+  });
+  for (int i = 0; i < 2000; ++i) {
+    auto server =
+        HandleServer::Start(HandleSocketAddress(directory, "mine", 7, 1), "s", MemoryWith("x"), 1);
+    EXPECT_TRUE(server.ok()) << server.status();
+  }
+  ended = true;
+  reclaimer.join();
+  rmdir(directory.c_str());
 }
 
 TEST(HandleSocketTest, PathFormIsRemovedWithItsServer) {

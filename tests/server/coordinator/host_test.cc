@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "gtest/gtest.h"
+#include "server/coordinator/front_door/shm_registry.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -15,8 +16,8 @@ using Answer = std::pair<absl::Status, std::thread::id>;
 
 class RecordedRequest final : public PendingRequest {
  public:
-  RecordedRequest(std::uint64_t id, std::uint64_t output_bytes, std::promise<Answer> answer)
-      : PendingRequest(id, Clock::now(), Clock::time_point::max(), MakeValidated(output_bytes)),
+  RecordedRequest(std::uint64_t id, ValidatedRequest request, std::promise<Answer> answer)
+      : PendingRequest(id, Clock::now(), Clock::time_point::max(), std::move(request)),
         answer_(std::move(answer)) {}
 
   std::span<char> MutableOutput() override { return {}; }
@@ -25,13 +26,6 @@ class RecordedRequest final : public PendingRequest {
   }
 
  private:
-  static ValidatedRequest MakeValidated(std::uint64_t output_bytes) {
-    ValidatedRequest request;
-    request.num_tokens = 1;
-    request.output_bytes = output_bytes;
-    return request;
-  }
-
   std::promise<Answer> answer_;
 };
 
@@ -48,11 +42,21 @@ class HostTest : public ::testing::Test {
   }
 
   // There is no worker, so the answer is UNAVAILABLE, by whoever took the turn.
-  Answer Submit(std::uint64_t id, std::uint64_t output_bytes) {
+  Answer Submit(std::uint64_t id, ValidatedRequest request) {
     std::promise<Answer> promise;
     std::future<Answer> answer = promise.get_future();
-    host_->Submit(std::make_unique<RecordedRequest>(id, output_bytes, std::move(promise)));
+    host_->Submit(std::make_unique<RecordedRequest>(id, std::move(request), std::move(promise)));
     return answer.get();
+  }
+  Answer Submit(std::uint64_t id, std::uint64_t output_bytes) {
+    return Submit(id, MakeValidated(output_bytes));
+  }
+
+  static ValidatedRequest MakeValidated(std::uint64_t output_bytes) {
+    ValidatedRequest request;
+    request.num_tokens = 1;
+    request.output_bytes = output_bytes;
+    return request;
   }
 
   Metrics metrics_{4};
@@ -73,6 +77,20 @@ TEST_F(HostTest, LargeRequestIsServedByAnotherThreadAndSmallOnesAfterItAsBefore)
   for (std::uint64_t id = 2; Submit(id, 64).second != std::this_thread::get_id(); ++id) {
     ASSERT_LT(id, 10'000u) << "the count of large requests has not come down";
   }
+}
+
+TEST_F(HostTest, LargeRequestOfWhichNothingIsCopiedHereIsServedByTheThreadThatBringsIt) {
+  ShmRegionInfo info;
+  info.id = 1;
+  info.kind = ShmKind::kCuda;
+  const auto region = std::make_shared<ShmRegion>(info, runtime::UniqueFd());
+  ValidatedRequest on_device = MakeValidated(64 << 20);
+  on_device.source = {region, 0};
+  on_device.output = {region, 0};
+  EXPECT_EQ(Submit(1, std::move(on_device)).second, std::this_thread::get_id());
+  ValidatedRequest half = MakeValidated(64 << 20);
+  half.source = {region, 0};
+  EXPECT_NE(Submit(2, std::move(half)).second, std::this_thread::get_id());
 }
 
 }  // namespace

@@ -173,6 +173,102 @@ TEST_F(BatchExecutorDeviceTest, BadWeightBesideIdsThatAreCountedAlreadyWeighsNot
   EXPECT_THAT(engine_.staged_weights(), ElementsAre(0, 0, 0, 0));
 }
 
+// Batches that an engine dispatches uncounted.
+class BatchExecutorUncountedTest : public BatchExecutorDeviceTest {
+ protected:
+  void SetUp() override {
+    BatchExecutorDeviceTest::SetUp();
+    engine_.set_dispatches_uncounted(true);
+  }
+  static Shard MakeUncounted(std::uint64_t batch, DeviceRows rows = AllRows()) {
+    Shard shard = MakeDeviceShard(batch, std::move(rows));
+    shard.counts.reset();
+    shard.device_counts = true;
+    return shard;
+  }
+  BatchDone RunUncounted(Shard shard) {
+    executor_->Submit(std::move(shard));
+    return reporter_.Next<BatchDone>();
+  }
+};
+
+TEST_F(BatchExecutorUncountedTest, RoutingStaysOnTheDeviceAndNobodyWaitsForCounts) {
+  Serve();
+  DeviceRows rows = AllRows();
+  rows.wide_ids = true;
+  const BatchDone done = RunUncounted(MakeUncounted(1, rows));
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  EXPECT_EQ(engine_.Count("read 0"), 0);
+  EXPECT_EQ(engine_.Count("counts 0"), 0);
+  EXPECT_EQ(engine_.Count("dispatch 0"), 0);
+  EXPECT_EQ(engine_.Count("uncounted 0"), 1);
+  EXPECT_EQ(done.times.counts_ns, 0);
+  EXPECT_EQ(Output(), std::string(kRowBytes, 'a') + std::string(kRowBytes, 'b'));
+  const auto staged = engine_.staged_device_rows();
+  ASSERT_EQ(staged.size(), 1u);
+  EXPECT_EQ(static_cast<const void*>(staged[0].topk_ids), bytes_.data() + kIds);
+  EXPECT_EQ(static_cast<const void*>(staged[0].topk_weights), bytes_.data() + kWeights);
+  EXPECT_TRUE(staged[0].wide_ids);
+  EXPECT_THAT(engine_.violations(), IsEmpty());
+}
+
+TEST_F(BatchExecutorUncountedTest, WhatTheEngineFindsWrongIsAFaultOfItsRequest) {
+  Serve();
+  engine_.set_routing_faults({{.piece = 0, .entry = 3, .id = -7},
+                              {.piece = 0, .entry = 2, .in_weights = true, .weight = INFINITY}});
+  const BatchDone done = RunUncounted(MakeUncounted(1));
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  ASSERT_EQ(done.region_faults.size(), 2u);
+  EXPECT_EQ(done.region_faults[0].first_row, 0);
+  EXPECT_EQ(done.region_faults[0].status,
+            absl::InvalidArgumentError("infer: topk_ids[11,1] is -7, outside [-1, 8)"));
+  EXPECT_EQ(done.region_faults[1].status,
+            absl::InvalidArgumentError("infer: topk_weights[11,0] is inf, not a finite number"));
+}
+
+TEST_F(BatchExecutorUncountedTest, RoutingThatIsNotAllOnTheDeviceComesToTheHost) {
+  Serve();
+  DeviceRows ids_alone = AllRows();
+  ids_alone.topk_weights.reset();
+  DeviceRows one_row = AllRows();
+  one_row.num_rows = 1;
+  std::uint64_t batch = 0;
+  for (const DeviceRows& rows : {ids_alone, one_row}) {
+    Shard shard = MakeUncounted(++batch, rows);
+    const BatchDone done = RunUncounted(std::move(shard));
+    ASSERT_TRUE(done.status.ok()) << done.status;
+    EXPECT_EQ(engine_.Count("read 0"), static_cast<int>(batch));
+    EXPECT_EQ(engine_.Count("uncounted 0"), static_cast<int>(batch));
+    EXPECT_EQ(engine_.staged_device_rows()[0].topk_ids, nullptr);
+  }
+}
+
+TEST_F(BatchExecutorUncountedTest, MoreExpertsATokenThanTheEngineTakesAreCounted) {
+  Serve();
+  Shard shard = MakeUncounted(1);
+  shard.topk = FakeEngine::kTopk + 1;
+  shard.device_rows[0].topk_weights->offset_bytes -= 128;  // Room for six.
+  shard.topk_ids.assign(6 * 4, '\0');
+  shard.topk_weights.assign(6 * 4, '\0');
+  PutIds<std::int32_t>({0, 5, 1, 0, 5, 2});
+  const BatchDone done = RunUncounted(std::move(shard));
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  EXPECT_EQ(engine_.Count("read 0"), 1);
+  EXPECT_EQ(engine_.Count("counts 0"), 1);
+  EXPECT_EQ(engine_.Count("dispatch 0"), 1);
+  EXPECT_THAT(engine_.staged_ids(), ElementsAre(0, 5, 1, 0, 5, 2));
+}
+
+TEST_F(BatchExecutorUncountedTest, ShardWhoseIdsTheCoordinatorHasSeenIsDispatchedByItsMatrix) {
+  Serve();
+  DeviceRows rows = AllRows();
+  rows.topk_ids.reset();
+  const BatchDone done = RunUncounted(MakeDeviceShard(1, rows));
+  ASSERT_TRUE(done.status.ok()) << done.status;
+  EXPECT_EQ(engine_.Count("read 0"), 1);
+  EXPECT_EQ(engine_.Count("dispatch 0"), 1);
+}
+
 TEST_F(BatchExecutorDeviceTest, RowsThatTheWorkerIsToRouteAreBroughtToTheHost) {
   Serve();
   DeviceRows rows;

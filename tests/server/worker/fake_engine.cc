@@ -187,6 +187,7 @@ absl::StatusOr<runtime::ShardCounts> FakeEngine::Stage(const runtime::ShardInput
   staged_ids_ = ids;
   staged_shared_ = {{input.shared.shard_begin.begin(), input.shared.shard_begin.end()},
                     input.shared.x};
+  staged_device_rows_.assign(input.device_rows.begin(), input.device_rows.end());
   if (input.topk_weights != nullptr) {
     staged_weights_.assign(input.topk_weights, input.topk_weights + ids.size());
   }
@@ -219,6 +220,15 @@ absl::Status FakeEngine::Dispatch(int slot, const runtime::CountMatrix& counts) 
     if (counts.num_ranks != placement_.num_ranks()) violations_.push_back("Dispatch: wrong counts");
   }
   return Step(absl::StrCat("dispatch ", slot));
+}
+
+absl::Status FakeEngine::DispatchUncounted(int slot) {
+  if (!dispatches_uncounted_) return Engine::DispatchUncounted(slot);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!staged_.contains(slot)) violations_.push_back("DispatchUncounted of nothing staged");
+  }
+  return Step(absl::StrCat("uncounted ", slot));
 }
 
 absl::Status FakeEngine::RunExperts(int slot) { return Step(absl::StrCat("experts ", slot)); }

@@ -58,6 +58,17 @@ class FakeEngine : public runtime::Engine {
   // Whether ranks exchange counts among themselves; set before the engine is used. The fake's peers
   // have nothing to send.
   void set_exchanges_counts(bool exchanges) { exchanges_counts_ = exchanges; }
+  // Whether batches may go without a count matrix, up to kTopk; set before the engine is used.
+  void set_dispatches_uncounted(bool dispatches) { dispatches_uncounted_ = dispatches; }
+  // What the slot's batch is told to have had wrong in device memory, from now on.
+  void set_routing_faults(std::vector<runtime::RoutingFault> faults) {
+    routing_faults_ = std::move(faults);
+  }
+  // Of the last shard staged.
+  std::vector<runtime::ShardDeviceRows> staged_device_rows() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return staged_device_rows_;
+  }
   // Whether small batches may run in the thread that brings them; set before the engine is used.
   void set_runs_on_any_thread(bool runs) { runs_on_any_thread_ = runs; }
   // Whether it takes rows of shared batches; set before the engine is used.
@@ -108,6 +119,13 @@ class FakeEngine : public runtime::Engine {
   bool exchanges_counts() const override { return exchanges_counts_; }
   absl::StatusOr<runtime::CountMatrix> ExchangeCounts(int slot) override;
   absl::Status Dispatch(int slot, const runtime::CountMatrix& counts) override;
+  bool dispatches_uncounted(int topk) const override {
+    return dispatches_uncounted_ && topk <= kTopk;
+  }
+  absl::Status DispatchUncounted(int slot) override;
+  std::span<const runtime::RoutingFault> routing_faults(int /*slot*/) const override {
+    return routing_faults_;
+  }
   absl::Status RunExperts(int slot) override;
   absl::Status Combine(int slot) override;
   const std::byte* CombinedRows(int /*slot*/) const override {
@@ -123,6 +141,8 @@ class FakeEngine : public runtime::Engine {
   const runtime::ModelInfo model_;
   runtime::MemoryPlan plan_;
   bool exchanges_counts_ = true;
+  bool dispatches_uncounted_ = false;
+  std::vector<runtime::RoutingFault> routing_faults_;
   bool runs_on_any_thread_ = false;
   bool takes_shared_batches_ = true;
   std::string combined_;
@@ -142,6 +162,7 @@ class FakeEngine : public runtime::Engine {
   std::pair<std::vector<std::int64_t>, const void*> staged_shared_;
   std::vector<std::int32_t> staged_ids_;
   std::vector<float> staged_weights_;
+  std::vector<runtime::ShardDeviceRows> staged_device_rows_;
 };
 
 }  // namespace epserve::worker
