@@ -95,7 +95,7 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
       if (ending_.has_value() || broken_ || finished_) return;
       overrun = waiting_.size() >= kMaxWaitingMessages;
       if (!overrun) {
-        waiting_.push_back(std::move(converted));
+        waiting_.emplace_back().Swap(&converted);  // Moving one would copy it.
         Continue(lock);
       }
     }
@@ -183,7 +183,7 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
   void Continue(std::unique_lock<std::mutex>& lock) {
     if (writing_ || cancelling_ || finished_) return;
     if (!broken_ && !waiting_.empty()) {
-      outgoing_ = std::move(waiting_.front());
+      outgoing_.Swap(&waiting_.front());
       waiting_.pop_front();
       writing_ = true;
       lock.unlock();

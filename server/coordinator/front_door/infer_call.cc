@@ -111,14 +111,14 @@ void InferCall::Answer(const Completion& completion, const ValidatedRequest* req
   if (!completion.status.ok()) {
     return FinishWith(completion.status, {}, {}, completion.retry_pushback_ms);
   }
-  absl::StatusOr<grpc::ByteBuffer> reply = MakeReply(completion.times, *request, std::move(output));
+  absl::StatusOr<ReplyBytes> reply = MakeReply(completion.times, *request, std::move(output));
   if (!reply.ok()) return FinishWith(reply.status(), {}, {}, 0);
   FinishWith(absl::OkStatus(), *std::move(reply), completion.times, 0);
 }
 
-absl::StatusOr<grpc::ByteBuffer> InferCall::MakeReply(const InferTimes& times,
-                                                      const ValidatedRequest& request,
-                                                      OutputBytes output) {
+absl::StatusOr<ReplyBytes> InferCall::MakeReply(const InferTimes& times,
+                                                const ValidatedRequest& request,
+                                                OutputBytes output) {
   const std::size_t expected = request.output.region == nullptr ? request.output_bytes : 0;
   if (output.size() != expected) {
     return absl::InternalError(
@@ -134,8 +134,8 @@ absl::StatusOr<grpc::ByteBuffer> InferCall::MakeReply(const InferTimes& times,
   return SerializeInferReply(shared_.options.model, form_, std::move(reply));
 }
 
-void InferCall::FinishWith(const absl::Status& status, grpc::ByteBuffer reply,
-                           const InferTimes& times, std::int64_t retry_pushback_ms) {
+void InferCall::FinishWith(const absl::Status& status, ReplyBytes reply, const InferTimes& times,
+                           std::int64_t retry_pushback_ms) {
   InferAnswer answer;
   answer.status = status;
   answer.message = std::move(reply);

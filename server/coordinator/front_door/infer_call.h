@@ -48,7 +48,7 @@ struct InferContext {
 
 struct InferAnswer {
   absl::Status status;
-  grpc::ByteBuffer message;            // in the form asked for; of kUnary only where status is OK
+  ReplyBytes message;                  // in the form asked for; null: of kUnary, status not OK
   std::int64_t retry_pushback_ms = 0;  // with RESOURCE_EXHAUSTED
 };
 
@@ -79,9 +79,9 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
 
   absl::Status Submit(const grpc::ByteBuffer& bytes, bool message_came);
   void Answer(const Completion& completion, const ValidatedRequest* request, OutputBytes output);
-  absl::StatusOr<grpc::ByteBuffer> MakeReply(const InferTimes& times,
-                                             const ValidatedRequest& request, OutputBytes output);
-  void FinishWith(const absl::Status& status, grpc::ByteBuffer reply, const InferTimes& times,
+  absl::StatusOr<ReplyBytes> MakeReply(const InferTimes& times, const ValidatedRequest& request,
+                                       OutputBytes output);
+  void FinishWith(const absl::Status& status, ReplyBytes reply, const InferTimes& times,
                   std::int64_t retry_pushback_ms);
 
   InferContext& shared_;

@@ -3,7 +3,6 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -57,7 +56,7 @@ class UnaryInfer final : public CallHandler {
       call_->context().AddTrailingMetadata(kPushbackKey, absl::StrCat(answer.retry_pushback_ms));
     }
     if (answer.status.ok()) {
-      call_->WriteAndFinish(answer.message);
+      call_->WriteAndFinish(*answer.message);
     } else {
       call_->Finish(server::ToGrpcStatus(answer.status));
     }
@@ -86,7 +85,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
   struct Entry {
     std::shared_ptr<InferCall> infer;
     std::int64_t request_bytes = 0;
-    std::optional<grpc::ByteBuffer> reply;
+    ReplyBytes reply;  // null: it has not been answered
   };
 
   void OnReadDone(bool ok) override {
@@ -141,7 +140,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
       const std::lock_guard lock(mutex_);
       cancelled_ = true;
       for (const auto& entry : entries_) {
-        if (!entry->reply.has_value()) under_way.push_back(entry->infer);
+        if (entry->reply == nullptr) under_way.push_back(entry->infer);
       }
     }
     for (const auto& infer : under_way) infer->Cancel();
@@ -162,7 +161,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
   // under the lock: it reports from the call's queue, never from within the call.
   void Continue(std::unique_lock<std::mutex>&, bool within_read = false) {
     if (finished_) return;
-    const bool answered = !entries_.empty() && entries_.front()->reply.has_value();
+    const bool answered = !entries_.empty() && entries_.front()->reply != nullptr;
     if (cancelled_) {
       // Nobody reads any more; the requests have been cancelled, and answer into entries that stay.
       if (!writing_) Finish(grpc::Status(grpc::StatusCode::CANCELLED, "the caller has gone"));

@@ -330,7 +330,7 @@ grpc::Slice Joined(std::initializer_list<std::string_view> pieces) {
 
 // The response `text` with `output` as its raw entry, which stays where it is if it is large. The
 // raw entries are a response's last field, and the response a stream's message's only one.
-absl::StatusOr<grpc::ByteBuffer> WithOutput(std::string text, InferForm form, OutputBytes output) {
+absl::StatusOr<ReplyBytes> WithOutput(std::string text, InferForm form, OutputBytes output) {
   AppendFieldHead(ModelInferResponse::kRawOutputContentsFieldNumber, output.size(), text);
   const std::uint64_t response_bytes = std::uint64_t{text.size()} + output.size();
   if (response_bytes > std::numeric_limits<std::int32_t>::max()) {
@@ -345,10 +345,10 @@ absl::StatusOr<grpc::ByteBuffer> WithOutput(std::string text, InferForm form, Ou
   if (output.size() <= kCopiedOutputBytes) {
     const grpc::Slice slice =
         Joined({outer, text, std::string_view(output.bytes().data(), output.size())});
-    return grpc::ByteBuffer(&slice, 1);
+    return std::make_unique<const grpc::ByteBuffer>(&slice, 1);
   }
   const grpc::Slice slices[] = {Joined({outer, text}), output.Release()};
-  return grpc::ByteBuffer(slices, std::size(slices));
+  return std::make_unique<const grpc::ByteBuffer>(slices, std::size(slices));
 }
 
 }  // namespace
@@ -387,8 +387,8 @@ absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& by
   return result;
 }
 
-absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, InferForm form,
-                                                     InferReply reply) {
+absl::StatusOr<ReplyBytes> SerializeInferReply(const ServedModel& model, InferForm form,
+                                               InferReply reply) {
   constexpr std::size_t kUsualBytes = 512;
   std::string text;
   text.reserve(kUsualBytes);
@@ -398,8 +398,8 @@ absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, I
   return WithOutput(std::move(text), form, std::move(reply.output));
 }
 
-grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view id,
-                                      const absl::Status& status) {
+ReplyBytes SerializeStreamError(const ServedModel& model, std::string_view id,
+                                const absl::Status& status) {
   using Response = inference::ModelStreamInferResponse;
   std::string response;
   AppendHead(model, id, response);
@@ -411,7 +411,7 @@ grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view
                    text);
   AppendBytesField(Response::kInferResponseFieldNumber, response, text);
   const grpc::Slice slice(text);
-  return grpc::ByteBuffer(&slice, 1);
+  return std::make_unique<const grpc::ByteBuffer>(&slice, 1);
 }
 
 }  // namespace epserve::coordinator

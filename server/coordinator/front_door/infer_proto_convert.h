@@ -42,17 +42,21 @@ struct InferReply {
   OutputBytes output;  // [T, H]; empty where it went to shared memory
 };
 
+// A message on its way out. A ByteBuffer by itself cannot be moved, only copied, and copying one,
+// and freeing it, at each hand-over came to a tenth of a small request's instructions.
+using ReplyBytes = std::unique_ptr<const grpc::ByteBuffer>;
+
 // How an answer travels: as ModelInferResponse, or within a ModelStreamInferResponse.
 enum class InferForm { kUnary, kStream };
 
 // One output with its raw entry, and the epserve_* parameters. INTERNAL: it cannot be written.
-absl::StatusOr<grpc::ByteBuffer> SerializeInferReply(const ServedModel& model, InferForm form,
-                                                     InferReply reply);
+absl::StatusOr<ReplyBytes> SerializeInferReply(const ServedModel& model, InferForm form,
+                                               InferReply reply);
 
 // A ModelStreamInferResponse with `status`, which is not OK, as its error_message, never empty, and
 // the request's id, so that the caller knows which of its requests that was.
-grpc::ByteBuffer SerializeStreamError(const ServedModel& model, std::string_view id,
-                                      const absl::Status& status);
+ReplyBytes SerializeStreamError(const ServedModel& model, std::string_view id,
+                                const absl::Status& status);
 
 }  // namespace epserve::coordinator
 

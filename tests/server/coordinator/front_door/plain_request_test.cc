@@ -163,7 +163,17 @@ TEST(PlainRequestTest, OtherFormsAreLeftToTheLibrary) {
   EXPECT_FALSE(IsPlain(message)) << "more dimensions than there is place for";
 
   const std::string plain = PlainMessage().SerializeAsString();
-  EXPECT_FALSE(IsPlain(plain + plain)) << "fields twice";
+  const auto twice = [](const ModelInferRequest& once) {
+    return once.SerializeAsString() + once.SerializeAsString();
+  };
+  ModelInferRequest text;
+  text.set_model_name("model");
+  EXPECT_TRUE(IsPlain(text));
+  EXPECT_FALSE(IsPlain(twice(text))) << "a text twice";
+  ModelInferRequest parameter;
+  (*parameter.mutable_parameters())["layer"].set_int64_param(3);
+  EXPECT_TRUE(IsPlain(parameter));
+  EXPECT_FALSE(IsPlain(twice(parameter))) << "a parameter twice";
   EXPECT_FALSE(IsPlain(plain + std::string("\x40\x01", 2))) << "an unknown field";
   EXPECT_FALSE(IsPlain(plain + '\x3b')) << "a group";
   EXPECT_FALSE(IsPlain(plain.substr(0, plain.size() - 3))) << "an end that is missing";
