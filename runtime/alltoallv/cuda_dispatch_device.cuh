@@ -185,9 +185,8 @@ __device__ void Unpack(const CudaDispatchArgs& args, const PacketChunk<kPayload>
   if (chunk.has_note()) StoreNote(args, found.note.data, chunk.note(), own, row);
 }
 
-// Out of line, because the kernel for many rows has all of its registers in use.
 // Takes in one source's packets, as one of `stride` warps that do; or waits for its arrivals, where
-// it sends none.
+// it sends none. Out of line, because the kernel for many rows has all of its registers in use.
 template <RowPayload kPayload>
 __device__ __noinline__ void ReceiveFrom(const CudaDispatchArgs& args, AreaUse use, int source,
                                          int first, int stride) {
