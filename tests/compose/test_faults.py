@@ -85,9 +85,10 @@ def test_stopped_coordinator_drains_and_exits_with_0(stack, load):
     first_good_after(load, time.monotonic())
     events = [json.loads(line)["event"] for line in stack.log("coordinator").splitlines()]
     assert "drained" in events
-    # What it had taken it answered: others were refused, or found nobody to connect to.
+    # What it had taken it answered: others were refused, or found nobody to connect to, or the next
+    # coordinator before its workers.
     reasons = {call[3] for call in load.calls if call[2] == "UNAVAILABLE"}
-    refusals = ("draining", "shutting down", "failed to connect", "closed", "reset")
+    refusals = ("draining", "shutting down", "failed to connect", "closed", "reset", "joined")
     assert all(any(word in reason for word in refusals) for reason in reasons), reasons
 
 
@@ -131,7 +132,8 @@ def test_worker_cut_off_from_the_network_is_fenced_and_readmitted(stack, load):
 def test_rolling_restart_of_all_workers_under_half_of_the_load_is_hidden_by_retries(
     stack, served, rng
 ):
-    with half_load(stack, duration_s=30) as rate:
+    # Docker takes its time to start a container where cores are short.
+    with half_load(stack, duration_s=30, attempts=400, timeout_s=60) as rate:
         for worker in WORKERS:
             epoch = stack.status().epoch
             stack.docker("restart", worker, "--time=40")

@@ -8,15 +8,13 @@ import subprocess
 from cluster import SLOWNESS, program
 
 TOKENS = 32
-# What a caller waits for one answer, seconds. An outage is far shorter.
-TIMEOUT_S = 20
 
 
-def start_bench(target, *flags):
+def start_bench(target, timeout_s, *flags):
     return subprocess.Popen(
         [
             *(program("epserve"), "bench", f"--server={target}", f"--tokens={TOKENS}"),
-            *("--dtype=fp32", f"--timeout={TIMEOUT_S * SLOWNESS}", "--warmup=0"),
+            *("--dtype=fp32", f"--timeout={timeout_s * SLOWNESS}", "--warmup=0"),
             *("--allow-errors", "--json"),
             *flags,
         ],
@@ -40,20 +38,23 @@ def wait_answers(cluster, count):
 
 
 @contextlib.contextmanager
-def half_load(cluster, duration_s):
+def half_load(cluster, duration_s, attempts=50, timeout_s=20):
     """Yields the requests that each of the two callers begins in a second. At the end each has
-    ended: those without retries with a result or a refusal, those with retries with a result."""
-    capacity = report(start_bench(cluster.target, "--concurrency=4", "--duration=1"), 30)
+    ended: those without retries with a result or a refusal, those with retries with a result.
+    `attempts` and `timeout_s` are of a request, and last for far longer than an outage."""
+    measured = start_bench(cluster.target, timeout_s, "--concurrency=4", "--duration=1")
+    capacity = report(measured, 10 + timeout_s)
     assert capacity["succeeded"] == capacity["requests"], capacity
     rate = capacity["requests_per_second"] / 4
     load = (f"--rate={rate:.1f}", f"--duration={duration_s * SLOWNESS}")
     callers = [
-        start_bench(cluster.target, *load, f"--attempts={attempts}") for attempts in (1, 50)
+        start_bench(cluster.target, timeout_s, *load, f"--attempts={each}")
+        for each in (1, attempts)
     ]
     try:
         wait_answers(cluster, int(rate / 2))
         yield rate
-        plain, retrying = (report(caller, duration_s + TIMEOUT_S) for caller in callers)
+        plain, retrying = (report(caller, duration_s + 2 * timeout_s) for caller in callers)
     finally:
         for caller in callers:
             caller.kill()
