@@ -52,14 +52,13 @@ Worker::Worker(WorkerConfig config, std::unique_ptr<runtime::Engine> engine)
       engine_(std::move(engine)),
       incarnation_(MakeIncarnation()),
       lease_duration_us_(kFirstLeaseUs) {
-  BatchReporter* const reporter = this;
   executor_ = std::make_unique<BatchExecutor>(
       BatchExecutor::Config{.num_slots = config_.num_slots,
                             .max_batch_tokens = config_.max_batch_tokens,
                             .trigger_timeout = config_.peer_timeout,
                             .busy_poll = config_.coordinator.busy_poll,
                             .now_us = config_.now_us},
-      engine_.get(), &lease_, reporter);
+      engine_.get(), &lease_, static_cast<BatchReporter*>(this));
 }
 
 Worker::~Worker() {

@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/host_exchange.h"
+#include "tests/support/many_mappings.h"
 
 namespace epserve::runtime {
 
@@ -210,7 +211,7 @@ class Cluster {
                               static_cast<std::size_t>(num_ranks)),
                  counts.rows_per_expert);
     }
-    std::vector<std::byte> rows = batch.x;
+    const ManyMappings rows(batch.x, num_ranks);
     std::vector<absl::Status> results(num_ranks);
     std::vector<std::thread> threads;
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -221,18 +222,20 @@ class Cluster {
         args.topk_ids = nullptr;
         args.topk_weights = nullptr;
         args.num_tokens = shard_begin[rank + 1] - shard_begin[rank];
-        args.shared = {shard_begin, rows.data(), batch.topk_ids.data(), batch.topk_weights.data()};
+        args.shared = {shard_begin, rows.view(rank), batch.topk_ids.data(),
+                       batch.topk_weights.data()};
         results[rank] = exchange.Dispatch(args);
         if (!results[rank].ok()) return;
         RunStandIn(exchange.Received(slot), batch.hidden, config_.placement.first_expert[rank]);
-        results[rank] = exchange.Combine(slot, rows.data() + shard_begin[rank] * batch.row_bytes());
+        results[rank] =
+            exchange.Combine(slot, rows.view(rank) + shard_begin[rank] * batch.row_bytes());
       });
     }
     for (std::thread& thread : threads) thread.join();
     for (const absl::Status& result : results) {
       if (!result.ok()) return result;
     }
-    return rows;
+    return std::vector<std::byte>(rows.view(0), rows.view(0) + batch.x.size());
   }
 
   // Runs the batch with a thread a rank, memory poisoned first. The output, or the first error.

@@ -15,6 +15,7 @@
 
 #include "runtime/engine/engine.h"
 #include "tests/runtime/engine/engine_backend.h"
+#include "tests/support/many_mappings.h"
 
 namespace epserve::testing {
 
@@ -114,11 +115,8 @@ class EngineCluster {
     const auto row_bytes =
         static_cast<std::size_t>(engines_[0]->model().hidden) * runtime::DataTypeBytes(batch.dtype);
     BatchResult result;
-    if (batch.shard_begin.empty()) {
-      result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
-    } else {
-      result.output = batch.hidden;
-    }
+    result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
+    const ManyMappings seen(batch.hidden, this->num_ranks());
     result.statuses.resize(num_ranks);
     result.times.resize(num_ranks);
     result.matrices.resize(num_ranks);
@@ -136,9 +134,9 @@ class EngineCluster {
         const runtime::RowRange shard = ShardOfRank(batch, static_cast<int>(rank));
         runtime::ShardInput input = MakeInput(batch, shard, row_bytes);
         if (!batch.shard_begin.empty()) {
-          input.shared = {batch.shard_begin, result.output.data(), batch.ids.data(),
+          input.shared = {batch.shard_begin, seen.view(rank), batch.ids.data(),
                           batch.weights.data()};
-          input.output = result.output.data() + static_cast<std::size_t>(shard.begin) * row_bytes;
+          input.output = seen.view(rank) + static_cast<std::size_t>(shard.begin) * row_bytes;
           input.hidden = input.output;
         }
         auto staged = engines_[rank]->Stage(input);
@@ -164,7 +162,8 @@ class EngineCluster {
         result.statuses[rank] =
             matrix.ok()
                 ? RunRank(batch, rank, counts_from == CountsFrom::kNobody ? nullptr : &*matrix,
-                          result.output.data() + static_cast<std::size_t>(shard.begin) * row_bytes,
+                          (batch.shard_begin.empty() ? result.output.data() : seen.view(rank)) +
+                              static_cast<std::size_t>(shard.begin) * row_bytes,
                           &result.times[rank], &local_rows)
                 : matrix.status();
         if (!result.statuses[rank].ok()) engines_[rank]->Discard(batch.slot);
@@ -174,6 +173,9 @@ class EngineCluster {
       });
     }
     for (std::thread& thread : threads) thread.join();
+    if (!batch.shard_begin.empty()) {
+      std::copy_n(seen.view(0), result.output.size(), result.output.begin());
+    }
     result.counted_rows_per_expert = counts.rows_per_expert;
     return result;
   }
