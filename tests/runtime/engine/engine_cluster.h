@@ -9,6 +9,7 @@
 #include <barrier>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -116,7 +117,8 @@ class EngineCluster {
         static_cast<std::size_t>(engines_[0]->model().hidden) * runtime::DataTypeBytes(batch.dtype);
     BatchResult result;
     result.output.assign(batch.hidden.size(), std::byte{0xff});  // Poisoned.
-    const ManyMappings seen(batch.hidden, this->num_ranks());
+    std::optional<ManyMappings> seen;
+    if (!batch.shard_begin.empty()) seen.emplace(batch.hidden, this->num_ranks());
     result.statuses.resize(num_ranks);
     result.times.resize(num_ranks);
     result.matrices.resize(num_ranks);
@@ -134,9 +136,9 @@ class EngineCluster {
         const runtime::RowRange shard = ShardOfRank(batch, static_cast<int>(rank));
         runtime::ShardInput input = MakeInput(batch, shard, row_bytes);
         if (!batch.shard_begin.empty()) {
-          input.shared = {batch.shard_begin, seen.view(rank), batch.ids.data(),
+          input.shared = {batch.shard_begin, seen->view(rank), batch.ids.data(),
                           batch.weights.data()};
-          input.output = seen.view(rank) + static_cast<std::size_t>(shard.begin) * row_bytes;
+          input.output = seen->view(rank) + static_cast<std::size_t>(shard.begin) * row_bytes;
           input.hidden = input.output;
         }
         auto staged = engines_[rank]->Stage(input);
@@ -162,7 +164,7 @@ class EngineCluster {
         result.statuses[rank] =
             matrix.ok()
                 ? RunRank(batch, rank, counts_from == CountsFrom::kNobody ? nullptr : &*matrix,
-                          (batch.shard_begin.empty() ? result.output.data() : seen.view(rank)) +
+                          (batch.shard_begin.empty() ? result.output.data() : seen->view(rank)) +
                               static_cast<std::size_t>(shard.begin) * row_bytes,
                           &result.times[rank], &local_rows)
                 : matrix.status();
@@ -174,7 +176,7 @@ class EngineCluster {
     }
     for (std::thread& thread : threads) thread.join();
     if (!batch.shard_begin.empty()) {
-      std::copy_n(seen.view(0), result.output.size(), result.output.begin());
+      std::copy_n(seen->view(0), result.output.size(), result.output.begin());
     }
     result.counted_rows_per_expert = counts.rows_per_expert;
     return result;
