@@ -315,8 +315,9 @@ cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
   constexpr std::int64_t kFewRows = 8;
   std::int64_t pushed = 0;
   for (int r = 0; r < args.area.num_ranks; ++r) {
-    const bool known = r != args.area.rank && args.recv_rows[r] > 0;
-    pushed += known ? args.recv_rows[r] : 0;
+    if (r == args.area.rank) continue;
+    // Shards are alike: of a source that has not been counted here, as many rows as this rank's.
+    pushed += args.recv_rows[r] < 0 ? args.num_tokens : args.recv_rows[r];
   }
   const bool few =
       args.num_tokens <= kFewRows * args.reduce_blocks && pushed <= kFewRows * args.push_blocks;

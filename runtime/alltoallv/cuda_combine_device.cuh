@@ -32,11 +32,10 @@ __device__ inline ListedExpert LoadExpert(const CudaCombineArgs& args, const Are
 __device__ inline void LoadRowsFrom(const CudaCombineArgs& args, const AreaUse& use,
                                     int* rows_from) {
   if (threadIdx.x >= static_cast<unsigned>(args.area.num_ranks)) return;
-  const auto* counts = reinterpret_cast<const std::int32_t*>(
-      args.area.heap[args.area.rank] + use.byte_offset + args.area.layout.counts);
-  const int known = args.recv_rows[threadIdx.x];
-  // From L2: written by a peer.
-  rows_from[threadIdx.x] = known >= 0 ? known : __ldcg(counts + threadIdx.x);
+  const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
+  const auto source = static_cast<int>(threadIdx.x);
+  const int known = args.recv_rows[source];
+  rows_from[source] = known >= 0 ? known : CountedRows(own, args.area, source);
 }
 
 // A team's walk over the rows that peers sent, with the experts of the present and the next one on

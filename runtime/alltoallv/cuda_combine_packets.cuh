@@ -20,7 +20,7 @@ __device__ inline void LoadPacketsFrom(const CudaCombineArgs& args, const AreaUs
   std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
   const PacketHead head = PacketHead::Of(LoadPacket(HeadOf(own, args.area.layout, source)).data);
   if (head.as_packets == 0) return;
-  packets_from[source] = static_cast<int>(head.rows);
+  packets_from[source] = RowsOf(head, args.area.layout);
   rows_from[source] = 0;
 }
 

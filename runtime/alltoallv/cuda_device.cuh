@@ -22,6 +22,15 @@ __device__ inline std::uint64_t* FlagOf(std::byte* flags, int index) {
                                           static_cast<std::int64_t>(index) * kFlagStrideBytes);
 }
 
+// What a source says it has sent here; never more than it has places for, whatever it says. `area`:
+// this rank's, whose rows have places by source.
+__device__ inline int CountedRows(const std::byte* area, const AreaView& view, int source) {
+  // From L2: written by a peer.
+  const int rows =
+      __ldcg(reinterpret_cast<const std::int32_t*>(area + view.layout.counts) + source);
+  return min(max(rows, 0), static_cast<int>(view.layout.row_capacity / view.num_ranks));
+}
+
 inline constexpr unsigned kEagerPolls = 32;  // about 20 us
 inline constexpr unsigned kPauseNs = 200;
 

@@ -196,7 +196,7 @@ __device__ __noinline__ void ReceiveFrom(const CudaDispatchArgs& args, AreaUse u
   const int num_chunks = PacketChunk<kPayload>::CountOf(args);
   bool told = false;  // What comes.
   PacketHead head = {};
-  for (int i = first; !told || i < static_cast<int>(head.rows) * num_chunks; i += stride) {
+  for (int i = first; !told || i < RowsOf(head, layout) * num_chunks; i += stride) {
     const int row = i / num_chunks;
     const PacketChunk<kPayload> chunk(args, i % num_chunks);
     const Packet* packets = PacketRow(own, layout, source, row);
@@ -210,7 +210,7 @@ __device__ __noinline__ void ReceiveFrom(const CudaDispatchArgs& args, AreaUse u
       here = __all_sync(0xffffffffu, here);
       told = __all_sync(0xffffffffu, head_found.use == use.use);
       if (told) head = PacketHead::Of(head_found.data);
-      return here || (told && row >= static_cast<int>(head.rows));
+      return here || (told && row >= RowsOf(head, layout));
     };
     if (!WarpWaitUntil(ready, source, WaitStage::kDispatch, args.wait)) return;
     if (!here) break;
@@ -220,8 +220,7 @@ __device__ __noinline__ void ReceiveFrom(const CudaDispatchArgs& args, AreaUse u
   }
   if (first != 0 || threadIdx.x % kWarpSize != 0) return;
   if (head.as_packets != 0) {
-    reinterpret_cast<std::int32_t*>(own + layout.counts)[source] =
-        static_cast<std::int32_t>(head.rows);
+    reinterpret_cast<std::int32_t*>(own + layout.counts)[source] = RowsOf(head, layout);
   } else {
     WaitForArrivals(args, use, source);
   }

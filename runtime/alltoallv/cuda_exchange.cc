@@ -41,9 +41,13 @@ absl::Status Validate(const CudaExchangeConfig& config) {
   return absl::OkStatus();
 }
 
+// Raised when what ranks do to each other's heaps changes, though the layout may not.
+constexpr std::int64_t kHeapProtocol = 2;
+
 // Of everything that both sides of a mapping must have alike.
 std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& layout) {
   return DigestOfDeviceConfig(config.base)
+      .Add(kHeapProtocol)
       .Add(config.max_decode_tokens)
       .Add(config.packet_tokens)
       .Add(config.max_element_bytes)
@@ -149,8 +153,6 @@ absl::Status CudaExchange::AllocateLocals() {
     if (!decode) {
       EPS_ASSIGN_OR_RETURN(
           local->counts, CountsMailboxBuffer::Create(base.num_ranks, base.placement.num_experts()));
-    }
-    if (!decode) {
       EPS_ASSIGN_OR_RETURN(local->counted_offset, PinnedBuffer::Create((local_experts + 1) * 4));
     }
     locals_.push_back(std::move(local));
@@ -375,7 +377,9 @@ absl::Status CudaExchange::LayOutExperts(Path path, int slot, cudaStream_t strea
       static_cast<int>(config_.base.placement.num_local_experts(config_.base.rank));
   args.expert_index = local.expert_index.as<std::int32_t>();
   args.expert_offset = local.expert_offset.as<std::int32_t>();
-  args.host_expert_offset = local.counted_offset.as<std::int32_t>();
+  // A batch whose matrix the host has needs no trip there.
+  args.host_expert_offset =
+      local.recv_rows[0] < 0 ? local.counted_offset.as<std::int32_t>() : nullptr;
   return LaunchExpertLayout(args, stream);
 }
 

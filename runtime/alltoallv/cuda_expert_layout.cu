@@ -18,9 +18,8 @@ constexpr int kLayoutThreads = 512;
 constexpr int kLayoutWarps = kLayoutThreads / kWarpSize;
 
 __device__ std::int64_t RowsFrom(const std::int32_t* recv_rows, const std::byte* area,
-                                 const AreaLayout& layout, int source) {
-  if (recv_rows[source] >= 0) return recv_rows[source];
-  return reinterpret_cast<const std::int32_t*>(area + layout.counts)[source];
+                                 const AreaView& view, int source) {
+  return recv_rows[source] >= 0 ? recv_rows[source] : CountedRows(area, view, source);
 }
 
 // Sum over the block, the same in every thread.
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kLayoutThreads)
   const auto* ids = reinterpret_cast<const std::int32_t*>(own + args.area.layout.topk_ids);
   int below = 0;
   for (int s = 0; s < args.area.num_ranks; ++s) {
-    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area.layout, s) * args.topk;
+    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area, s) * args.topk;
     const std::int32_t* part = ids + static_cast<std::int64_t>(args.recv_base[s]) * args.topk;
     for (std::int64_t i = threadIdx.x; i < entries; i += kLayoutThreads) {
       below += part[i] >= 0 && part[i] < expert ? 1 : 0;
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kLayoutThreads)
   int next = BlockSum(below, scratch);
   if (threadIdx.x == 0) StoreOffset(args, expert, next);
   for (int s = 0; s < args.area.num_ranks; ++s) {
-    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area.layout, s) * args.topk;
+    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area, s) * args.topk;
     const std::int64_t first = static_cast<std::int64_t>(args.recv_base[s]) * args.topk;
     for (std::int64_t start = 0; start < entries; start += kLayoutThreads) {
       const std::int64_t i = start + threadIdx.x;
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(512) GatherKernel(const __grid_constant__ Gath
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int s = 0; s < args.area.num_ranks; ++s) {
-    const std::int64_t rows = RowsFrom(args.recv_rows, own, layout, s);
+    const std::int64_t rows = RowsFrom(args.recv_rows, own, args.area, s);
     for (std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * warps + threadIdx.x / kWarpSize;
          j < rows; j += static_cast<std::int64_t>(gridDim.x) * warps) {
       const std::int64_t row = args.recv_base[s] + j;

@@ -75,6 +75,11 @@ struct PacketHead {
   }
 };
 
+// Never more than there are places for, whatever the source says.
+__device__ inline int RowsOf(const PacketHead& head, const AreaLayout& layout) {
+  return static_cast<int>(min(static_cast<std::int64_t>(head.rows), layout.packet_capacity));
+}
+
 // `area`: of the rank that receives.
 __device__ inline Packet* HeadOf(std::byte* area, const AreaLayout& layout, int source) {
   return reinterpret_cast<Packet*>(area + layout.packet_heads + source * kFlagStrideBytes);

@@ -10,8 +10,8 @@
 // Combine's `out` may be where the shard's own rows stand, also in a shared batch, whose rows the
 // peers read in place: only ranks that a row is sent to read it, each has read all its rows when it
 // publishes its partials, and Combine writes its first byte once it has seen that of all of them.
-// Thread safety: as Exchange states; Create, OpenPeers and Seal come before
-// any batch.
+//
+// Thread safety: as Exchange states; Create, OpenPeers and Seal come before any batch.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
 

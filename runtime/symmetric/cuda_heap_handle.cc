@@ -109,7 +109,7 @@ absl::Status CheckHandle(const CudaHeapHandle& handle, int rank, const CudaHeapH
   }
   if (handle.layout_digest != own.layout_digest) {
     return Differs("layout_digest", handle.layout_digest, own.layout_digest,
-                   "start all workers with the same flags");
+                   "start all workers with the same flags and of the same build");
   }
   return absl::OkStatus();
 }

@@ -4,7 +4,9 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -18,6 +20,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -31,6 +34,8 @@ constexpr std::uint64_t kNothingMagic = kMagic + 2;
 constexpr std::uint64_t kRefusedMagic = kMagic + 3;  // a reply to another secret
 // A peer that connects and says nothing must not hold the server for longer than this.
 constexpr absl::Duration kAnswerTimeout = absl::Seconds(1);
+// How long a socket may be bound before it is listened to.
+constexpr absl::Duration kLongestStart = absl::Minutes(1);
 constexpr int kBacklog = 64;  // callers that wait; there are no more ranks
 
 struct Request {
@@ -81,25 +86,35 @@ absl::Status SetTimeouts(int fd, absl::Duration timeout, const std::string& addr
 }
 
 // epserve-<cluster_id>-<epoch>-<rank>.sock, exactly: a cluster's id may hold dashes too.
-bool IsSocketOf(std::string_view file, const std::string& prefix) {
+// `finished`: without the end that it has while ListenAtPath() is at work.
+bool IsSocketOf(std::string_view file, const std::string& prefix, bool* finished) {
   constexpr std::string_view kSuffix = ".sock";
+  const auto is_number = [](std::string_view text) {
+    return !text.empty() && text.find_first_not_of("0123456789") == text.npos;
+  };
+  const std::size_t tilde = file.rfind('~');
+  *finished = tilde == file.npos;
+  if (!*finished) {
+    if (!is_number(file.substr(tilde + 1))) return false;
+    file = file.substr(0, tilde);
+  }
   if (!file.starts_with(prefix) || !file.ends_with(kSuffix)) return false;
   file.remove_prefix(prefix.size());
   file.remove_suffix(kSuffix.size());
   const std::size_t dash = file.find('-');
-  const auto is_number = [](std::string_view text) {
-    return !text.empty() && text.find_first_not_of("0123456789") == text.npos;
-  };
   return dash != file.npos && is_number(file.substr(0, dash)) && is_number(file.substr(dash + 1));
 }
 
 // The path appears with a listener behind it: to ReclaimStaleSockets one that is bound and not yet
-// listened to would be a dead one's.
+// listened to would be a dead one's. Until then it has a name that nobody else takes.
 absl::Status ListenAtPath(int listener, const std::string& path) {
-  const std::string unfinished = absl::StrCat(path, "~");
+  std::uint16_t unique = 0;
+  if (::getrandom(&unique, sizeof(unique), 0) != static_cast<ssize_t>(sizeof(unique))) {
+    return SocketError("getrandom", path);
+  }
+  const std::string unfinished = absl::StrCat(path, "~", unique);
   sockaddr_un name;
   EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(unfinished, &name));
-  unlink(unfinished.c_str());  // A killed process's, of the same epoch and rank.
   if (bind(listener, reinterpret_cast<sockaddr*>(&name), length) != 0) {
     return SocketError("bind", unfinished);
   }
@@ -110,6 +125,12 @@ absl::Status ListenAtPath(int listener, const std::string& path) {
   }
   unlink(unfinished.c_str());
   return status;
+}
+
+bool IsOlderThan(const std::string& path, absl::Duration age) {
+  struct stat found {};
+  return ::stat(path.c_str(), &found) == 0 &&
+         absl::Now() - absl::TimeFromTimespec(found.st_mtim) > age;
 }
 
 bool SameUser(int fd) {
@@ -146,8 +167,10 @@ absl::StatusOr<int> ReclaimStaleSockets(const std::string& directory,
   const std::string prefix = absl::StrCat("epserve-", cluster_id, "-");
   int reclaimed = 0;
   while (const dirent* entry = ::readdir(opened.get())) {
-    if (!IsSocketOf(entry->d_name, prefix)) continue;
+    bool finished = false;
+    if (!IsSocketOf(entry->d_name, prefix, &finished)) continue;
     const std::string path = absl::StrCat(directory, "/", entry->d_name);
+    if (!finished && !IsOlderThan(path, kLongestStart)) continue;
     sockaddr_un name;
     EPS_ASSIGN_OR_RETURN(const socklen_t length, FillAddress(path, &name));
     const UniqueFd probe(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));

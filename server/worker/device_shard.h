@@ -31,10 +31,9 @@ class DeviceShard {
   std::span<const runtime::ShardDeviceRows> rows() const { return rows_; }
 
   // Leaves ids and weights to the engine, as part of rows(), or copies them to private memory and
-  // then validates those that lie on the device. Rows
-  // of a request that are wrong become a fault, name no expert where their ids were not known
-  // before, and weigh nothing. `ids` and `weights`: those of the shard that lie on the host, in
-  // their places.
+  // then validates those that lie on the device. Rows of a request that are wrong become a fault,
+  // name no expert where their ids were not known before, and weigh nothing. `ids` and `weights`:
+  // those of the shard that lie on the host, in their places.
   absl::Status TakeRouting(const Shard& shard, runtime::Engine& engine, const std::int32_t* ids,
                            const float* weights, std::vector<RegionFault>& faults);
   // After TakeRouting that brought any from the device; null before.

@@ -36,6 +36,12 @@ def test_every_port_listens_where_pods_are_reached():
                 assert {a.rpartition(":")[0] for a in addresses} == {host}
 
 
+def test_no_affinity_at_all_leaves_the_rule_that_pods_never_share_a_node():
+    values = chart.merged(chart.values("cpu"), {"workers": {"affinity": None}})
+    anti = chart.render(values).workers()["spec"]["affinity"]["podAntiAffinity"]
+    assert anti["requiredDuringSchedulingIgnoredDuringExecution"]
+
+
 def test_further_affinity_stands_beside_the_rule_that_pods_never_share_a_node(rendered):
     anti = rendered.workers()["spec"]["affinity"]["podAntiAffinity"]
     rules = anti["requiredDuringSchedulingIgnoredDuringExecution"]

@@ -1,5 +1,6 @@
 #include "runtime/symmetric/handle_socket.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -159,10 +160,17 @@ TEST(HandleSocketTest, SocketsOfTheDeadAreReclaimedAndNoOthers) {
   const std::string alive = HandleSocketAddress(directory, "mine", 7, 2);
   auto server = HandleServer::Start(alive, "s", MemoryWith("x"), 1);
   ASSERT_TRUE(server.ok()) << server.status();
+  const std::string given_up = abandon("mine", "~77");
+  const std::string starting = abandon("mine", "~78");
+  const timespec long_ago[2] = {{1, 0}, {1, 0}};
+  ASSERT_EQ(utimensat(AT_FDCWD, given_up.c_str(), long_ago, 0), 0);
   const auto reclaimed = ReclaimStaleSockets(directory, "mine");
   ASSERT_TRUE(reclaimed.ok()) << reclaimed.status();
-  EXPECT_EQ(*reclaimed, 1);
+  EXPECT_EQ(*reclaimed, 2);
   struct stat info;
+  EXPECT_NE(stat(given_up.c_str(), &info), 0);
+  EXPECT_EQ(stat(starting.c_str(), &info), 0);
+  unlink(starting.c_str());
   EXPECT_NE(stat(dead.c_str(), &info), 0);
   EXPECT_EQ(stat(other.c_str(), &info), 0);
   EXPECT_EQ(stat(stranger.c_str(), &info), 0);

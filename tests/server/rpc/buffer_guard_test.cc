@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <string>
@@ -27,7 +28,9 @@ class Ended {
   }
   std::vector<std::string> WaitFor(std::size_t count) {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return peers_.size() >= count; });
+    const bool came =
+        changed_.wait_for(lock, std::chrono::seconds(20), [&] { return peers_.size() >= count; });
+    EXPECT_TRUE(came) << peers_.size() << " connections were ended, not " << count;
     return peers_;
   }
 

@@ -61,7 +61,7 @@ spec:
 {{- $_ := set $labels "app.kubernetes.io/component" "worker" -}}
 {{- $selector := dict "matchLabels" $labels -}}
 {{- $apart := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" $selector -}}
-{{- $affinity := deepCopy .Values.workers.affinity -}}
+{{- $affinity := deepCopy (.Values.workers.affinity | default dict) -}}
 {{- $anti := get $affinity "podAntiAffinity" | default dict -}}
 {{- $rule := "requiredDuringSchedulingIgnoredDuringExecution" -}}
 {{- $_ := set $anti $rule (append (get $anti $rule | default list) $apart) -}}
