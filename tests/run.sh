@@ -132,10 +132,9 @@ run_asan() {
     tests/e2e/test_bad_requests.py tests/e2e/test_batching.py tests/e2e/test_metrics.py || true
 }
 
-# Of what has threads of its own: the control plane, the client and the exchange between workers,
-# but not the state machine, which has none.
-tsan_folders=(tests/server tests/client tests/runtime/alltoallv tests/runtime/symmetric
-  tests/runtime/engine)
+# Of what has threads of its own: the control plane and the exchange between workers, but not the
+# state machine, which has none.
+tsan_folders=(tests/server tests/runtime/alltoallv tests/runtime/symmetric tests/runtime/engine)
 
 run_tsan() {
   export TSAN_OPTIONS="suppressions=$PWD/tests/support/tsan.supp:halt_on_error=1:history_size=7"

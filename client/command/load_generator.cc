@@ -57,7 +57,7 @@ class Recorder {
       }
     }
     absl::MutexLock lock(&mutex_);
-    last_end_ = now;
+    last_end_ = std::max(last_end_, now);
     if (!status.ok()) {
       result_.first_message.emplace(absl::StatusCodeToString(sample.code),
                                     std::string(status.message()));

@@ -104,6 +104,9 @@ void AsyncCall::Done(bool) {
     attempts = attempt_;
   }
   const InferCallback done = std::exchange(done_, nullptr);
+  // Nothing of gRPC's reads the request any more; its tensors' memory may be written by `done`.
+  message_.Clear();
+  context_.reset();
   if (!status->ok()) return done(*status);
   auto result = ResultOf(expected_, std::move(reply_), std::move(spare_));
   if (result.ok()) result->attempts = attempts;

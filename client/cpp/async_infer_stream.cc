@@ -51,6 +51,10 @@ class StreamCall final : public std::enable_shared_from_this<StreamCall> {
       return absl::UnavailableError(
           absl::StrCat("infer stream: it has ended", end_.ok() ? "" : ": ", end_.message()));
     }
+    if (max_under_way_ == 0) {
+      return absl::InvalidArgumentError(
+          "infer stream: max_under_way 0 is below 1: nothing could be sent; open it with more");
+    }
     if (owed_.size() >= max_under_way_) {
       return absl::ResourceExhaustedError(
           absl::StrCat("infer stream: ", owed_.size(),

@@ -129,15 +129,15 @@ absl::Status StreamError(const inference::ModelStreamInferResponse& message) {
 
 }  // namespace
 
-absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer&& reply,
                                      TensorBytes spare) {
   ResponseParts parts;
   EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
   return FromMessage(expected, parts.message, std::move(parts.raw));
 }
 
-absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
-                                             TensorBytes spare) {
+absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected,
+                                             grpc::ByteBuffer&& reply, TensorBytes spare) {
   StreamedParts parts;
   EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
   if (!parts.message.error_message().empty()) return StreamError(parts.message);

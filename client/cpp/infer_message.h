@@ -28,13 +28,13 @@ struct ExpectedOutput {
 ExpectedOutput ExpectedOf(const InferRequest& request);
 
 // From ModelInfer's reply; `spare` as of Parse. INTERNAL: the answer is not what was asked for.
-absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
+absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer&& reply,
                                      TensorBytes spare);
 
 // As above, from a message of ModelStreamInfer; or the error that it carries in place of an answer,
 // UNKNOWN where the server does not say which code it is (parameter epserve_error_code).
-absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected, grpc::ByteBuffer reply,
-                                             TensorBytes spare);
+absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected,
+                                             grpc::ByteBuffer&& reply, TensorBytes spare);
 
 }  // namespace epserve::client
 

@@ -148,7 +148,7 @@ grpc::ByteBuffer Serialize(const RequestParts& request) {
   return grpc::ByteBuffer(slices.data(), slices.size());
 }
 
-absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, ResponseParts* parts) {
+absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, ResponseParts* parts) {
   *parts = {};
   bool whole = false;
   if (bytes.Valid() && bytes.Length() <= kCopiedBytes) {
@@ -160,10 +160,11 @@ absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, ResponseParts* par
             parts->message.ParseFromString(pieces.rest);
     parts->raw = std::move(pieces.raw);
   }
+  bytes.Clear();
   return whole ? absl::OkStatus() : Malformed("ModelInferResponse");
 }
 
-absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, StreamedParts* parts) {
+absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, StreamedParts* parts) {
   *parts = {};
   bool whole = false;
   if (bytes.Valid() && bytes.Length() <= kCopiedBytes) {
@@ -180,6 +181,7 @@ absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, StreamedParts* par
             parts->message.mutable_infer_response()->ParseFromString(pieces.rest);
     parts->raw = std::move(pieces.raw);
   }
+  bytes.Clear();
   return whole ? absl::OkStatus() : Malformed("ModelStreamInferResponse");
 }
 

@@ -30,9 +30,10 @@ using StreamedParts = MessageParts<inference::ModelStreamInferResponse>;
 grpc::ByteBuffer Serialize(const RequestParts& request);
 
 // INTERNAL: the bytes are no such message. Its raw entries are copied once, the first large one to
-// the memory of `spare` if that will do.
-absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, ResponseParts* parts);
-absl::Status Parse(grpc::ByteBuffer bytes, TensorBytes spare, StreamedParts* parts);
+// the memory of `spare` if that will do. The buffer is given back to gRPC; by reference, because
+// gRPC's has no move, and a copy takes a share of every slice.
+absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, ResponseParts* parts);
+absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, StreamedParts* parts);
 
 }  // namespace epserve::client
 

@@ -77,7 +77,7 @@ TensorBytes::~TensorBytes() {
 
 TensorMemory::TensorMemory(std::size_t size_bytes) : TensorMemory(size_bytes, TensorBytes()) {}
 
-TensorMemory::TensorMemory(std::size_t size_bytes, TensorBytes spare) : bytes_(std::move(spare)) {
+TensorMemory::TensorMemory(std::size_t size_bytes, TensorBytes&& spare) : bytes_(std::move(spare)) {
   TensorBytes::Block* const block = bytes_.block_;
   const bool fits = block != nullptr && block->capacity >= size_bytes && block->HasOneHolder();
   if (!fits) {

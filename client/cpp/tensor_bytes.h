@@ -64,7 +64,7 @@ class TensorMemory {
   // What is in it is undefined.
   explicit TensorMemory(std::size_t size_bytes);
   // In the memory of `spare`, if it is large enough and nobody else holds it; else as above.
-  TensorMemory(std::size_t size_bytes, TensorBytes spare);
+  TensorMemory(std::size_t size_bytes, TensorBytes&& spare);
   TensorMemory(TensorMemory&&) noexcept = default;
   TensorMemory& operator=(TensorMemory&&) noexcept = default;
 

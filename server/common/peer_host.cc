@@ -15,6 +15,7 @@ constexpr std::size_t kNetworkBytes = 8;  // of an IPv6 address: what one custom
 // The text of the /64 network that holds `address`; of an IPv4 address in IPv6's form, that
 // address; empty: it is no IPv6 address.
 std::string NetworkOf(std::string_view address) {
+  address = address.substr(0, address.find('%'));  // Without the link of a link-local one.
   in6_addr parsed{};
   if (::inet_pton(AF_INET6, std::string(address).c_str(), &parsed) != 1) return "";
   std::array<char, INET6_ADDRSTRLEN> text{};

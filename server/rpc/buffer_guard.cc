@@ -60,15 +60,20 @@ void BufferGuard::AwaitMessage() {
 
 void BufferGuard::Run() {
   std::unique_lock lock(mutex_);
+  auto looked_at = std::chrono::steady_clock::now();
   while (!stopping_) {
     if (half_messages_.held_bytes() > limit_.max_bytes / kPressingShare) {
       changed_.wait_for(lock, kOften, [this] { return stopping_; });
     } else if (changed_.wait_for(lock, kSeldom, [this] { return stopping_ || begun_.load(); })) {
       changed_.wait_for(lock, kSoon, [this] { return stopping_; });
       begun_.store(false);
-      if (num_awaiting_.load() == 0) continue;  // as nearly always: messages come with their calls
+      // As nearly always: messages come with their calls. Other calls' later ones are due all the
+      // same.
+      const bool due = std::chrono::steady_clock::now() - looked_at >= kSeldom;
+      if (num_awaiting_.load() == 0 && !due) continue;
     }
     if (stopping_) break;
+    looked_at = std::chrono::steady_clock::now();
     lock.unlock();
     Look();
     lock.lock();
@@ -76,6 +81,7 @@ void BufferGuard::Run() {
 }
 
 void BufferGuard::Look() {
+  half_messages_.TakeReads();
   std::vector<HalfMessages::Received> connections;
   for (const int port : ports_) {
     std::vector<HalfMessages::Received> more = ReceivedBytes(port);

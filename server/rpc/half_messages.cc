@@ -1,5 +1,7 @@
 #include "server/rpc/half_messages.h"
 
+#include <utility>
+
 namespace epserve::server {
 namespace {
 
@@ -23,6 +25,13 @@ std::shared_ptr<HalfMessages::Reader> HalfMessages::ReaderOf(const std::string& 
   return connection.reader;
 }
 
+void HalfMessages::TakeReads() {
+  const std::lock_guard lock(mutex_);
+  for (auto& [peer, connection] : connections_) {
+    connection.taken_bytes += connection.reader->read_bytes_.exchange(0, std::memory_order_relaxed);
+  }
+}
+
 std::optional<HalfMessages::Holder> HalfMessages::Look(const std::vector<Received>& connections,
                                                        std::uint64_t max_bytes) {
   const std::lock_guard lock(mutex_);
@@ -37,8 +46,7 @@ std::optional<HalfMessages::Holder> HalfMessages::Look(const std::vector<Receive
       connection.ended = false;
     }
     const std::uint64_t has = connection.held_bytes + now.num_bytes - connection.received_bytes;
-    const std::uint64_t read =
-        connection.reader->read_bytes_.exchange(0, std::memory_order_relaxed);
+    const std::uint64_t read = std::exchange(connection.taken_bytes, 0);
     // Never below: what is allowed for too much now must not count for later.
     connection.held_bytes = has > read && connection.reader->num_calls_.load() > 0 ? has - read : 0;
     connection.received_bytes = now.num_bytes;

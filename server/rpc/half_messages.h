@@ -35,7 +35,7 @@ class HalfMessages {
    private:
     friend class HalfMessages;
     std::atomic<int> num_calls_{0};
-    std::atomic<std::uint64_t> read_bytes_{0};  // since the last look, with what is allowed for
+    std::atomic<std::uint64_t> read_bytes_{0};  // not taken yet, with what is allowed for
   };
 
   // The reader of the connection of `peer`, the same for all its calls.
@@ -49,6 +49,10 @@ class HalfMessages {
     std::string peer;
     std::uint64_t num_bytes = 0;
   };
+  // Takes over what has been read until now. To be called before a look's `connections` are
+  // gathered: what comes and is read after this is held in that look's eyes, and no more in the
+  // next one's; the other way round it would be held for good.
+  void TakeReads();
   // Takes note of all connections that there are. Where they hold more than `max_bytes` together,
   // returns the one that holds most, which the caller then ends: it counts no more.
   std::optional<Holder> Look(const std::vector<Received>& connections, std::uint64_t max_bytes);
@@ -60,7 +64,8 @@ class HalfMessages {
     std::shared_ptr<Reader> reader = std::make_shared<Reader>();
     std::uint64_t received_bytes = 0;  // at the last look, as the next
     std::uint64_t held_bytes = 0;
-    std::uint64_t seen_at = 0;  // number of the last look that found it
+    std::uint64_t taken_bytes = 0;  // read, and not yet held against what has come
+    std::uint64_t seen_at = 0;      // number of the last look that found it
     bool ended = false;
   };
 

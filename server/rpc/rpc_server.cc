@@ -218,8 +218,9 @@ class RpcServer::Call final : public ServerCall {
     } else if (const absl::Status admitted = Admit(found->second); !admitted.ok()) {
       Finish(ToGrpcStatus(admitted));
     } else {
-      if (loop_->state()->buffer_guard)
+      if (loop_->state()->buffer_guard) {
         buffered_.emplace(loop_->state()->buffer_guard.get(), peer_);
+      }
       handler_ = found->second.make_handler(this);
       place_ = loop_->calls().insert(loop_->calls().end(), this);
     }

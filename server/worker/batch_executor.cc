@@ -19,9 +19,8 @@ constexpr std::int32_t kSmallRows = 16;
 
 // Where the counts are still to come, this rank's rows tell of the others': shards are even.
 bool IsSmall(const Shard& shard) {
-  if (!shard.counts.has_value()) return shard.num_tokens <= kSmallRows;
-  return shard.num_tokens <= kSmallRows &&
-         std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
+  if (shard.num_tokens > kSmallRows || !shard.counts) return shard.num_tokens <= kSmallRows;
+  return std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
                      [](std::int32_t rows) { return rows <= kSmallRows; });
 }
 
@@ -76,6 +75,7 @@ bool BatchExecutor::AbortLocked() {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = *slots_[i];
     slot.queued.reset();
+    slot.has_work.Lower();
     if (slot.running && slot.running->holder != Holder::kThread) {
       engine_->Discard(static_cast<int>(i));  // No thread is in it.
       EndBatch(slot);
@@ -147,7 +147,7 @@ void BatchExecutor::Submit(Shard shard) {
       place->counts_known = shard.counts.has_value() || shard.device_counts;
       place->may_park = runs_here;
       place->shard = std::move(shard);
-      if (!runs_here) taken->has_queued.Raise();
+      if (!runs_here) taken->has_work.Raise();
     }
   }
   if (runs_here) return RunTaken(index);
@@ -162,7 +162,8 @@ void BatchExecutor::Submit(Shard shard) {
 }
 
 // A small batch that waits for nothing but its peers, or parks where it waits for the counts, while
-// nothing else is held: the others' shards would wait behind it.
+// nothing else is held: the others' shards would wait behind it. It never waits for `changed`,
+// which is thereby the slot's thread's alone.
 bool BatchExecutor::MayRunHere(const Shard& shard) const {
   return state_ == EpochState::kRunning && engine_->runs_on_any_thread() && IsSmall(shard) &&
          !shard.separate_triggers && shard.sources.empty() && shard.targets.empty() &&
@@ -225,6 +226,7 @@ void BatchExecutor::SetCounts(CountsKnown known) {
   const bool parked = batch->holder == Holder::kNobody;
   const bool runs_here = parked && IdleBut(slot);
   if (parked) batch->holder = runs_here ? Holder::kThread : Holder::kSlotsNext;
+  if (parked && !runs_here) slot->has_work.Raise();
   lock.unlock();
   if (runs_here) return RunTaken(batch->shard.slot);
   slot->changed.notify_one();
@@ -260,17 +262,15 @@ void BatchExecutor::RunSlot(int index) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     lock.unlock();
-    slot.has_queued.LookFor(config_.busy_poll);
+    slot.has_work.LookFor(config_.busy_poll);
     lock.lock();
     slot.changed.wait(lock, [&] {
       return stopping_ || (slot.running ? slot.running->holder == Holder::kSlotsNext
                                         : slot.queued && state_ == EpochState::kRunning);
     });
     if (stopping_) return;
-    if (!slot.running) {
-      slot.running = std::move(slot.queued);
-      slot.has_queued.Lower();
-    }
+    if (!slot.running) slot.running = std::move(slot.queued);
+    if (!slot.queued) slot.has_work.Lower();
     slot.running->holder = Holder::kThread;
     lock.unlock();
     Execute(index, *slot.running);

@@ -127,7 +127,7 @@ class BatchExecutor {
 
   struct Slot {
     std::condition_variable changed;
-    LookedForFlag has_queued;
+    LookedForFlag has_work;
     std::unique_ptr<Batch> queued;   // Guarded by mutex_, as all here.
     std::unique_ptr<Batch> running;  // Only its flags, holder and counts are guarded.
     DeviceShard on_device;           // Of the thread that runs the batch alone.

@@ -76,9 +76,11 @@ void AddEngineFlags(CLI::App& app, Options& options) {
       ->envname("EPSERVE_LEAVE_TIMEOUT_MS")
       ->check(CLI::Range(std::int64_t{0}, std::int64_t{86'400'000}))
       ->capture_default_str();
-  app.add_option("--busy-poll-us", options.busy_poll_us,
-                 "How long to look for the coordinator's next message, and for peers' rows (host), "
-                 "before sleeping, microseconds; above 0 it keeps a core busy")
+  app.add_option(
+         "--busy-poll-us", options.busy_poll_us,
+         "How long to look for the coordinator's next message, for a slot's next batch, and "
+         "for peers' rows (host), before sleeping, microseconds; above 0 it keeps a core, "
+         "and one a slot, busy")
       ->envname("EPSERVE_BUSY_POLL_US")
       ->check(CLI::Range(0, runtime::kMaxBusyPollUs))
       ->capture_default_str();

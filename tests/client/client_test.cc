@@ -278,6 +278,25 @@ TEST_F(ClientTest, CancelEndsTheWaitBeforeARetry) {
   EXPECT_EQ(service_.calls(), 1);
 }
 
+TEST_F(ClientTest, MemoryOfARequestMayBeWrittenAgainInItsCallback) {
+  service_.set_handler(FakeService::Echo);
+  InferenceClient client = Client();
+  InferRequest request = Request();
+  request.topk_ids.reset();
+  request.topk_weights.reset();
+  request.hidden_states.shape = {8192, 2};
+  request.hidden_states.bytes = std::string(8192 * 2 * 4, 'x');
+  const char* const place = request.hidden_states.bytes.data();
+  std::promise<bool> same;
+  const auto call = client.InferAsync(request, [&](const absl::StatusOr<InferResult>& result) {
+    EXPECT_TRUE(result.ok()) << result.status();
+    TensorBytes& bytes = request.hidden_states.bytes;
+    TensorMemory again(bytes.size(), std::move(bytes));
+    same.set_value(again.data() == place);
+  });
+  EXPECT_TRUE(same.get_future().get());
+}
+
 TEST_F(ClientTest, CallOutlivesItsClient) {
   std::promise<absl::StatusOr<InferResult>> promise;
   {

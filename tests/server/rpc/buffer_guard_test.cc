@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "tests/support/loopback.h"
@@ -74,6 +76,22 @@ TEST_F(BufferGuardTest, WhoseMessagesAreReadMaySendAnyAmount) {
   second_.Send(kMaxBytes + 1);
   EXPECT_EQ(ended_.WaitFor(1), std::vector{second_.peer});
   EXPECT_TRUE(IsOpen(first_));
+}
+
+TEST_F(BufferGuardTest, LaterMessageIsFoundWhileOthersCallsComeAndGo) {
+  BufferGuard::Call stream(&guard_, first_.peer);
+  stream.OnMessage(10);
+  first_.Send(kMaxBytes + 100'000);
+  std::atomic<bool> found = false;
+  std::thread others([&] {
+    while (!found) {
+      BufferGuard::Call(&guard_, second_.peer).OnMessage(10);
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));  // a caller's pace
+    }
+  });
+  EXPECT_EQ(ended_.WaitFor(1), std::vector{first_.peer});
+  found = true;
+  others.join();
 }
 
 TEST_F(BufferGuardTest, LaterMessageOfAStreamIsWatchedToo) {

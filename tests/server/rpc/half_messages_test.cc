@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 namespace epserve::server {
 namespace {
@@ -17,13 +19,20 @@ std::shared_ptr<HalfMessages::Reader> Call(HalfMessages& half, const std::string
   return reader;
 }
 
+std::optional<HalfMessages::Holder> Look(HalfMessages& half,
+                                         const std::vector<HalfMessages::Received>& connections,
+                                         std::uint64_t max_bytes) {
+  half.TakeReads();
+  return half.Look(connections, max_bytes);
+}
+
 TEST(HalfMessagesTest, WhatWasReadIsNotHeld) {
   HalfMessages half;
   const auto reader = Call(half, "a");
-  EXPECT_FALSE(half.Look({{"a", 3 * kMiB}}, 10 * kMiB).has_value());
+  EXPECT_FALSE(Look(half, {{"a", 3 * kMiB}}, 10 * kMiB).has_value());
   EXPECT_EQ(half.held_bytes(), 3 * kMiB);
   reader->OnMessage(5 * kMiB);
-  half.Look({{"a", 5 * kMiB + 200}}, 10 * kMiB);
+  Look(half, {{"a", 5 * kMiB + 200}}, 10 * kMiB);
   EXPECT_EQ(half.held_bytes(), 0) << "headers and framing are allowed for";
 }
 
@@ -31,13 +40,13 @@ TEST(HalfMessagesTest, WhoHoldsMostIsNamedOnceTheyHoldTooMuchTogether) {
   HalfMessages half;
   const auto a = Call(half, "a");
   const auto b = Call(half, "b");
-  EXPECT_FALSE(half.Look({{"a", 4 * kMiB}, {"b", 5 * kMiB}}, 10 * kMiB).has_value());
-  const auto holder = half.Look({{"a", 4 * kMiB}, {"b", 7 * kMiB}}, 10 * kMiB);
+  EXPECT_FALSE(Look(half, {{"a", 4 * kMiB}, {"b", 5 * kMiB}}, 10 * kMiB).has_value());
+  const auto holder = Look(half, {{"a", 4 * kMiB}, {"b", 7 * kMiB}}, 10 * kMiB);
   ASSERT_TRUE(holder.has_value());
   EXPECT_EQ(holder->peer, "b");
   EXPECT_EQ(holder->num_bytes, 7 * kMiB);
   EXPECT_EQ(half.held_bytes(), 4 * kMiB);
-  EXPECT_FALSE(half.Look({{"a", 4 * kMiB}, {"b", 8 * kMiB}}, 10 * kMiB).has_value())
+  EXPECT_FALSE(Look(half, {{"a", 4 * kMiB}, {"b", 8 * kMiB}}, 10 * kMiB).has_value())
       << "it is being ended";
 }
 
@@ -45,19 +54,19 @@ TEST(HalfMessagesTest, WhatAConnectionHeldGoesWithIt) {
   HalfMessages half;
   Call(half, "a");
   const auto b = Call(half, "b");
-  half.Look({{"a", 20 * kMiB}, {"b", 0}}, 30 * kMiB);
-  EXPECT_FALSE(half.Look({{"b", 1}}, 10 * kMiB).has_value());
+  Look(half, {{"a", 20 * kMiB}, {"b", 0}}, 30 * kMiB);
+  EXPECT_FALSE(Look(half, {{"b", 1}}, 10 * kMiB).has_value());
   EXPECT_EQ(half.held_bytes(), 1);
   Call(half, "a");
-  half.Look({{"a", 7}, {"b", 1}}, 10 * kMiB);
+  Look(half, {{"a", 7}, {"b", 1}}, 10 * kMiB);
   EXPECT_EQ(half.held_bytes(), 8) << "another connection of the same port";
 }
 
 TEST(HalfMessagesTest, ConnectionThatReplacesAnotherUnseenBeginsAnew) {
   HalfMessages half;
   Call(half, "a");
-  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
-  half.Look({{"a", 2 * kMiB}}, 30 * kMiB);
+  Look(half, {{"a", 20 * kMiB}}, 30 * kMiB);
+  Look(half, {{"a", 2 * kMiB}}, 30 * kMiB);
   EXPECT_EQ(half.held_bytes(), 2 * kMiB);
 }
 
@@ -67,35 +76,46 @@ TEST(HalfMessagesTest, SmallMessagesAreNoCreditForALargeHalf) {
   std::uint64_t received = 0;
   for (int look = 0; look < 100; ++look) {
     for (int i = 0; i < 1000; ++i) reader->OnMessage(1);
-    half.Look({{"a", received += 100'000}}, 10 * kMiB);
+    Look(half, {{"a", received += 100'000}}, 10 * kMiB);
     ASSERT_EQ(half.held_bytes(), 0);
   }
-  EXPECT_TRUE(half.Look({{"a", received + 11 * kMiB}}, 10 * kMiB).has_value());
+  EXPECT_TRUE(Look(half, {{"a", received + 11 * kMiB}}, 10 * kMiB).has_value());
 }
 
 TEST(HalfMessagesTest, ConnectionThatALookDidNotFindYetKeepsItsReader) {
   HalfMessages half;
   const auto old = Call(half, "old");
   const auto reader = Call(half, "new");
-  half.Look({{"old", 1}}, kMiB);
+  Look(half, {{"old", 1}}, kMiB);
   reader->OnMessage(3 * kMiB);
-  half.Look({{"old", 1}, {"new", 3 * kMiB}}, kMiB);
+  Look(half, {{"old", 1}, {"new", 3 * kMiB}}, kMiB);
   EXPECT_EQ(half.held_bytes(), 1);
 }
 
 TEST(HalfMessagesTest, WhatCameForNobodyCountsNotOnceNoCallIsUnderWay) {
   HalfMessages half;
   const auto reader = Call(half, "a");
-  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  Look(half, {{"a", 20 * kMiB}}, 30 * kMiB);
   EXPECT_EQ(half.held_bytes(), 20 * kMiB);
   reader->OnCallEnds();  // Without its message: it was cancelled.
-  half.Look({{"a", 20 * kMiB}}, 30 * kMiB);
+  Look(half, {{"a", 20 * kMiB}}, 30 * kMiB);
   EXPECT_EQ(half.held_bytes(), 0);
-  half.Look({{"a", 90 * kMiB}}, 30 * kMiB);  // Of calls that were refused.
+  Look(half, {{"a", 90 * kMiB}}, 30 * kMiB);  // Of calls that were refused.
   EXPECT_EQ(half.held_bytes(), 0);
   reader->OnCallBegins();
-  half.Look({{"a", 95 * kMiB}}, 30 * kMiB);
+  Look(half, {{"a", 95 * kMiB}}, 30 * kMiB);
   EXPECT_EQ(half.held_bytes(), 5 * kMiB);
+}
+
+TEST(HalfMessagesTest, WhatIsReadDuringALookIsHeldNoLongerThanToTheNext) {
+  HalfMessages half;
+  const auto call = Call(half, "a");
+  half.TakeReads();
+  call->OnMessage(5 * kMiB);  // It came after that, too, and the socket knows of it.
+  half.Look({{"a", 5 * kMiB}}, 10 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 5 * kMiB);
+  Look(half, {{"a", 5 * kMiB}}, 10 * kMiB);
+  EXPECT_EQ(half.held_bytes(), 0u);
 }
 
 TEST(HalfMessagesTest, CallsOfOneConnectionHaveOneReader) {
