@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -14,7 +15,7 @@ namespace {
 
 TensorBytes Filled(std::size_t size, char value) {
   TensorMemory memory(size);
-  std::memset(memory.data(), value, size);
+  std::fill_n(memory.data(), size, value);
   return memory;
 }
 
