@@ -102,11 +102,11 @@ void AsyncCall::Done(bool) {
     if (!status) return;
     self = std::move(self_);
     attempts = attempt_;
+    context_.reset();  // Under the lock: Cancel() may be looking at it.
   }
   const InferCallback done = std::exchange(done_, nullptr);
   // Nothing of gRPC's reads the request any more; its tensors' memory may be written by `done`.
   message_.Clear();
-  context_.reset();
   if (!status->ok()) return done(*status);
   auto result = ResultOf(expected_, std::move(reply_), std::move(spare_));
   if (result.ok()) result->attempts = attempts;
