@@ -85,16 +85,12 @@ RegionRows RowsIn(const RegionWindow& window, const PartRows& rows, std::int64_t
           rows.first_row, rows.num};
 }
 
-bool InCuda(const RegionWindow& window) {
-  return window.region != nullptr && window.region->is_cuda();
-}
-
 // How many of the rows lie in CUDA memory, or go there.
 std::int64_t NumRowsIn(RegionWindow KeptPart::*window, runtime::RowRange rows,
                        const KeptBatch& batch) {
   std::int64_t count = 0;
   for (const KeptPart& part : batch.parts) {
-    if (!InCuda(part.*window)) continue;
+    if (!InCuda((part.*window).region.get())) continue;
     count += std::max<std::int64_t>(
         std::min(rows.end, part.rows.end) - std::max(rows.begin, part.rows.begin), 0);
   }
@@ -103,7 +99,7 @@ std::int64_t NumRowsIn(RegionWindow KeptPart::*window, runtime::RowRange rows,
 
 std::optional<server::DevicePlace> PlaceIn(const RegionWindow& window, std::int64_t from,
                                            std::int64_t row_bytes) {
-  if (!InCuda(window)) return std::nullopt;
+  if (!InCuda(window.region.get())) return std::nullopt;
   return server::DevicePlace{window.region->info().id,
                              window.offset_bytes + static_cast<std::uint64_t>(from * row_bytes)};
 }
@@ -134,11 +130,11 @@ void PlaceRows(const PartRows& rows, bool direct, KeptBatch& batch, KeptPart& pa
   const std::int64_t bytes = rows.num * batch.row_bytes;
   std::int64_t& counted = direct ? batch.direct_bytes : batch.copied_bytes;
   PlaceOnDevice(rows, batch, part, shard);
-  if (part.output.region != nullptr && !InCuda(part.output)) {
+  if (part.output.region != nullptr && !InCuda(part.output.region.get())) {
     counted += bytes;
     if (direct) shard.targets.push_back(RowsIn(part.output, rows, batch.row_bytes));
   }
-  if (part.source.region == nullptr || InCuda(part.source)) return;
+  if (part.source.region == nullptr || InCuda(part.source.region.get())) return;
   counted += bytes;
   if (direct) {
     shard.sources.push_back(RowsIn(part.source, rows, batch.row_bytes));
@@ -305,7 +301,8 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
   ShareRows(batch, shards);
   for (const KeptPart& part : batch.parts) {
     for (const RegionWindow* window : {&part.source, &part.output}) {
-      if (window->region != nullptr && !InCuda(*window)) regions_.Named(window->region);
+      if (window->region != nullptr && !InCuda(window->region.get()))
+        regions_.Named(window->region);
     }
   }
   return shards;
@@ -440,7 +437,7 @@ absl::Status BatchStore::Deliver(const KeptBatch& batch, const KeptPart& part,
                                  std::span<char> out) {
   if (!part.fault.ok()) return part.fault;
   if (part.output.region == nullptr) return CopyRows(batch, part.rows, out);
-  if (InCuda(part.output)) return absl::OkStatus();
+  if (InCuda(part.output.region.get())) return absl::OkStatus();
   return ForEachPiece(batch, part.rows,
                       [&](std::size_t rank, std::int64_t at, std::span<const char> rows) {
                         if (batch.direct[rank]) return absl::OkStatus();

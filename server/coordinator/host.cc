@@ -30,13 +30,9 @@ RowType RowTypeOf(runtime::DataType type) {
   }
 }
 
-bool IsOnDevice(const RegionWindow& window) {
-  return window.region != nullptr && window.region->is_cuda();
-}
-
 // Rows in clients' CUDA memory are not copied here, however many they are.
 bool IsLarge(const ValidatedRequest& request) {
-  if (IsOnDevice(request.source) && IsOnDevice(request.output)) return false;
+  if (InCuda(request.source.region.get()) && InCuda(request.output.region.get())) return false;
   return request.output_bytes >= kLargeBytes;
 }
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -50,13 +51,19 @@ bool IsBoundTo(int fd, std::string_view address, int port) {
          ntohs(reinterpret_cast<const sockaddr_in6*>(&storage)->sin6_port) == port;
 }
 
-bool MayBeInHandshake(int fd) {
+// Nothing: the system does not tell.
+std::optional<tcp_info> InfoOf(int fd) {
   tcp_info info{};
   socklen_t size = sizeof(info);
-  return ::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 &&
-         info.tcpi_last_data_recv <= kHandshakeRecentMs &&
-         info.tcpi_bytes_received <= kMaxHandshakeBytes &&
-         info.tcpi_data_segs_in <= kMaxHandshakeSegments;
+  if (::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return std::nullopt;
+  return info;
+}
+
+bool MayBeInHandshake(int fd) {
+  const std::optional<tcp_info> info = InfoOf(fd);
+  return info.has_value() && info->tcpi_last_data_recv <= kHandshakeRecentMs &&
+         info->tcpi_bytes_received <= kMaxHandshakeBytes &&
+         info->tcpi_data_segs_in <= kMaxHandshakeSegments;
 }
 
 // As gRPC names it; empty: it has none any more.
@@ -101,11 +108,10 @@ void EndConnections(const std::string& address, int port) {
 std::vector<HalfMessages::Received> ReceivedBytes(int port) {
   std::vector<HalfMessages::Received> connections;
   ForEachConnection("", port, [&connections](int fd) {
-    tcp_info info{};
-    socklen_t size = sizeof(info);
-    if (::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return;
+    const std::optional<tcp_info> info = InfoOf(fd);
+    if (!info.has_value()) return;
     if (std::string peer = PeerOf(fd); !peer.empty()) {
-      connections.push_back({std::move(peer), info.tcpi_bytes_received});
+      connections.push_back({std::move(peer), info->tcpi_bytes_received});
     }
   });
   return connections;

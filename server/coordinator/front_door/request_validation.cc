@@ -290,11 +290,6 @@ absl::Status CopyTensor(const Tensor& tensor, void* destination) {
   return absl::OkStatus();
 }
 
-// Of memory that is not read here: workers read it once the batch starts.
-bool InCuda(const Tensor& tensor) {
-  return tensor.source.region != nullptr && tensor.source.region->is_cuda();
-}
-
 RegionWindow WindowOf(const Tensor& tensor) {
   return {tensor.source.region, tensor.source.offset_bytes};
 }
@@ -348,7 +343,7 @@ absl::Status TakeHidden(const Tensor& tensor, ValidatedRequest& request) {
     request.source = WindowOf(tensor);
     return absl::OkStatus();
   }
-  if (InCuda(tensor)) {
+  if (InCuda(tensor.source.region.get())) {
     return Invalid("output hidden_states at offset ", output.offset_bytes, " of region ",
                    output.region->label(), " overlaps input hidden_states at offset ",
                    source.offset_bytes, " of region ", source.region->label(),
@@ -363,7 +358,7 @@ absl::Status TakeRouting(const Tensors& tensors, const ServedModel& model,
                          ValidatedRequest& request) {
   request.routed = tensors[kIds].view != nullptr;
   if (!request.routed) return absl::OkStatus();
-  if (InCuda(tensors[kIds])) {
+  if (InCuda(tensors[kIds].source.region.get())) {
     request.ids_source = WindowOf(tensors[kIds]);
     request.wide_ids = tensors[kIds].dtype == DataType::kInt64;
   } else if (tensors[kIds].dtype == DataType::kInt32) {
@@ -371,7 +366,7 @@ absl::Status TakeRouting(const Tensors& tensors, const ServedModel& model,
   } else {
     EPS_RETURN_IF_ERROR(TakeIds<std::int64_t>(tensors[kIds], model, request));
   }
-  if (InCuda(tensors[kWeights])) {
+  if (InCuda(tensors[kWeights].source.region.get())) {
     request.weights_source = WindowOf(tensors[kWeights]);
     return absl::OkStatus();
   }

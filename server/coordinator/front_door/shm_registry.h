@@ -102,6 +102,10 @@ class ShmRegion {
   bool pending_ = false;  // guarded by the registry; not to be found yet
 };
 
+// `region`: where a tensor lies, or goes; null: not in one. What lies in CUDA memory is not read
+// here: workers read it once the batch starts.
+inline bool InCuda(const ShmRegion* region) { return region != nullptr && region->is_cuda(); }
+
 class ShmRegistry {
  public:
   explicit ShmRegistry(ShmOptions options);
