@@ -135,12 +135,8 @@ TEST_F(AsyncInferStreamTest, MoreThanMayBeUnderWayIsRefusedUntilOneIsAnswered) {
 }
 
 TEST_F(AsyncInferStreamTest, FailedRequestIsAnErrorInItsPlaceAndTheStreamGoesOn) {
-  service_.set_handler([](grpc::ServerContext& context, const auto& request, auto& response) {
-    if (request.id() == "r1") {
-      return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "queue full");
-    }
-    return FakeService::Echo(context, request, response);
-  });
+  service_.set_handler(
+      FakeService::EchoBut("r1", {grpc::StatusCode::RESOURCE_EXHAUSTED, "queue full"}));
   const auto stream = client_.OpenAsyncStream();
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(stream->Send(Numbered(i), arrivals_.Callback()).ok());
   EXPECT_THAT(arrivals_.Await(3), ElementsAre("r0", "RESOURCE_EXHAUSTED", "r2"));

@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "epserve/v1/admin.grpc.pb.h"
@@ -61,6 +62,14 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     response.add_raw_output_contents(request.raw_input_contents(0));
     (*response.mutable_parameters())["epserve_ffn_us"].set_int64_param(7);
     return grpc::Status::OK;
+  }
+
+  // Echoes all requests but the one of this id, which fails with `status`.
+  static Handler EchoBut(std::string id, grpc::Status status) {
+    return [id = std::move(id), status = std::move(status)](grpc::ServerContext& context,
+                                                            const auto& request, auto& response) {
+      return request.id() == id ? status : Echo(context, request, response);
+    };
   }
 
   grpc::Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request,

@@ -50,12 +50,8 @@ TEST_F(InferStreamTest, ResultsComeInOrderWhileMoreAreSent) {
 }
 
 TEST_F(InferStreamTest, FailedRequestIsAnErrorInItsPlaceAndTheStreamGoesOn) {
-  service_.set_handler([](grpc::ServerContext& context, const auto& request, auto& response) {
-    if (request.id() == "r1") {
-      return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "queue full");
-    }
-    return FakeService::Echo(context, request, response);
-  });
+  service_.set_handler(
+      FakeService::EchoBut("r1", {grpc::StatusCode::RESOURCE_EXHAUSTED, "queue full"}));
   const auto stream = client_.OpenStream();
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(stream->Send(Numbered(i)).ok());
   EXPECT_TRUE(stream->Receive().ok());
