@@ -22,9 +22,8 @@ __device__ inline ListedExpert LoadExpert(const CudaCombineArgs& args, const Are
   ListedExpert expert;
   if (lane >= args.topk || row < 0 || row >= args.area.layout.row_capacity) return expert;
   const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-  const std::int64_t at = row * args.topk + lane;
-  expert.index = args.expert_index[at];
-  expert.weight = reinterpret_cast<const float*>(own + args.area.layout.topk_weights)[at];
+  expert.index = args.expert_index[row * args.topk + lane];
+  expert.weight = WeightNotes(own, args.area.layout, row, args.topk)[lane];
   return expert;
 }
 
@@ -38,12 +37,47 @@ __device__ inline void LoadRowsFrom(const CudaCombineArgs& args, const AreaUse& 
   rows_from[source] = known >= 0 ? known : CountedRows(own, args.area, source);
 }
 
+// The rows that peers sent here, of all peers in turn, so that all links carry evenly: index i is row
+// i / (R - 1) of one of them, if it has so many.
+class PeerRowOrder {
+ public:
+  explicit __device__ PeerRowOrder(const CudaCombineArgs& args)
+      : rank_(args.area.rank), num_ranks_(args.area.num_ranks), num_peers_(num_ranks_ - 1) {}
+
+  // To be called once `rows_from` is known, before AtEnd() and IsMissing().
+  __device__ void Begin(const int* rows_from) {
+    rows_from_ = rows_from;
+    for (int r = 0; r < num_ranks_; ++r) {
+      if (r != rank_) longest_ = max(longest_, rows_from[r]);
+    }
+  }
+
+  // `shift`: turns the peers' order, for a team whose stride would have it meet one peer each time.
+  __device__ int SourceOf(int i, int shift) const {
+    return (rank_ + 1 + (i + shift) % num_peers_) % num_ranks_;
+  }
+  __device__ int JOf(int i) const { return i / num_peers_; }
+  __device__ int ShiftOf(int i, int stride) const {
+    return stride > 0 && stride % num_peers_ == 0 ? i / stride : 0;
+  }
+  __device__ bool IsPastAll(int i) const { return i >= longest_ * num_peers_; }
+  __device__ bool Has(int i, int source) const { return JOf(i) < rows_from_[source]; }
+  __device__ bool has_peers() const { return num_peers_ > 0; }
+
+ private:
+  int rank_;
+  int num_ranks_;
+  int num_peers_;
+  const int* rows_from_ = nullptr;
+  int longest_ = 0;
+};
+
 // A team's walk over the rows that peers sent, with the experts of the present and the next one on
-// their way. Peers take turns, so that all links carry evenly and every team serves all of them.
+// their way.
 class PeerRows {
  public:
   __device__ PeerRows(const CudaCombineArgs& args, const AreaUse& use, int first, int stride)
-      : args_(args), use_(use), i_(first), stride_(stride) {
+      : args_(args), use_(use), order_(args), i_(first), stride_(stride) {
     // Before it is known how many rows have come: one past the last is not used.
     row_ = Look(first);
     next_ = Look(first + stride);
@@ -51,16 +85,13 @@ class PeerRows {
 
   // To be called once `rows_from` is known, before the first row is used.
   __device__ void Begin(const int* rows_from) {
-    rows_from_ = rows_from;
-    for (int r = 0; r < args_.area.num_ranks; ++r) {
-      if (r != args_.area.rank) longest_ = max(longest_, rows_from[r]);
-    }
+    order_.Begin(rows_from);
     SkipMissing();
   }
 
-  __device__ bool AtEnd() const { return i_ >= longest_ * num_peers(); }
+  __device__ bool AtEnd() const { return order_.IsPastAll(i_); }
   __device__ int source() const { return row_.source; }
-  __device__ int j() const { return i_ / num_peers(); }
+  __device__ int j() const { return order_.JOf(i_); }
   __device__ const ListedExpert& expert() const { return row_.expert; }
 
   __device__ void Advance() {
@@ -74,17 +105,11 @@ class PeerRows {
     ListedExpert expert;
   };
 
-  __device__ int num_peers() const { return args_.area.num_ranks - 1; }
-
   __device__ Row Look(int i) const {
     Row row;
-    if (num_peers() == 0) return row;
-    // Where a stride is whole turns, a team would meet the same peer each time.
-    const int shift = stride_ % num_peers() == 0 ? i / stride_ : 0;
-    const int turn = (i + shift) % num_peers();
-    row.source = (args_.area.rank + 1 + turn) % args_.area.num_ranks;
-    row.expert =
-        LoadExpert(args_, use_, std::int64_t{args_.recv_base[row.source]} + i / num_peers());
+    if (!order_.has_peers()) return row;
+    row.source = order_.SourceOf(i, order_.ShiftOf(i, stride_));
+    row.expert = LoadExpert(args_, use_, std::int64_t{args_.recv_base[row.source]} + order_.JOf(i));
     return row;
   }
 
@@ -95,15 +120,14 @@ class PeerRows {
   }
 
   __device__ void SkipMissing() {
-    while (!AtEnd() && j() >= rows_from_[source()]) Step();
+    while (!AtEnd() && !order_.Has(i_, row_.source)) Step();
   }
 
   const CudaCombineArgs& args_;
   const AreaUse& use_;
-  int i_;  // of all peers' rows: row i / (R - 1) of one of them
+  PeerRowOrder order_;
+  int i_;
   int stride_;
-  const int* rows_from_ = nullptr;
-  int longest_ = 0;
   Row row_;
   Row next_;
 };

@@ -10,6 +10,7 @@
 #include "runtime/alltoallv/cuda_bulk_device.cuh"
 #include "runtime/alltoallv/cuda_combine_device.cuh"
 #include "runtime/alltoallv/cuda_combine_stream.h"
+#include "runtime/alltoallv/cuda_row_turns.cuh"
 #include "runtime/base/cuda_status.h"
 
 namespace epserve::runtime {
@@ -179,18 +180,26 @@ __device__ LaneRow ExpertRow(const CudaCombineArgs& args, const ListedExpert& ex
   return {rows + expert.index * std::int64_t{row}, expert.weight};
 }
 
-// Feeds the rows that peers sent: each one's local experts, to its source.
+// Feeds the rows that peers sent: each one's local experts, to its source. A row's experts are
+// looked up when the row before is in the ring, whose adders have work for longer than that takes:
+// a team that looked further ahead would hold on to rows which others could push.
 __device__ void FeedPeerRows(const CudaCombineArgs& args, const AreaUse& use, const Pieces& pieces,
-                             PeerRows* rows, Feed* feed) {
+                             const int* rows_from, int first, int stride, Feed* feed) {
   const AreaLayout& layout = args.area.layout;
-  while (!rows->AtEnd()) {
-    const LaneRow mine = ExpertRow(args, rows->expert(), pieces.row);
-    const unsigned present = __ballot_sync(0xffffffffu, rows->expert().index >= 0);
-    std::byte* there = args.area.heap[rows->source()] + use.byte_offset;
-    const std::int64_t partial = args.return_base[rows->source()] + rows->j();
+  PeerRowOrder order(args);
+  order.Begin(rows_from);
+  RowTurns turns(args.tickets, first, stride);
+  for (int i = turns.Next(); !order.IsPastAll(i); i = turns.Next()) {
+    const int source = order.SourceOf(i, order.ShiftOf(i, turns.stride()));
+    if (!order.Has(i, source)) continue;
+    const ListedExpert expert =
+        LoadExpert(args, use, std::int64_t{args.recv_base[source]} + order.JOf(i));
+    const LaneRow mine = ExpertRow(args, expert, pieces.row);
+    const unsigned present = __ballot_sync(0xffffffffu, expert.index >= 0);
+    std::byte* there = args.area.heap[source] + use.byte_offset;
+    const std::int64_t partial = args.return_base[source] + order.JOf(i);
     auto* out = reinterpret_cast<uint4*>(there + layout.partials) + partial * pieces.row;
     auto* flag = reinterpret_cast<std::uint64_t*>(there + layout.row_flags) + partial;
-    rows->Advance();
     for (int p = 0; p < pieces.count; ++p) {
       const int offset = p * pieces.vectors;
       feed->Begin(out + offset, p + 1 == pieces.count ? flag : nullptr, pieces.VectorsOf(p));
@@ -372,9 +381,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   Feed feed(pieces, pushes, shared.slots[team], &shared.ring[team]);
   if (pushes) {
-    PeerRows rows(args, use, team * args.push_blocks + block, args.push_blocks * kTeams);
-    rows.Begin(shared.rows_from);
-    FeedPeerRows(args, use, pieces, &rows, &feed);
+    FeedPeerRows(args, use, pieces, shared.rows_from, team * args.push_blocks + block,
+                 args.push_blocks * kTeams, &feed);
   } else {
     OwnTokens tokens(args, use, std::int64_t{team} * args.reduce_blocks + block - args.push_blocks,
                      std::int64_t{args.reduce_blocks} * kTeams);

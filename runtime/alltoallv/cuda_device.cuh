@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cuda/atomic>
+#include <type_traits>
 
 #include "runtime/alltoallv/cuda_kernels.h"
 
@@ -29,6 +30,26 @@ __device__ inline int CountedRows(const std::byte* area, const AreaView& view, i
   const int rows =
       __ldcg(reinterpret_cast<const std::int32_t*>(area + view.layout.counts) + source);
   return min(max(rows, 0), static_cast<int>(view.layout.row_capacity / view.num_ranks));
+}
+
+// The row's notes in an area (see AreaLayout): [K] experts, and [K] weights.
+template <typename Byte>  // const or not
+__device__ inline auto* ExpertNotes(Byte* area, const AreaLayout& layout, std::int64_t row) {
+  using Id = std::conditional_t<std::is_const_v<Byte>, const std::int32_t, std::int32_t>;
+  return reinterpret_cast<Id*>(area + layout.notes + row * layout.note_bytes);
+}
+template <typename Byte>
+__device__ inline auto* WeightNotes(Byte* area, const AreaLayout& layout, std::int64_t row,
+                                    int topk) {
+  using Weight = std::conditional_t<std::is_const_v<Byte>, const float, float>;
+  return reinterpret_cast<Weight*>(ExpertNotes(area, layout, row) + topk);
+}
+
+// [H / 128] scales of a row.
+template <typename Byte>
+__device__ inline auto* RowScales(Byte* area, const AreaLayout& layout, std::int64_t row) {
+  using Scale = std::conditional_t<std::is_const_v<Byte>, const float, float>;
+  return reinterpret_cast<Scale*>(area + layout.scales + row * layout.scale_bytes);
 }
 
 inline constexpr unsigned kEagerPolls = 32;  // about 20 us
@@ -112,35 +133,6 @@ __device__ inline void PublishRow(std::uint64_t* flag, std::uint64_t use) {
   cuda::atomic_ref<std::uint64_t, cuda::thread_scope_system>(*flag).store(
       use, cuda::memory_order_release);
 }
-
-// The threads that work on one row together: a warp where there are many rows, a block where a
-// single row's latency counts.
-enum class RowTeam { kWarp, kBlock };
-
-template <RowTeam kTeam>
-struct Team {
-  static __device__ int rank() {
-    return kTeam == RowTeam::kWarp ? static_cast<int>(threadIdx.x % 32)
-                                   : static_cast<int>(threadIdx.x);
-  }
-  static __device__ int size() {
-    return kTeam == RowTeam::kWarp ? 32 : static_cast<int>(blockDim.x);
-  }
-  // Teams of a block, and this thread's among them.
-  static __device__ int count() {
-    return kTeam == RowTeam::kWarp ? static_cast<int>(blockDim.x / 32) : 1;
-  }
-  static __device__ int index() {
-    return kTeam == RowTeam::kWarp ? static_cast<int>(threadIdx.x / 32) : 0;
-  }
-  static __device__ void sync() {
-    if constexpr (kTeam == RowTeam::kWarp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-};
 
 // Pairs of two-byte elements to and from fp32.
 template <typename T>

@@ -162,9 +162,8 @@ __device__ inline void StoreNote(const CudaDispatchArgs& args, std::uint64_t dat
     reinterpret_cast<std::int32_t*>(own + layout.source_token)[row] = low;
     return;
   }
-  const std::int64_t at = row * args.topk + note;
-  reinterpret_cast<std::int32_t*>(own + layout.topk_ids)[at] = low;
-  reinterpret_cast<float*>(own + layout.topk_weights)[at] =
+  ExpertNotes(own, layout, row)[note] = low;
+  WeightNotes(own, layout, row, args.topk)[note] =
       __uint_as_float(static_cast<unsigned>(data >> 32));
 }
 
@@ -178,8 +177,7 @@ __device__ void Unpack(const CudaDispatchArgs& args, const PacketChunk<kPayload>
     rows[row * PacketChunk<kPayload>::PiecesOf(args) + chunk.piece()] = found.piece.Vector();
   }
   if (chunk.has_scale()) {
-    auto* scales = reinterpret_cast<float*>(own + layout.scales);
-    scales[row * (args.hidden / kFp8GroupElements) + chunk.scale()] =
+    RowScales(own, layout, row)[chunk.scale()] =
         __uint_as_float(static_cast<unsigned>(found.scale.data));
   }
   if (chunk.has_note()) StoreNote(args, found.note.data, chunk.note(), own, row);

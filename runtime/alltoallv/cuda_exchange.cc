@@ -42,7 +42,7 @@ absl::Status Validate(const CudaExchangeConfig& config) {
 }
 
 // Raised when what ranks do to each other's heaps changes, though the layout may not.
-constexpr std::int64_t kHeapProtocol = 2;
+constexpr std::int64_t kHeapProtocol = 3;
 
 // Of everything that both sides of a mapping must have alike.
 std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& layout) {
@@ -83,9 +83,11 @@ struct CudaExchange::Local {
   DeviceBuffer expert_offset;   // i32 [E_local + 1]
   PinnedBuffer counted_offset;  // the same, of a slot
   DeviceBuffer sequence;        // u64 [4], decode path
+  DeviceBuffer tickets;         // of a slot: dispatch's, and kFlagStrideBytes on combine's
   CountsMailboxBuffer counts;   // of a slot
   std::uint64_t counted_batch = 0;
   std::uint64_t uses = 0;
+  std::uint64_t combines = 0;  // of a slot
   int topk = 0;
   std::int32_t recv_base[kMaxCudaRanks] = {};
   std::int32_t recv_rows[kMaxCudaRanks] = {};
@@ -151,6 +153,7 @@ absl::Status CudaExchange::AllocateLocals() {
     EPS_ASSIGN_OR_RETURN(local->expert_offset, DeviceBuffer::Create((local_experts + 1) * 4));
     EPS_ASSIGN_OR_RETURN(local->sequence, DeviceBuffer::Create(4 * sizeof(std::uint64_t)));
     if (!decode) {
+      EPS_ASSIGN_OR_RETURN(local->tickets, DeviceBuffer::Create(2 * kFlagStrideBytes));
       EPS_ASSIGN_OR_RETURN(
           local->counts, CountsMailboxBuffer::Create(base.num_ranks, base.placement.num_experts()));
       EPS_ASSIGN_OR_RETURN(local->counted_offset, PinnedBuffer::Create((local_experts + 1) * 4));
@@ -316,6 +319,7 @@ absl::Status CudaExchange::Dispatch(Path path, int slot, const CudaTokens& token
   if (!decode) ++local.uses;
   local.topk = tokens.topk;
   CudaDispatchArgs args{};
+  if (!decode) args.tickets = {local.tickets.as<unsigned long long>(), local.uses};
   args.area = ViewOf(path, slot);
   args.x = tokens.x;
   args.topk_ids = tokens.topk_ids;
@@ -432,6 +436,10 @@ absl::Status CudaExchange::Combine(Path path, int slot, const CudaTokens& tokens
   args.push_blocks = decode ? config_.decode_combine_blocks : blocks.push;
   args.reduce_blocks = decode ? config_.decode_combine_blocks : blocks.reduce;
   args.merged_roles = decode;
+  if (!decode) {
+    args.tickets = {local.tickets.as<unsigned long long>() + kFlagStrideBytes / 8,
+                    ++local.combines};
+  }
   args.wait = Wait();
   return LaunchCombine(args, stream);
 }

@@ -55,6 +55,37 @@ __device__ void StoreOffset(const ExpertLayoutArgs& args, int expert, int first_
   if (args.host_expert_offset != nullptr) args.host_expert_offset[expert] = first_row;
 }
 
+// The experts of a source's rows in their order, K a row and as many of nobody as make that a power
+// of two: threads find their row without a division.
+class Entries {
+ public:
+  static constexpr int kNone = -2;
+
+  __device__ explicit Entries(const ExpertLayoutArgs& args)
+      : args_(args), shift_(args.topk > 1 ? 32 - __clz(args.topk - 1) : 0) {}
+
+  __device__ std::int64_t Of(std::int64_t rows) const { return rows << shift_; }
+
+  __device__ int Id(const std::byte* own, std::int64_t base, std::int64_t entry) const {
+    const int k = K(entry);
+    if (k >= args_.topk) return kNone;
+    return ExpertNotes(own, args_.area.layout, base + (entry >> shift_))[k];
+  }
+
+  // Of an entry that is somebody's: where it is in expert_index.
+  __device__ std::int64_t Place(std::int64_t base, std::int64_t entry) const {
+    return (base + (entry >> shift_)) * args_.topk + K(entry);
+  }
+
+ private:
+  __device__ int K(std::int64_t entry) const {
+    return static_cast<int>(entry) & ((1 << shift_) - 1);
+  }
+
+  const ExpertLayoutArgs& args_;
+  int shift_;
+};
+
 __global__ void __launch_bounds__(kLayoutThreads)
     ExpertLayoutKernel(const __grid_constant__ ExpertLayoutArgs args) {
   __shared__ int scratch[kLayoutWarps];
@@ -66,28 +97,30 @@ __global__ void __launch_bounds__(kLayoutThreads)
   }
   const AreaUse use = CurrentUse(args.area, 1);  // the dispatch counter has moved on already
   const std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-  const auto* ids = reinterpret_cast<const std::int32_t*>(own + args.area.layout.topk_ids);
+  const Entries entries(args);
   int below = 0;
   for (int s = 0; s < args.area.num_ranks; ++s) {
-    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area, s) * args.topk;
-    const std::int32_t* part = ids + static_cast<std::int64_t>(args.recv_base[s]) * args.topk;
-    for (std::int64_t i = threadIdx.x; i < entries; i += kLayoutThreads) {
-      below += part[i] >= 0 && part[i] < expert ? 1 : 0;
+    const std::int64_t count = entries.Of(RowsFrom(args.recv_rows, own, args.area, s));
+    for (std::int64_t i = threadIdx.x; i < count; i += kLayoutThreads) {
+      const int id = entries.Id(own, args.recv_base[s], i);
+      below += id >= 0 && id < expert ? 1 : 0;
     }
   }
   int next = BlockSum(below, scratch);
   if (threadIdx.x == 0) StoreOffset(args, expert, next);
   for (int s = 0; s < args.area.num_ranks; ++s) {
-    const std::int64_t entries = RowsFrom(args.recv_rows, own, args.area, s) * args.topk;
-    const std::int64_t first = static_cast<std::int64_t>(args.recv_base[s]) * args.topk;
-    for (std::int64_t start = 0; start < entries; start += kLayoutThreads) {
+    const std::int64_t count = entries.Of(RowsFrom(args.recv_rows, own, args.area, s));
+    for (std::int64_t start = 0; start < count; start += kLayoutThreads) {
       const std::int64_t i = start + threadIdx.x;
-      const int id = i < entries ? ids[first + i] : -2;
+      const int id = i < count ? entries.Id(own, args.recv_base[s], i) : Entries::kNone;
       int total = 0;
       const int rank = BlockRank(id == expert, scratch, &total);
-      if (id == expert && expert < args.num_local_experts)
-        args.expert_index[first + i] = next + rank;
-      if (id == -1 && expert == args.num_local_experts) args.expert_index[first + i] = -1;
+      if (id == expert && expert < args.num_local_experts) {
+        args.expert_index[entries.Place(args.recv_base[s], i)] = next + rank;
+      }
+      if (id == -1 && expert == args.num_local_experts) {
+        args.expert_index[entries.Place(args.recv_base[s], i)] = -1;
+      }
       next += total;
     }
   }
@@ -123,13 +156,12 @@ __global__ void __launch_bounds__(512) GatherKernel(const __grid_constant__ Gath
       const std::int64_t row = args.recv_base[s] + j;
       const bool local = s == args.area.rank;  // Never sent: its row is still in x.
       const std::int64_t token =
-          reinterpret_cast<const std::int32_t*>(own + layout.source_token)[row];
+          local ? reinterpret_cast<const std::int32_t*>(own + layout.source_token)[row] : 0;
       const bool packed = !local && args.payload == RowPayload::kFp8;
       const std::byte* from = local
                                   ? static_cast<const std::byte*>(args.x) + token * output_bytes
                                   : own + layout.rows + row * (packed ? args.hidden : output_bytes);
-      const auto* scales = reinterpret_cast<const float*>(own + layout.scales) +
-                           row * (args.hidden / kFp8GroupElements);
+      const auto* scales = RowScales(own, layout, row);
       const int index = lane < args.topk ? args.expert_index[row * args.topk + lane] : -1;
       // The whole warp takes part in the shuffles, also where a row has fewer vectors than lanes.
       for (std::int64_t start = 0; start < num_vectors; start += kWarpSize) {

@@ -56,8 +56,15 @@ struct AreaView {
   std::uint64_t* device_sequence;  // [4]: two counters, two tickets; zero at start
 };
 
+// Where the teams of a launch draw the rows that they work on (see cuda_row_turns.cuh).
+struct RowTickets {
+  unsigned long long* word;  // device memory, 0 at first; null: shares are fixed
+  std::uint64_t launch;      // number of the launch among those that draw from the word, from 1
+};
+
 struct CudaDispatchArgs {
   AreaView area;
+  RowTickets tickets;            // of many rows
   const void* x;                 // [T, H] dtype, 16-byte aligned
   const std::int32_t* topk_ids;  // [T, K] global expert id; -1 = none
   const float* topk_weights;     // [T, K]
@@ -89,6 +96,7 @@ absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream);
 
 struct CudaCombineArgs {
   AreaView area;
+  RowTickets tickets;                 // of many rows, of those pushed
   const void* expert_rows;            // [M, H] dtype, the experts' outputs
   const std::int32_t* expert_index;   // [row_capacity, K] row of expert_rows, -1 = none
   const std::int32_t* send_position;  // [T, R] from dispatch

@@ -14,6 +14,8 @@ inline constexpr int kFp8GroupElements = 128;  // elements that share one fp32 s
 inline constexpr int kFlagStrideBytes =
     128;  // a flag a cache line: sources do not disturb each other
 
+inline constexpr int kLinkLineBytes = 128;  // what one store of a warp's can send at most, aligned
+
 // Form of a row on its way; kFp8: a bf16 row is cast to e4m3 with a scale a group.
 enum class RowPayload { kCopy, kFp8 };
 
@@ -25,10 +27,14 @@ struct AreaLayout {
   std::int64_t count_flags;    // u64 [kMaxCudaRanks], kFlagStrideBytes apart; batch counted
   std::int64_t count_records;  // [kMaxCudaRanks] what each source counted (see DeviceCountRecord)
   std::int64_t count_record_bytes;
-  std::int64_t source_token;  // i32 [row_capacity]; token index at the source
-  std::int64_t topk_ids;      // i32 [row_capacity, K]; expert local to the receiver, -1: elsewhere
-  std::int64_t topk_weights;  // f32 [row_capacity, K]
-  std::int64_t scales;        // f32 [row_capacity, H / 128]; fp8 only
+  std::int64_t source_token;  // i32 [row_capacity]; this rank's own rows: token index
+  // A row's notes: i32 [K] expert local to the receiver, -1: elsewhere; then f32 [K] its weight.
+  // They lie in one line of the link's, for short stores cost it as much as long ones; so do 32 of
+  // a row's scales.
+  std::int64_t notes;  // [row_capacity, note_bytes]
+  std::int64_t note_bytes;
+  std::int64_t scales;  // f32 [H / 128] a row, scale_bytes apart; fp8 only
+  std::int64_t scale_bytes;
   std::int64_t rows;          // [row_capacity, row bytes]
   std::int64_t partials;      // [partial_capacity, H] the batch's type
   std::int64_t packet_heads;  // Packet [kMaxCudaRanks], kFlagStrideBytes apart; how a source sends
@@ -104,9 +110,10 @@ constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row
               kFlagStrideBytes);
   a.count_records = take(kMaxCudaRanks * a.count_record_bytes);
   a.source_token = take(row_capacity * 4);
-  a.topk_ids = take(row_capacity * shape.max_topk * 4);
-  a.topk_weights = take(row_capacity * shape.max_topk * 4);
-  a.scales = take(row_capacity * (shape.hidden / kFp8GroupElements + 1) * 4);
+  a.note_bytes = AlignUp(std::int64_t{shape.max_topk} * 8, kLinkLineBytes / 2);
+  a.notes = take(row_capacity * a.note_bytes);
+  a.scale_bytes = AlignUp(shape.hidden / kFp8GroupElements * 4, kLinkLineBytes);
+  a.scales = take(row_capacity * a.scale_bytes);
   a.rows = take(row_capacity * shape.hidden * shape.max_element_bytes);
   a.partials = take(partial_capacity * shape.hidden * shape.max_element_bytes);
   const std::int64_t row_packets = shape.hidden * shape.max_element_bytes / kPacketDataBytes;

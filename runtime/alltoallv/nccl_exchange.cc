@@ -332,12 +332,10 @@ std::vector<NcclTransfer> NcclExchange::DispatchTransfers(const CudaTokens& toke
     std::int64_t row_bytes;
   };
   std::vector<Section> sections = {
-      {layout.source_token, 4},
-      {layout.topk_ids, 4 * tokens.topk},
-      {layout.topk_weights, 4 * tokens.topk},
+      {layout.notes, layout.note_bytes},
       {layout.rows, fp8 ? hidden : hidden * static_cast<std::int64_t>(DataTypeBytes(tokens.dtype))},
   };
-  if (fp8) sections.push_back({layout.scales, 4 * (hidden / kFp8GroupElements)});
+  if (fp8) sections.push_back({layout.scales, layout.scale_bytes});
   std::vector<NcclTransfer> transfers;
   for (int step = 1; step < config_.base.num_ranks; ++step) {
     const int peer = (config_.base.rank + step) % config_.base.num_ranks;
