@@ -6,11 +6,13 @@
 namespace epserve::runtime {
 namespace {
 
-// A row that a reducing block reads takes it longer than a pushing one: partial rows come in as the
-// peers send them. On two H200s, 4096 rows of 7168 bf16, top-8, with 24, 22, 21, 20, 19, 18, 16 of
-// 48 blocks to push: 239, 223, 215, 200, 200, 207, 223 us; top-4: 206, 200, 198, 194, 191, 195, 198
-// us; top-8 of 2048: 94, 89, 89, 91, 93, 98, 108 us.
-constexpr double kReducedRowCost = 1.08;
+// What a row costs a reducing block, a pushed one being 1: an expert's here, and a partial one,
+// which comes in as its peer sends it. Measured on H200s, 4096 rows of 7168 bf16, us with 18, 20,
+// 22, 24 and 26 of 48 blocks to push: two ranks 196, 188, 191, 200 (24); top-4 174, 177, 182, 186
+// (24); four ranks from 20 on 472, 474, 477, 480; top-4 364, 366, 368, 372; top-8 of 2048 there
+// 169, 156, 148, 150.
+constexpr double kLocalRowCost = 1.04;
+constexpr double kPartialRowCost = 1.45;
 
 }  // namespace
 
@@ -21,7 +23,7 @@ CombineBlocks DivideCombineBlocks(int total, int num_ranks, int topk) {
   const double elsewhere = topk * (ranks - 1) / ranks;
   const double here = topk / ranks;
   const double partials = (ranks - 1) * (1 - std::pow(1 - 1 / ranks, topk));
-  const double reduced = kReducedRowCost * (here + partials);
+  const double reduced = kLocalRowCost * here + kPartialRowCost * partials;
   const auto push = static_cast<int>(std::lround(total * elsewhere / (elsewhere + reduced)));
   const int bounded = std::clamp(push, 1, total - 1);
   return {bounded, total - bounded};

@@ -15,6 +15,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxChunks = 512;
+constexpr int kChunksAtOnce = 4;         // of a warp's that it counts
 constexpr int kMaxListedExperts = 1024;  // those beyond are looked for each time
 constexpr std::int64_t kShortestTokens = std::int64_t{kMaxChunks} * kWarpSize;
 
@@ -65,11 +66,8 @@ __device__ unsigned ListedRanks(const CudaDispatchArgs& args, std::int64_t token
   return mask;
 }
 
-// Bit i: token `first` + i goes to the rank that the lane asks for.
-__device__ unsigned TokensTo(const CudaDispatchArgs& args, std::int64_t first, std::int64_t end,
-                             int rank, const ManyShared& shared) {
-  const std::int64_t token = first + threadIdx.x % kWarpSize;
-  const unsigned mask = token < end ? ListedRanks(args, token, shared) : 0u;
+// Bit i: lane i's token goes to the rank that this lane asks for.
+__device__ unsigned TokensTo(int rank, unsigned mask) {
   unsigned tokens = 0;
 #pragma unroll
   for (int r = 0; r < kMaxCudaRanks; ++r) {
@@ -79,20 +77,36 @@ __device__ unsigned TokensTo(const CudaDispatchArgs& args, std::int64_t first, s
   return tokens;
 }
 
+// The lane's mask of the token `first` + lane.
+__device__ unsigned MaskFrom(const CudaDispatchArgs& args, std::int64_t first,
+                             const ManyShared& shared) {
+  const std::int64_t token = first + threadIdx.x % kWarpSize;
+  return token < args.num_tokens ? ListedRanks(args, token, shared) : 0u;
+}
+
 __device__ void CountChunks(const CudaDispatchArgs& args, const Chunks& chunks,
                             ManyShared* shared) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   ListExperts(args, shared);
   __syncthreads();
-  for (int c = warp; c < chunks.count; c += kWarps) {
-    const std::int64_t begin = c * chunks.tokens;
-    const std::int64_t end = min(begin + chunks.tokens, args.num_tokens);
-    int rows = 0;
-    for (std::int64_t first = begin; first < end; first += kWarpSize) {
-      rows += __popc(TokensTo(args, first, end, lane, *shared));
+  // The ids of several chunks are on their way at a time: this is done before any row is sent.
+  for (int first = warp; first < chunks.count; first += kChunksAtOnce * kWarps) {
+    int rows[kChunksAtOnce] = {};
+    for (std::int64_t offset = 0; offset < chunks.tokens; offset += kWarpSize) {
+      unsigned mask[kChunksAtOnce];
+#pragma unroll
+      for (int u = 0; u < kChunksAtOnce; ++u) {
+        mask[u] = MaskFrom(args, (first + u * kWarps) * chunks.tokens + offset, *shared);
+      }
+#pragma unroll
+      for (int u = 0; u < kChunksAtOnce; ++u) rows[u] += __popc(TokensTo(lane, mask[u]));
     }
-    if (lane < kMaxCudaRanks) shared->before[c][lane] = rows;
+#pragma unroll
+    for (int u = 0; u < kChunksAtOnce; ++u) {
+      const int c = first + u * kWarps;
+      if (c < chunks.count && lane < kMaxCudaRanks) shared->before[c][lane] = rows[u];
+    }
   }
   __syncthreads();
   // From rows in each chunk to rows before it: a warp a rank.
@@ -122,9 +136,9 @@ __device__ int PositionOf(const CudaDispatchArgs& args, const Chunks& chunks, st
   std::int64_t first = chunk * chunks.tokens;
   int position = rank < kMaxCudaRanks ? shared.before[chunk][rank] : 0;
   for (; first + kWarpSize <= token; first += kWarpSize) {
-    position += __popc(TokensTo(args, first, args.num_tokens, rank, shared));
+    position += __popc(TokensTo(rank, MaskFrom(args, first, shared)));
   }
-  const unsigned tokens = TokensTo(args, first, args.num_tokens, rank, shared);
+  const unsigned tokens = TokensTo(rank, MaskFrom(args, first, shared));
   const auto bit = static_cast<int>(token - first);
   if (((tokens >> bit) & 1u) == 0) return -1;
   return position + __popc(tokens & ((1u << bit) - 1u));

@@ -61,8 +61,9 @@ class Entries {
  public:
   static constexpr int kNone = -2;
 
-  __device__ explicit Entries(const ExpertLayoutArgs& args)
-      : args_(args), shift_(args.topk > 1 ? 32 - __clz(args.topk - 1) : 0) {}
+  __device__ explicit Entries(const ExpertLayoutArgs& args) : args_(args) {
+    while ((1 << shift_) < args.topk) ++shift_;
+  }
 
   __device__ std::int64_t Of(std::int64_t rows) const { return rows << shift_; }
 
@@ -83,7 +84,7 @@ class Entries {
   }
 
   const ExpertLayoutArgs& args_;
-  int shift_;
+  int shift_ = 0;
 };
 
 __global__ void __launch_bounds__(kLayoutThreads)

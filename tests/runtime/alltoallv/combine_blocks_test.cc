@@ -9,11 +9,11 @@ TEST(DivideCombineBlocksTest, TwoRanksReduceMoreThanTheyPush) {
   const CombineBlocks blocks = DivideCombineBlocks(48, 2, 8);
   EXPECT_EQ(blocks.push, 20);
   EXPECT_EQ(blocks.reduce, 28);
-  EXPECT_EQ(DivideCombineBlocks(48, 2, 4).push, 19);
+  EXPECT_EQ(DivideCombineBlocks(48, 2, 4).push, 18);
 }
 
 TEST(DivideCombineBlocksTest, MoreRanksPushMore) {
-  EXPECT_EQ(DivideCombineBlocks(48, 4, 8).push, 26);
+  EXPECT_EQ(DivideCombineBlocks(48, 4, 8).push, 24);
   EXPECT_GT(DivideCombineBlocks(48, 8, 8).push, DivideCombineBlocks(48, 2, 8).push);
 }
 
