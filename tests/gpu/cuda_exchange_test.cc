@@ -28,6 +28,22 @@ TEST_F(CudaExchangeTest, PrefillManyTokensAWarpEachMatchesReference) {
   Run(c, 3, 4);
 }
 
+TEST_F(CudaExchangeTest, PrefillOfChunksLongerThanAWarpMatchesReference) {
+  Case c;
+  c.tokens = {40000, 300, 0, 17001};  // Two or three warps' widths a chunk, and one.
+  c.hidden = 64;
+  c.topk = 2;
+  Run(c, 2, 20);
+}
+
+TEST_F(CudaExchangeTest, PrefillOfMoreExpertsThanAreListedMatchesReference) {
+  Case c;
+  c.experts = 1500;
+  c.topk = 6;
+  c.tokens = {700, 300, 0, 64};
+  Run(c, 2, 21);
+}
+
 TEST_F(CudaExchangeTest, PrefillFp8MatchesReferenceWithinItsPrecision) {
   Case c;
   c.payload = RowPayload::kFp8;
