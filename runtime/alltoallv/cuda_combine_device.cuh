@@ -37,8 +37,8 @@ __device__ inline void LoadRowsFrom(const CudaCombineArgs& args, const AreaUse& 
   rows_from[source] = known >= 0 ? known : CountedRows(own, args.area, source);
 }
 
-// The rows that peers sent here, of all peers in turn, so that all links carry evenly: index i is row
-// i / (R - 1) of one of them, if it has so many.
+// The rows that peers sent here, of all peers in turn, so that all links carry evenly: index i is
+// row i / (R - 1) of one of them, if it has so many.
 class PeerRowOrder {
  public:
   explicit __device__ PeerRowOrder(const CudaCombineArgs& args)

@@ -37,9 +37,10 @@ struct Chunks {
 };
 
 __device__ void ListExperts(const CudaDispatchArgs& args, ManyShared* shared) {
-  const int count = min(args.first_expert[args.area.num_ranks], kMaxListedExperts);
-  for (int expert = static_cast<int>(threadIdx.x); expert < count; expert += kThreads) {
-    shared->ranks_of[expert] = static_cast<std::uint8_t>(1u << OwnerOf(expert, args));
+  const int count = args.first_expert[args.area.num_ranks];
+  for (int expert = static_cast<int>(threadIdx.x); expert < kMaxListedExperts; expert += kThreads) {
+    const unsigned owner = expert < count ? 1u << OwnerOf(expert, args) : 0u;
+    shared->ranks_of[expert] = static_cast<std::uint8_t>(owner);
   }
 }
 

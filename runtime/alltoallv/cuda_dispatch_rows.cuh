@@ -31,8 +31,8 @@ struct RowBytes {
   }
 };
 
-// The rank that lane `lane` looks at: from the one after this on, so that the ranks' first stores go
-// different ways.
+// The rank that lane `lane` looks at: from the one after this on, so that the ranks' first stores
+// go different ways.
 __device__ inline int PeerOfLane(const CudaDispatchArgs& args, int lane) {
   return (args.area.rank + 1 + lane) % args.area.num_ranks;
 }
@@ -44,8 +44,7 @@ struct RowPlace {
 };
 
 // `position`: of lanes below R, the row's place among this rank's rows to PeerOfLane(); -1: none.
-__device__ inline RowPlace PlaceOf(const CudaDispatchArgs& args, const AreaUse& use,
-                                   int position) {
+__device__ inline RowPlace PlaceOf(const CudaDispatchArgs& args, const AreaUse& use, int position) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if (lane >= args.area.num_ranks) return {nullptr, 0};
   const int peer = PeerOfLane(args, lane);

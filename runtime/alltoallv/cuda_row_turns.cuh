@@ -1,7 +1,7 @@
 // In what order a launch's teams take the rows to work on. Multiprocessors do not reach the link
-// alike: with equal shares, on four H200s, the first blocks of a combine had pushed theirs after 215
-// us and the last ones after 506. So each team draws its next row when it is ready for one. What is
-// made of a row does not depend on who makes it.
+// alike: with equal shares, on four H200s, the first blocks of a combine had pushed theirs after
+// 215 us and the last ones after 506. So each team draws its next row when it is ready for one.
+// What is made of a row does not depend on who makes it.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_CUDA_ROW_TURNS_CUH_
 #define EPSERVE_RUNTIME_ALLTOALLV_CUDA_ROW_TURNS_CUH_
 
