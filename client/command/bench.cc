@@ -123,6 +123,7 @@ absl::Status RunBench(const BenchOptions& options) {
   ClientOptions client_options{.target = options.server, .security = options.security};
   client_options.retry.max_attempts = options.attempts;
   client_options.async_threads = AsyncThreads(options.concurrency);
+  client_options.busy_poll = absl::Microseconds(options.busy_poll_us);
   InferenceClient client(client_options);
   EPC_ASSIGN_OR_RETURN(std::vector<InferRequest> inputs, MakeInputs(options, client));
   std::unique_ptr<SharedRegion> region;  // until every request has ended

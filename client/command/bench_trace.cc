@@ -79,13 +79,16 @@ std::string BenchTrace(const std::vector<Sample>& samples) {
   for (std::size_t i = 0; i < traced.size(); ++i) {
     const Sample& sample = *traced[i];
     const Json trace = Json::parse(sample.trace->workers, nullptr, /*allow_exceptions=*/false);
-    if (trace.is_discarded() || !trace.contains("workers")) continue;
+    if (trace.is_discarded() || !trace.contains("workers") || !trace.contains("started_us")) {
+      continue;
+    }
     const std::string name = absl::StrCat("request ", i);
     const double at_us = static_cast<double>(sample.began_us - origin_us);
     const std::size_t row = TakeRow(&busy_until, at_us, at_us + sample.request_us);
     Json slice =
         Slice(name, kClientProcess, static_cast<std::int64_t>(row), at_us, sample.request_us);
-    slice["args"] = {{"count_exchange", trace.value("count_exchange", "")}};
+    slice["args"] = {{"count_exchange", trace.value("count_exchange", "")},
+                     {"started_ts", trace.at("started_us").get<std::int64_t>() - origin_us}};
     for (const auto& [key, value] : sample.trace->parameters) slice["args"][key] = value;
     events.push_back(std::move(slice));
     AddWorkers(trace, origin_us, name, &events);

@@ -189,6 +189,12 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   bench->add_option("--warmup", options.warmup, "Requests before the measurement")
       ->check(AtLeast(0))
       ->capture_default_str();
+  bench
+      ->add_option("--busy-poll-us", options.busy_poll_us,
+                   "How long bench looks for the next answer before it sleeps, microseconds; costs "
+                   "a core")
+      ->check(CLI::Range(0, 1'000'000))
+      ->capture_default_str();
   bench->add_option("--seed", options.seed, "Seed of the random tokens and ids")
       ->check(WholeNumber())
       ->capture_default_str();

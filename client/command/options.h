@@ -77,6 +77,7 @@ struct BenchOptions {
   std::int64_t requests = 1000;
   double duration_s = 0;  // 0: `requests` decides.
   std::int64_t warmup = 20;
+  std::int64_t busy_poll_us = 0;
   double timeout_s = 30;
   std::uint64_t seed = 1;
   bool allow_errors = false;

@@ -20,6 +20,8 @@ namespace epserve::client {
 
 InferenceClient::InferenceClient(const ClientOptions& options) : core_(std::make_shared<Core>()) {
   core_->retry = options.retry;
+  core_->busy_poll =
+      std::clamp(options.busy_poll, absl::ZeroDuration(), ClientOptions::kMaxBusyPoll);
   core_->threads.resize(static_cast<std::size_t>(std::max(options.async_threads, 1)));
   core_->channel =
       CreateServiceChannel(options.target, options.security, options.max_reconnect_backoff);

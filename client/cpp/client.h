@@ -44,6 +44,11 @@ struct ClientOptions {
   // Threads that asynchronous calls and streams end on, at least 1, each made when first needed.
   // One reads results of a few gigabytes a second, or some ten thousand small ones.
   int async_threads = 1;
+  // How long such a thread looks for the next event before it sleeps, where cores are to spare: a
+  // result that comes meanwhile waits for no wake-up. Above 0 each thread keeps a core busy while
+  // there is traffic; an idle client sleeps all the same. At most kMaxBusyPoll.
+  absl::Duration busy_poll = absl::ZeroDuration();
+  static constexpr absl::Duration kMaxBusyPoll = absl::Seconds(1);
 };
 
 struct InferRequest {

@@ -19,6 +19,7 @@ namespace epserve::client {
 
 struct InferenceClient::Core {
   RetryPolicy retry;
+  absl::Duration busy_poll;
   std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<inference::GRPCInferenceService::Stub> stub;
 
@@ -26,7 +27,7 @@ struct InferenceClient::Core {
   std::shared_ptr<CompletionThread> NextThread() {
     absl::MutexLock lock(&mutex);
     auto& thread = threads[next_thread++ % threads.size()];
-    if (thread == nullptr) thread = std::make_shared<CompletionThread>();
+    if (thread == nullptr) thread = std::make_shared<CompletionThread>(busy_poll);
     return thread;
   }
 

@@ -1,12 +1,34 @@
 #include "client/cpp/completion_thread.h"
 
-namespace epserve::client {
+#include <grpc/support/time.h>
 
-CompletionThread::CompletionThread()
-    : queue_(std::make_shared<grpc::CompletionQueue>()), thread_([queue = queue_] {
+#include <chrono>
+
+namespace epserve::client {
+namespace {
+
+// As the queue's Next, with the first `busy` of the wait spent looking.
+bool Next(grpc::CompletionQueue& queue, std::chrono::nanoseconds busy, void** tag, bool* ok) {
+  using Clock = std::chrono::steady_clock;
+  if (busy.count() > 0) {
+    const auto end = Clock::now() + busy;
+    do {
+      // A deadline in the past: one look, which polls the sockets, too.
+      const auto next = queue.AsyncNext(tag, ok, gpr_time_0(GPR_CLOCK_REALTIME));
+      if (next != grpc::CompletionQueue::TIMEOUT) return next == grpc::CompletionQueue::GOT_EVENT;
+    } while (Clock::now() < end);
+  }
+  return queue.Next(tag, ok);
+}
+
+}  // namespace
+
+CompletionThread::CompletionThread(absl::Duration busy_poll)
+    : queue_(std::make_shared<grpc::CompletionQueue>()),
+      thread_([queue = queue_, busy = absl::ToChronoNanoseconds(busy_poll)] {
         void* tag = nullptr;
         bool ok = false;
-        while (queue->Next(&tag, &ok)) static_cast<Operation*>(tag)->Done(ok);
+        while (Next(*queue, busy, &tag, &ok)) static_cast<Operation*>(tag)->Done(ok);
       }) {}
 
 CompletionThread::~CompletionThread() {

@@ -11,6 +11,8 @@
 #include <memory>
 #include <thread>
 
+#include "absl/time/time.h"
+
 namespace epserve::client {
 
 class CompletionThread {
@@ -24,7 +26,8 @@ class CompletionThread {
     ~Operation() = default;
   };
 
-  CompletionThread();
+  // Looks for the next event for `busy_poll` before it sleeps.
+  explicit CompletionThread(absl::Duration busy_poll);
   ~CompletionThread();
   CompletionThread(const CompletionThread&) = delete;
   CompletionThread& operator=(const CompletionThread&) = delete;
