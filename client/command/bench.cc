@@ -16,6 +16,7 @@
 #include "client/command/load_generator.h"
 #include "client/command/progress.h"
 #include "client/command/random_batch.h"
+#include "client/command/spare_cores.h"
 #include "client/cpp/admin_client.h"
 #include "client/cpp/client.h"
 #include "client/cpp/status.h"
@@ -40,32 +41,42 @@ int NumInputs(const BenchOptions& options, std::int64_t hidden) {
   return options.memory == BenchMemory::kCuda ? std::max(fitting, options.concurrency) : fitting;
 }
 
-absl::StatusOr<std::vector<InferRequest>> MakeInputs(const BenchOptions& options,
-                                                     InferenceClient& client) {
+struct Served {
+  std::string name;
+  ModelDescription model;
+  ClusterState cluster;
+};
+
+absl::StatusOr<Served> Ask(const BenchOptions& options, InferenceClient& client) {
   const absl::Duration timeout = absl::Seconds(options.timeout_s);
-  std::string model = options.model;
-  if (model.empty()) {
-    EPC_ASSIGN_OR_RETURN(model, client.OnlyModel(timeout));
+  Served served{.name = options.model};
+  if (served.name.empty()) {
+    EPC_ASSIGN_OR_RETURN(served.name, client.OnlyModel(timeout));
   }
-  EPC_ASSIGN_OR_RETURN(const ModelDescription served, client.DescribeModel(model, timeout));
-  EPC_ASSIGN_OR_RETURN(const ClusterState cluster,
+  EPC_ASSIGN_OR_RETURN(served.model, client.DescribeModel(served.name, timeout));
+  EPC_ASSIGN_OR_RETURN(served.cluster,
                        AdminClient(options.server, options.security).GetClusterStatus(timeout));
-  if (cluster.num_experts < served.topk) {
-    return absl::InternalError(absl::StrCat("the service says it has ", cluster.num_experts,
-                                            " experts, fewer than K ", served.topk));
+  if (served.cluster.num_experts < served.model.topk) {
+    return absl::InternalError(absl::StrCat("the service says it has ", served.cluster.num_experts,
+                                            " experts, fewer than K ", served.model.topk));
   }
-  RandomBatch random(options.seed, served.hidden, cluster.num_experts, served.topk);
+  return served;
+}
+
+std::vector<InferRequest> MakeInputs(const BenchOptions& options, const Served& served) {
+  RandomBatch random(options.seed, served.model.hidden, served.cluster.num_experts,
+                     served.model.topk);
   std::vector<InferRequest> inputs;
-  for (int i = 0, num = NumInputs(options, served.hidden); i < num; ++i) {
+  for (int i = 0, num = NumInputs(options, served.model.hidden); i < num; ++i) {
     InferRequest request;
-    request.model = model;
+    request.model = served.name;
     request.layer = options.layer;
-    request.timeout = timeout;
+    request.timeout = absl::Seconds(options.timeout_s);
     request.trace = !options.trace_path.empty();
     request.hidden_states = random.HiddenStates(RowType(options.dtype), options.tokens);
     if (!options.server_routes) {
-      request.topk_ids = IdTensor(ElementType::kI32, random.Ids(options.tokens), served.topk);
-      request.topk_weights = WeightTensor(random.Weights(options.tokens), served.topk);
+      request.topk_ids = IdTensor(ElementType::kI32, random.Ids(options.tokens), served.model.topk);
+      request.topk_weights = WeightTensor(random.Weights(options.tokens), served.model.topk);
     }
     inputs.push_back(std::move(request));
   }
@@ -116,16 +127,29 @@ int AsyncThreads(int concurrency) {
   return std::clamp(cores / 4, 1, concurrency);
 }
 
+// The service may be on this machine, and look as well.
+std::int64_t BusyPollUs(const BenchOptions& options, int num_workers, int async_threads) {
+  constexpr int kUsualSlots = 2;
+  return options.busy_poll_us.value_or(DefaultBusyPollUs(
+      AvailableCores(), LookingThreads(num_workers, kUsualSlots) + async_threads));
+}
+
 }  // namespace
 
 absl::Status RunBench(const BenchOptions& options) {
   if (!options.trace_path.empty()) EPC_RETURN_IF_ERROR(CheckBenchTrace(options.trace_path));
   ClientOptions client_options{.target = options.server, .security = options.security};
+  EPC_ASSIGN_OR_RETURN(const Served served, [&] {
+    InferenceClient client(client_options);
+    return Ask(options, client);
+  }());
   client_options.retry.max_attempts = options.attempts;
   client_options.async_threads = AsyncThreads(options.concurrency);
-  client_options.busy_poll = absl::Microseconds(options.busy_poll_us);
+  const std::int64_t busy_poll_us =
+      BusyPollUs(options, served.cluster.expected_workers, client_options.async_threads);
+  client_options.busy_poll = absl::Microseconds(busy_poll_us);
   InferenceClient client(client_options);
-  EPC_ASSIGN_OR_RETURN(std::vector<InferRequest> inputs, MakeInputs(options, client));
+  std::vector<InferRequest> inputs = MakeInputs(options, served);
   std::unique_ptr<SharedRegion> region;  // until every request has ended
   std::vector<std::unique_ptr<CudaRegion>> cuda_regions;
   if (options.memory == BenchMemory::kSystem) {
@@ -150,7 +174,7 @@ absl::Status RunBench(const BenchOptions& options) {
     EPC_RETURN_IF_ERROR(WriteBenchTrace(options.trace_path, measured.samples));
   }
   if (options.json) {
-    std::printf("%s\n", BenchJson(options, report).dump().c_str());
+    std::printf("%s\n", BenchJson(options, busy_poll_us, report).dump().c_str());
   } else {
     const Terminal terminal = Terminal::Of(stdout);
     std::printf("%s\n",

@@ -121,7 +121,8 @@ std::string RenderBenchReport(const BenchReport& report, const Terminal& termina
   return text + "\n" + times.Render(terminal);
 }
 
-nlohmann::ordered_json BenchJson(const BenchOptions& options, const BenchReport& report) {
+nlohmann::ordered_json BenchJson(const BenchOptions& options, std::int64_t busy_poll_us,
+                                 const BenchReport& report) {
   nlohmann::ordered_json phases = nlohmann::ordered_json::object();
   for (const auto& [phase, values] : report.phases) phases[phase] = ToJson(values);
   nlohmann::ordered_json errors = nlohmann::ordered_json::object();
@@ -137,6 +138,7 @@ nlohmann::ordered_json BenchJson(const BenchOptions& options, const BenchReport&
           {"streaming", options.streaming},
           {"attempts", options.attempts},
           {"rate", options.rate},
+          {"busy_poll_us", busy_poll_us},
           {"requests", report.requests},
           {"succeeded", report.succeeded},
           {"errors", errors},

@@ -41,7 +41,9 @@ struct BenchReport {
 BenchReport MakeBenchReport(const LoadResult& result, std::int64_t tokens_per_request);
 
 std::string RenderBenchReport(const BenchReport& report, const Terminal& terminal);
-nlohmann::ordered_json BenchJson(const BenchOptions& options, const BenchReport& report);
+// `busy_poll_us`: how long the client looked.
+nlohmann::ordered_json BenchJson(const BenchOptions& options, std::int64_t busy_poll_us,
+                                 const BenchReport& report);
 
 }  // namespace epserve::client
 

@@ -15,6 +15,7 @@
 #include "client/command/make_checkpoint.h"
 #include "client/command/options.h"
 #include "client/command/output_queue.h"
+#include "client/command/spare_cores.h"
 #include "client/command/status.h"
 #include "client/command/terminal.h"
 #include "client/command/up.h"
@@ -56,7 +57,7 @@ int Fail(const std::string& name, const absl::Status& status, int code, bool jso
 
 int Main(int argc, char** argv) {
   if (argc > 1 && std::string_view(argv[1]) == kRunChildName) return RunChild(argc, argv);
-  const auto parsed = ParseCommand(argc, argv);
+  const auto parsed = ParseCommand(argc, argv, AvailableCores());
   if (!parsed.ok()) return Fail("", parsed.status(), 2);
   if (!parsed->command) {
     std::fputs(parsed->text.c_str(), stdout);

@@ -12,6 +12,7 @@
 #include "client/command/help_text.h"
 #include "client/command/pass_through.h"
 #include "client/command/shared_flags.h"
+#include "client/command/spare_cores.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -40,6 +41,7 @@ struct Parsed {
   std::string bench_routing = "given", bench_shared_memory = "none";
   std::string watch;
   bool no_router = false;
+  int cores = 1;
 };
 
 void AddUp(CLI::App& app, Parsed& parsed) {
@@ -192,9 +194,9 @@ void AddBench(CLI::App& app, Parsed& parsed) {
   bench
       ->add_option("--busy-poll-us", options.busy_poll_us,
                    "How long bench looks for the next answer before it sleeps, microseconds; costs "
-                   "a core")
-      ->check(CLI::Range(0, 1'000'000))
-      ->capture_default_str();
+                   "cores (default: 2000 where those that the service and bench look with leave "
+                   "two, else 0)")
+      ->check(CLI::Range(0, 1'000'000));
   bench->add_option("--seed", options.seed, "Seed of the random tokens and ids")
       ->check(WholeNumber())
       ->capture_default_str();
@@ -297,8 +299,30 @@ void NameEnvironment(CLI::App* command) {
   }
 }
 
+std::string& PassedThrough(Parsed& parsed, std::string_view name) {
+  std::size_t i = 0;
+  while (kPassThrough[i].name != name) ++i;
+  return parsed.pass_through[i];
+}
+
+// A batch on GPUs is short beside the wake-ups on its way, and leaves the cores to who looks; the
+// host backend computes with them.
+void ChooseBusyPoll(Parsed& parsed) {
+  std::string& busy_poll = PassedThrough(parsed, "--busy-poll-us");
+  const std::string& backend = PassedThrough(parsed, "--backend");
+  if (!busy_poll.empty() || backend.empty() || backend == "host") return;
+  int num_slots = 2;
+  // The children refuse what is no number of slots.
+  if (!absl::SimpleAtoi(PassedThrough(parsed, "--slots"), &num_slots)) num_slots = 2;
+  const int num_threads = LookingThreads(parsed.up.num_workers, num_slots) + 1;  // and a client's
+  if (const auto look_us = DefaultBusyPollUs(parsed.cores, num_threads); look_us > 0) {
+    busy_poll = absl::StrCat(look_us);
+  }
+}
+
 absl::Status FinishUp(Parsed& parsed) {
   UpOptions& up = parsed.up;
+  ChooseBusyPoll(parsed);
   up.restart = !parsed.no_restart;
   up.json_logs = parsed.log_format == "json";
   for (std::size_t i = 0; i < std::size(kPassThrough); ++i) {
@@ -402,8 +426,9 @@ absl::StatusOr<Command> Choose(const std::string& name, const CLI::App& command,
 
 }  // namespace
 
-absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv) {
+absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv, int cores) {
   const auto parsed = std::make_unique<Parsed>();
+  parsed->cores = cores;
   CLI::App app(
       "epserve: the experts of a mixture-of-experts model as a service of their own.\n"
       "Every flag can also be given as the environment variable that its line names.");

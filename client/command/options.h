@@ -77,7 +77,7 @@ struct BenchOptions {
   std::int64_t requests = 1000;
   double duration_s = 0;  // 0: `requests` decides.
   std::int64_t warmup = 20;
-  std::int64_t busy_poll_us = 0;
+  std::optional<std::int64_t> busy_poll_us;  // absent: as the machine's cores allow
   double timeout_s = 30;
   std::uint64_t seed = 1;
   bool allow_errors = false;
@@ -136,8 +136,9 @@ struct ParsedCommand {
   std::string text;
 };
 
-// INVALID_ARGUMENT names the flag and what it accepts.
-absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv);
+// INVALID_ARGUMENT names the flag and what it accepts. `cores`, as of AvailableCores(), decide what
+// `up` chooses where --busy-poll-us is not given.
+absl::StatusOr<ParsedCommand> ParseCommand(int argc, const char* const* argv, int cores);
 
 }  // namespace epserve::client
 

@@ -75,8 +75,9 @@ inline constexpr PassThrough kPassThrough[] = {
     {"--compute-threads", "Threads per slot of each worker (default: the worker's own)", false,
      true, true},
     {"--busy-poll-us",
-     "How long each process looks before it sleeps, microseconds; costs cores (default: 0)", true,
-     true, true},
+     "How long each process looks before it sleeps, microseconds; costs cores (default: 2000 with "
+     "--backend=cuda, nccl or auto where looking leaves two cores, else 0)",
+     true, true, true},
     {"--peer-timeout-ms", "Longest wait for a peer, milliseconds (default: the worker's own)",
      false, true, true},
     {"--log-level", "Least level logged: debug, info, warning, error (default: info)", true, true},

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
+#include <ctime>
 #include <memory>
 #include <string>
 #include <thread>
@@ -233,6 +235,50 @@ TEST_F(AsyncInferStreamTest, StreamsOverSeveralThreadsAreAllAnswered) {
   }
   EXPECT_THAT(arrivals_.Await(6),
               testing::UnorderedElementsAre("r0", "r1", "r2", "r3", "r4", "r5"));
+}
+
+// Processor time of the whole process, of which nothing but the client has anything to do.
+absl::Duration ProcessorTime() {
+  timespec used{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used);
+  return absl::DurationFromTimespec(used);
+}
+
+TEST_F(AsyncInferStreamTest, ThreadLooksForTheResultWhereAskedTo) {
+  absl::Notification may_answer;
+  service_.set_handler([&](grpc::ServerContext& context, const auto& request, auto& response) {
+    may_answer.WaitForNotification();
+    return FakeService::Echo(context, request, response);
+  });
+  constexpr absl::Duration kMuch = absl::Milliseconds(100);
+  InferenceClient looking(ClientOptions{.target = service_.target(), .busy_poll = absl::Hours(1)});
+  const auto stream = looking.OpenAsyncStream();
+  absl::Duration before = ProcessorTime();
+  ASSERT_TRUE(stream->Send(Numbered(1), arrivals_.Callback()).ok());
+  while (ProcessorTime() - before < kMuch)
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  // No longer than kMaxBusyPoll: then it sleeps, and is woken by the result.
+  for (before = ProcessorTime();; before = ProcessorTime()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    if (ProcessorTime() - before < kMuch) break;
+  }
+  may_answer.Notify();
+  EXPECT_THAT(arrivals_.Await(1), ElementsAre("r1"));
+}
+
+TEST_F(AsyncInferStreamTest, ThreadSleepsUntilTheResultWhereNotAsked) {
+  absl::Notification may_answer;
+  service_.set_handler([&](grpc::ServerContext& context, const auto& request, auto& response) {
+    may_answer.WaitForNotification();
+    return FakeService::Echo(context, request, response);
+  });
+  const auto stream = client_.OpenAsyncStream();
+  ASSERT_TRUE(stream->Send(Numbered(1), arrivals_.Callback()).ok());
+  const absl::Duration before = ProcessorTime();
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  EXPECT_LT(ProcessorTime() - before, absl::Milliseconds(100));
+  may_answer.Notify();
+  EXPECT_THAT(arrivals_.Await(1), ElementsAre("r1"));
 }
 
 }  // namespace

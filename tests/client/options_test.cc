@@ -13,14 +13,14 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-absl::StatusOr<ParsedCommand> Parse(std::vector<const char*> words) {
+absl::StatusOr<ParsedCommand> Parse(std::vector<const char*> words, int cores = 1) {
   words.insert(words.begin(), "epserve");
-  return ParseCommand(static_cast<int>(words.size()), words.data());
+  return ParseCommand(static_cast<int>(words.size()), words.data(), cores);
 }
 
 template <typename Options>
-Options ParseAs(const std::vector<const char*>& words) {
-  const auto parsed = Parse(words);
+Options ParseAs(const std::vector<const char*>& words, int cores = 1) {
+  const auto parsed = Parse(words, cores);
   EXPECT_TRUE(parsed.ok()) << parsed.status();
   return std::get<Options>(*parsed->command);
 }
@@ -116,6 +116,30 @@ TEST(OptionsTest, UpHandsFlagsOnToThoseWhoTakeThem) {
   EXPECT_FALSE(ParseAs<UpOptions>({"up", "--checkpoint=dir", "--no-restart"}).restart);
 }
 
+TEST(OptionsTest, UpLooksWithGpusWhereCoresAreToSpare) {
+  const std::vector<const char*> gpus = {"up", "--checkpoint=dir", "--workers=4", "--backend=cuda"};
+  const auto with = [&gpus](const char* flag) {
+    std::vector<const char*> words = gpus;
+    words.push_back(flag);
+    return words;
+  };
+  // Of each worker three threads, the coordinator's and a client's look, and two cores remain.
+  for (const auto& args :
+       {ParseAs<UpOptions>(gpus, 16).coordinator_args, ParseAs<UpOptions>(gpus, 16).worker_args,
+        ParseAs<UpOptions>(with("--slots=1"), 12).worker_args}) {
+    EXPECT_THAT(args, Contains("--busy-poll-us=2000"));
+  }
+  for (const auto& up : {ParseAs<UpOptions>(gpus, 15), ParseAs<UpOptions>(with("--slots=3"), 16),
+                         ParseAs<UpOptions>(with("--backend=host"), 64),
+                         ParseAs<UpOptions>({"up", "--checkpoint=dir"}, 64)}) {
+    EXPECT_THAT(up.coordinator_args, Not(Contains(HasSubstr("busy-poll"))));
+    EXPECT_THAT(up.worker_args, Not(Contains(HasSubstr("busy-poll"))));
+  }
+  // What is given stands.
+  EXPECT_THAT(ParseAs<UpOptions>(with("--busy-poll-us=0"), 64).worker_args,
+              Contains("--busy-poll-us=0"));
+}
+
 TEST(OptionsTest, UpHandsLimitsOfMessagesAndTimesToTheCoordinatorAlone) {
   const auto up = ParseAs<UpOptions>({"up", "--checkpoint=dir", "--max-message-bytes=1000000",
                                       "--formation-timeout-ms=700", "--batch-timeout-ms=800"});
@@ -170,9 +194,9 @@ TEST(OptionsTest, UnknownFlagIsNamedBeforeOneThatIsMissing) {
 }
 
 TEST(OptionsTest, UpHandsTheCoordinatorsLimitsOn) {
-  const auto up = ParseAs<UpOptions>(
-      {"up", "--checkpoint=x", "--max-held-bytes=100000", "--max-connections=7",
-       "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"});
+  const auto up =
+      ParseAs<UpOptions>({"up", "--checkpoint=x", "--max-held-bytes=100000", "--max-connections=7",
+                          "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"});
   for (const char* flag : {"--max-held-bytes=100000", "--max-connections=7",
                            "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"}) {
     EXPECT_THAT(up.coordinator_args, ::testing::Contains(flag));

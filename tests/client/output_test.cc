@@ -126,7 +126,8 @@ TEST(BenchReportTest, TablesSayWhatFailedAndWhy) {
 
 TEST(BenchReportTest, JsonHasItsShape) {
   BenchOptions options;
-  const auto json = BenchJson(options, MakeBenchReport(TwoGoodOneBad(), 64));
+  const auto json = BenchJson(options, /*busy_poll_us=*/20, MakeBenchReport(TwoGoodOneBad(), 64));
+  EXPECT_EQ(json["busy_poll_us"], 20);
   EXPECT_EQ(json["loop"], "closed");
   EXPECT_EQ(json["layer"], nullptr);
   EXPECT_EQ(json["requests"], 3);
