@@ -130,7 +130,7 @@ TEST(OptionsTest, UpLooksWithGpusWhereCoresAreToSpare) {
     EXPECT_THAT(args, Contains("--busy-poll-us=2000"));
   }
   for (const auto& up : {ParseAs<UpOptions>(gpus, 15), ParseAs<UpOptions>(with("--slots=3"), 16),
-                         ParseAs<UpOptions>(with("--backend=host"), 64),
+                         ParseAs<UpOptions>({"up", "--checkpoint=dir", "--backend=host"}, 64),
                          ParseAs<UpOptions>({"up", "--checkpoint=dir"}, 64)}) {
     EXPECT_THAT(up.coordinator_args, Not(Contains(HasSubstr("busy-poll"))));
     EXPECT_THAT(up.worker_args, Not(Contains(HasSubstr("busy-poll"))));
