@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <chrono>
 #include <ctime>
 #include <memory>
 #include <string>
@@ -14,6 +13,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "client/cpp/client.h"
 #include "tests/client/fake_service.h"
 
@@ -244,24 +245,32 @@ absl::Duration ProcessorTime() {
   return absl::DurationFromTimespec(used);
 }
 
-TEST_F(AsyncInferStreamTest, ThreadLooksForTheResultWhereAskedTo) {
+TEST_F(AsyncInferStreamTest, ThreadLooksForTheResultWhereAskedToAndThenSleeps) {
   absl::Notification may_answer;
   service_.set_handler([&](grpc::ServerContext& context, const auto& request, auto& response) {
     may_answer.WaitForNotification();
     return FakeService::Echo(context, request, response);
   });
   constexpr absl::Duration kMuch = absl::Milliseconds(100);
+  const absl::Time give_up = absl::Now() + absl::Seconds(60);
   InferenceClient looking(ClientOptions{.target = service_.target(), .busy_poll = absl::Hours(1)});
   const auto stream = looking.OpenAsyncStream();
   absl::Duration before = ProcessorTime();
   ASSERT_TRUE(stream->Send(Numbered(1), arrivals_.Callback()).ok());
-  while (ProcessorTime() - before < kMuch)
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  // No longer than kMaxBusyPoll: then it sleeps, and is woken by the result.
-  for (before = ProcessorTime();; before = ProcessorTime()) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(300));
-    if (ProcessorTime() - before < kMuch) break;
+  bool looks = false;
+  while (!looks && absl::Now() < give_up) {
+    absl::SleepFor(absl::Milliseconds(5));
+    looks = ProcessorTime() - before >= kMuch;
   }
+  EXPECT_TRUE(looks);
+  // No longer than kMaxBusyPoll, whatever is asked for: then it is woken by the result.
+  bool sleeps = false;
+  while (!sleeps && absl::Now() < give_up) {
+    before = ProcessorTime();
+    absl::SleepFor(absl::Milliseconds(300));
+    sleeps = ProcessorTime() - before < kMuch;
+  }
+  EXPECT_TRUE(sleeps);
   may_answer.Notify();
   EXPECT_THAT(arrivals_.Await(1), ElementsAre("r1"));
 }
@@ -275,7 +284,7 @@ TEST_F(AsyncInferStreamTest, ThreadSleepsUntilTheResultWhereNotAsked) {
   const auto stream = client_.OpenAsyncStream();
   ASSERT_TRUE(stream->Send(Numbered(1), arrivals_.Callback()).ok());
   const absl::Duration before = ProcessorTime();
-  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  absl::SleepFor(absl::Milliseconds(500));
   EXPECT_LT(ProcessorTime() - before, absl::Milliseconds(100));
   may_answer.Notify();
   EXPECT_THAT(arrivals_.Await(1), ElementsAre("r1"));
