@@ -1,6 +1,9 @@
-// A completion queue's wait that looks for a while before it sleeps: an event that comes meanwhile
-// costs no sleep and no wake-up, at the price of a core that is busy for so long after each event.
-// Thread-safe, as the queue is.
+// A completion queue's waits that look for a while before they sleep: an event that comes meanwhile
+// costs no sleep and no wake-up, at the price of a core that is busy while there is traffic. Only a
+// wait that follows a short one looks: what comes alone now and then, as heartbeats do, is slept
+// for, so that an idle service takes no core.
+//
+// Thread safety: of one thread at a time; the queue may have events from any.
 #ifndef EPSERVE_SERVER_COMMON_BUSY_POLL_H_
 #define EPSERVE_SERVER_COMMON_BUSY_POLL_H_
 
@@ -8,26 +11,49 @@
 #include <grpcpp/completion_queue.h>
 
 #include <chrono>
+#include <optional>
 
 namespace epserve::server {
 
 inline constexpr auto kNoDeadline = std::chrono::system_clock::time_point::max();
 
-// As `queue`'s AsyncNext until `deadline`, with the first `busy` of the wait spent looking.
-inline grpc::CompletionQueue::NextStatus BusyNext(grpc::CompletionQueue* queue,
-                                                  std::chrono::microseconds busy,
-                                                  std::chrono::system_clock::time_point deadline,
-                                                  void** tag, bool* ok) {
-  using Clock = std::chrono::steady_clock;
-  const auto end = busy.count() > 0 ? Clock::now() + busy : Clock::time_point();
-  // A deadline in the past: one look, which polls the sockets, too.
-  while (busy.count() > 0 && Clock::now() < end) {
-    const auto next = queue->AsyncNext(tag, ok, gpr_time_0(GPR_CLOCK_REALTIME));
-    if (next != grpc::CompletionQueue::TIMEOUT) return next;
-    if (deadline != kNoDeadline && std::chrono::system_clock::now() >= deadline) return next;
+class BusyPoll {
+ public:
+  // `busy`: how long a wait looks at most; one is short that ends within that. 0: none looks.
+  explicit BusyPoll(std::chrono::microseconds busy) : busy_(busy) {}
+
+  // As `queue`'s AsyncNext until `deadline`. What follows a TIMEOUT is still the same wait.
+  grpc::CompletionQueue::NextStatus Next(grpc::CompletionQueue* queue,
+                                         std::chrono::system_clock::time_point deadline, void** tag,
+                                         bool* ok) {
+    if (busy_.count() == 0) return queue->AsyncNext(tag, ok, deadline);
+    if (!began_.has_value()) began_ = Clock::now();
+    const auto next = Wait(queue, deadline, tag, ok);
+    if (next == grpc::CompletionQueue::TIMEOUT) return next;
+    looks_ = Clock::now() - *began_ <= busy_;
+    began_.reset();
+    return next;
   }
-  return queue->AsyncNext(tag, ok, deadline);
-}
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  grpc::CompletionQueue::NextStatus Wait(grpc::CompletionQueue* queue,
+                                         std::chrono::system_clock::time_point deadline, void** tag,
+                                         bool* ok) const {
+    // A deadline in the past: one look, which polls the sockets, too.
+    while (looks_ && Clock::now() - *began_ < busy_) {
+      const auto next = queue->AsyncNext(tag, ok, gpr_time_0(GPR_CLOCK_REALTIME));
+      if (next != grpc::CompletionQueue::TIMEOUT) return next;
+      if (deadline != kNoDeadline && std::chrono::system_clock::now() >= deadline) return next;
+    }
+    return queue->AsyncNext(tag, ok, deadline);
+  }
+
+  const std::chrono::microseconds busy_;
+  bool looks_ = false;                      // the last wait was short
+  std::optional<Clock::time_point> began_;  // of the present wait
+};
 
 }  // namespace epserve::server
 

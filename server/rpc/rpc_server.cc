@@ -309,14 +309,14 @@ void RpcServer::Loop::Start() {
 void RpcServer::Loop::Poll() {
   void* tag = nullptr;
   bool ok = false;
+  BusyPoll poll(state_->busy_poll);
   for (;;) {
     if (delayed_.empty()) {
-      const auto next = BusyNext(queue_.get(), state_->busy_poll, kNoDeadline, &tag, &ok);
+      const auto next = poll.Next(queue_.get(), kNoDeadline, &tag, &ok);
       if (next != grpc::CompletionQueue::GOT_EVENT) return;
     } else {
       const auto wait = delayed_.front()->due() - std::chrono::steady_clock::now();
-      const auto next = BusyNext(queue_.get(), state_->busy_poll,
-                                 std::chrono::system_clock::now() + wait, &tag, &ok);
+      const auto next = poll.Next(queue_.get(), std::chrono::system_clock::now() + wait, &tag, &ok);
       if (next == grpc::CompletionQueue::SHUTDOWN) return;
       StartDueReads();
       if (next == grpc::CompletionQueue::TIMEOUT) continue;

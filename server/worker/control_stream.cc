@@ -5,7 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
-#include "server/common/busy_poll.h"
 #include "server/common/grpc_status.h"
 #include "server/common/late_read.h"
 #include "server/worker/control_proto_convert.h"
@@ -62,8 +61,8 @@ std::shared_ptr<grpc::Channel> MakeChannel(const ControlEndpoint& endpoint) {
 
 ControlStream::ControlStream(const ControlEndpoint& endpoint, Hello hello, Handler* handler)
     : handler_(handler),
-      busy_poll_(endpoint.busy_poll),
-      stub_(v1::Control::NewStub(MakeChannel(endpoint))) {
+      stub_(v1::Control::NewStub(MakeChannel(endpoint))),
+      busy_poll_(endpoint.busy_poll) {
   ShowSecret(endpoint);
   outgoing_.push_back(ToProto(std::move(hello)));
   stream_ = stub_->PrepareAsyncConnect(&context_, &queue_);
@@ -206,7 +205,7 @@ bool ControlStream::NextEvent(void** tag, bool* ok) {
     if (due.has_value()) {
       deadline = std::chrono::system_clock::now() + (*due - std::chrono::steady_clock::now());
     }
-    const auto next = server::BusyNext(&queue_, busy_poll_, deadline, tag, ok);
+    const auto next = busy_poll_.Next(&queue_, deadline, tag, ok);
     if (next != grpc::CompletionQueue::TIMEOUT) return next == grpc::CompletionQueue::GOT_EVENT;
     std::lock_guard<std::mutex> lock(mutex_);
     if (read_delayed_ && read_due_ <= std::chrono::steady_clock::now()) StartDelayedReadLocked();

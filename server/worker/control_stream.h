@@ -32,6 +32,7 @@
 #include "absl/time/time.h"
 #include "epserve/v1/control.grpc.pb.h"
 #include "epserve/v1/control.pb.h"
+#include "server/common/busy_poll.h"
 #include "server/common/immediate_event.h"
 #include "server/common/tls.h"
 #include "server/worker/control_messages.h"
@@ -112,7 +113,6 @@ class ControlStream {
   void GiveUp(absl::Status reason);
 
   Handler* const handler_;
-  const std::chrono::microseconds busy_poll_;
   grpc::ClientContext context_;
   grpc::CompletionQueue queue_;
   std::unique_ptr<v1::Control::Stub> stub_;
@@ -121,6 +121,7 @@ class ControlStream {
   PollTurn turn_;
 
   // Of the thread that has the turn.
+  server::BusyPoll busy_poll_;
   v1::CoordinatorMessage incoming_;
   grpc::Alarm alarm_;
   grpc::Status final_status_;

@@ -22,7 +22,7 @@ using std::chrono::seconds;
 using std::chrono::steady_clock;
 using NextStatus = grpc::CompletionQueue::NextStatus;
 
-// A thread that waits for one event of a queue.
+// A thread that waits for one event of a queue, after another that came within `first_wait`.
 class BusyPollTest : public testing::Test {
  protected:
   ~BusyPollTest() override {
@@ -33,13 +33,24 @@ class BusyPollTest : public testing::Test {
     }
   }
 
-  void Wait(microseconds busy) {
-    waiter_ = std::thread([this, busy] {
+  void Wait(microseconds busy, milliseconds first_wait = milliseconds(0)) {
+    waiter_ = std::thread([this, busy, first_wait] {
+      BusyPoll poll(busy);
+      EXPECT_EQ(NextOf(poll, first_wait), NextStatus::GOT_EVENT);
       thread_id_ = static_cast<pid_t>(::syscall(SYS_gettid));
       void* tag = nullptr;
       bool ok = false;
-      status_ = BusyNext(&queue_, busy, kNoDeadline, &tag, &ok);
+      status_ = poll.Next(&queue_, kNoDeadline, &tag, &ok);
     });
+    while (thread_id_ == 0) std::this_thread::yield();
+  }
+  // Waits for an event that comes after `delay`.
+  NextStatus NextOf(BusyPoll& poll, milliseconds delay) {
+    void* tag = nullptr;
+    bool ok = false;
+    grpc::Alarm alarm;
+    alarm.Set(&queue_, std::chrono::system_clock::now() + delay, this);
+    return poll.Next(&queue_, kNoDeadline, &tag, &ok);
   }
   // Whether the waiter takes so much processor time before it sleeps.
   bool Takes(milliseconds wanted) {
@@ -78,9 +89,15 @@ TEST_F(BusyPollTest, WaitWithoutItSleeps) {
   EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
 }
 
-TEST_F(BusyPollTest, WaitWithItLooksAndTakesTheEvent) {
+TEST_F(BusyPollTest, WaitAfterAShortOneLooksAndTakesTheEvent) {
   Wait(seconds(60));
   EXPECT_TRUE(Takes(milliseconds(100)));
+  EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
+}
+
+TEST_F(BusyPollTest, WaitAfterALongOneSleeps) {
+  Wait(milliseconds(300), /*first_wait=*/milliseconds(400));
+  EXPECT_FALSE(Takes(milliseconds(100)));
   EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
 }
 
@@ -90,15 +107,19 @@ TEST_F(BusyPollTest, WaitSleepsOnceItHasLookedForLongEnough) {
   EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
 }
 
-TEST_F(BusyPollTest, DeadlineEndsTheLooking) {
+TEST_F(BusyPollTest, DeadlineEndsTheLookingAndTheWaitGoesOn) {
   void* tag = nullptr;
   bool ok = false;
+  BusyPoll poll(seconds(60));
+  EXPECT_EQ(NextOf(poll, milliseconds(0)), NextStatus::GOT_EVENT);
   const auto begin = steady_clock::now();
-  EXPECT_EQ(BusyNext(&queue_, seconds(60), std::chrono::system_clock::now() + milliseconds(20),
-                     &tag, &ok),
-            NextStatus::TIMEOUT);
-  EXPECT_GE(steady_clock::now() - begin, milliseconds(19));
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(poll.Next(&queue_, std::chrono::system_clock::now() + milliseconds(20), &tag, &ok),
+              NextStatus::TIMEOUT);
+  }
+  EXPECT_GE(steady_clock::now() - begin, milliseconds(38));
   EXPECT_LT(steady_clock::now() - begin, seconds(50));
+  EXPECT_EQ(NextOf(poll, milliseconds(0)), NextStatus::GOT_EVENT);
 }
 
 }  // namespace
