@@ -140,9 +140,10 @@ __device__ uint4 CastFromFp8(const uint2& packed, float scale) {
   return result;
 }
 
-// A warp copies a row in pieces, whose loads are all on their way before the first store. Piece by
+// A warp copies a piece of a row, whose loads are all on their way before the first store. Piece by
 // piece the work goes round the blocks, so that the rows of a small batch keep every multiprocessor
-// busy, too: a warp alone takes some 30 us for a row of 14 KiB.
+// busy, too: a warp a row took 32 us more for one token of 14 KiB, and 84 us more for 128, on 4
+// H200s.
 constexpr int kPieceVectors = 4;  // a lane's, of 16 bytes
 constexpr int kPiece = kPieceVectors * kWarpSize;
 
