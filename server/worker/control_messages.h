@@ -78,6 +78,7 @@ struct Shard {
   std::string topk_weights;  // [T, K] fp32, where routed
   // These three are empty where the rows are in the epoch's arena, from first_row on.
   bool in_arena = false;
+  int row_block = 0;
   std::int64_t first_row = 0;
   std::vector<std::int64_t> shard_begin;  // [R + 1] where all ranks see all rows, else empty
   std::vector<RegionRows> sources;        // to read into the arena first

@@ -120,6 +120,7 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.topk_ids = std::move(*proto.mutable_topk_ids());
   shard.topk_weights = std::move(*proto.mutable_topk_weights());
   shard.in_arena = proto.in_arena();
+  shard.row_block = proto.row_block();
   shard.first_row = proto.first_row();
   shard.shard_begin.assign(proto.shard_begin().begin(), proto.shard_begin().end());
   shard.sources = ToRows(*proto.mutable_sources());
