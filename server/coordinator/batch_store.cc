@@ -209,9 +209,10 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   return batch;
 }
 
-// Puts the rows of the segments that are of the shard `index` into the arena, or into the message.
+// Puts the rows of the segments that are of the shard `index` into the arena, or into the message;
+// of rows in pieces only what is to be copied where.
 void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
-                         ShardMessage& shard) const {
+                         ShardMessage& shard) {
   const ShardPlan& plan = batch.shards[index];
   const std::int64_t first = plan.rows.begin;
   const std::int64_t row_bytes = batch.row_bytes;
@@ -249,9 +250,12 @@ void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, K
                 hidden, shard);
     }
     if (segment.pieces != nullptr) {
-      const std::span<char> place(hidden, static_cast<std::size_t>((to - from) * row_bytes));
-      segment.pieces->Copy(static_cast<std::size_t>(from * row_bytes), place);
-      hidden += place.size();
+      segment.pieces->ForEachPiece(static_cast<std::size_t>(from * row_bytes),
+                                   static_cast<std::size_t>((to - from) * row_bytes),
+                                   [&](std::span<const char> piece) {
+                                     copies_.push_back({piece.data(), hidden, piece.size()});
+                                     hidden += piece.size();
+                                   });
     } else if (segment.hidden.empty()) {
       if (hidden != nullptr) hidden += (to - from) * row_bytes;
     } else {
@@ -278,6 +282,8 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
     }
     CutRows(segments, i, batch, shard);
   }
+  if (!copies_.empty()) copier_.Copy(copies_);
+  copies_.clear();
   ShareRows(batch, shards);
   for (const KeptPart& part : batch.parts) {
     for (const RegionWindow* window : {&part.source, &part.output}) {
@@ -288,20 +294,25 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
   return shards;
 }
 
-// Not where a worker is still to bring rows or ids there.
+// Not where a worker is still to bring ids there, or rows from a device.
 void BatchStore::ShareRows(const KeptBatch& batch, std::vector<ShardMessage>& shards) const {
   std::vector<std::int64_t> shard_begin;
   shard_begin.reserve(shards.size() + 1);
+  bool rows_follow = false;
   for (std::size_t i = 0; i < shards.size(); ++i) {
     const ShardMessage& shard = shards[i];
     if (!shard.in_arena || !sharing_streams_.contains(batch.shards[i].stream) || !shard.routed ||
-        !shard.sources.empty() || !shard.device_rows.empty()) {
+        !shard.device_rows.empty()) {
       return;
     }
+    rows_follow = rows_follow || !shard.sources.empty();
     shard_begin.push_back(batch.shards[i].rows.begin);
   }
   shard_begin.push_back(batch.shards.back().rows.end);
-  for (ShardMessage& shard : shards) shard.shard_begin = shard_begin;
+  for (ShardMessage& shard : shards) {
+    shard.shard_begin = shard_begin;
+    shard.rows_follow = rows_follow;
+  }
 }
 
 std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,

@@ -26,6 +26,7 @@
 #include "server/coordinator/kept_batch.h"
 #include "server/coordinator/region_use.h"
 #include "server/coordinator/row_blocks.h"
+#include "server/coordinator/row_copier.h"
 #include "server/coordinator/state_machine/commands.h"
 #include "server/coordinator/worker_stream.h"
 
@@ -79,8 +80,8 @@ class BatchStore {
   std::vector<ShardMessage> MakeShards(const ShardMessage& common, KeptBatch& batch,
                                        std::span<const Segment> segments);
   void CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
-               ShardMessage& shard) const;
-  // Tells all shards of each other's rows, where all of the batch are in the arena already.
+               ShardMessage& shard);
+  // Tells all shards of each other's rows, where all of the batch are, or will be, in the arena.
   void ShareRows(const KeptBatch& batch, std::vector<ShardMessage>& shards) const;
 
   const runtime::Placement placement_;
@@ -91,6 +92,8 @@ class BatchStore {
   std::set<StreamId> arena_streams_;
   std::set<StreamId> sharing_streams_;  // of them, those that take others' rows there
   RegionUse regions_;
+  RowCopier copier_{RowCopier::HelpersHere()};
+  std::vector<RowCopier::Piece> copies_;  // of the batch that is being cut
   std::map<std::pair<EpochId, BatchId>, KeptBatch> batches_;
 };
 

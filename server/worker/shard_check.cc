@@ -59,7 +59,8 @@ absl::Status CheckSharedBatch(const Shard& shard, const ShardLimits& limits) {
     return absl::InternalError(
         "shard: its batch is shared, but this worker has not said that it takes such");
   }
-  if (!shard.in_arena || !shard.routed || !shard.sources.empty() || !shard.device_rows.empty()) {
+  const bool rows_missing = !shard.sources.empty() && !shard.rows_follow;
+  if (!shard.in_arena || !shard.routed || rows_missing || !shard.device_rows.empty()) {
     return absl::InternalError(
         "shard: its batch is shared, but not all of its rows and ids are in the arena");
   }

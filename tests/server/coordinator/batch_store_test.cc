@@ -268,15 +268,21 @@ TEST_F(BatchStoreRegionTest, WorkersThatReachRegionsAreToldWhereRowsLieAndGo) {
   EXPECT_EQ(object_.Read(0, 256), before) << "the workers have written it";
 }
 
-TEST_F(BatchStoreRegionTest, RowsThatWorkersAreStillToReadAreNotShared) {
+TEST_F(BatchStoreRegionTest, RowsThatWorkersAreStillToReadAreSharedAsThoseThatFollow) {
   for (const StreamId stream : {11, 12}) {
     store_.UseArena(5, stream);
     store_.UseSharedRows(5, stream);
   }
   // Read by the coordinator they are in the arena when the shards go out.
   EXPECT_THAT(Start()[0].shard_begin, ElementsAre(0, 2, 4));
+  EXPECT_FALSE(Start()[0].rows_follow);
   store_.UseRegions(5, 11);
-  for (const ShardMessage& shard : Start()) EXPECT_THAT(shard.shard_begin, ElementsAre());
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_TRUE(shards[1].sources.empty());
+  for (const ShardMessage& shard : shards) {
+    EXPECT_THAT(shard.shard_begin, ElementsAre(0, 2, 4));
+    EXPECT_TRUE(shard.rows_follow);
+  }
 }
 
 TEST_F(BatchStoreRegionTest, ForOtherWorkersRowsAreCopiedBothWays) {

@@ -115,6 +115,8 @@ TEST_F(BatchExecutorTest, SharedBatchThatIsNotAllThereIsRefused) {
   shard.routed = true;
   shard.sources = {{1, "'one'", 0, 0, 1}};
   ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
+  shard.rows_follow = true;  // Which says so; without regions it is refused all the same.
+  ExpectRefused(shard, absl::StatusCode::kInternal, "cannot reach any");
   shard.sources.clear();
   shard.in_arena = false;
   ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
