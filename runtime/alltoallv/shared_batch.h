@@ -17,8 +17,8 @@
 namespace epserve::runtime {
 
 // A batch of T tokens as every rank sees it. Who wrote it is done with it, or with all but the rows
-// that follow; of the rows, those of a rank's shard may be overwritten by that rank once its Combine
-// has returned, see HostExchange.
+// that follow; of the rows, those of a rank's shard may be overwritten by that rank once its
+// Combine has returned, see HostExchange.
 struct SharedBatch {
   // [R + 1], ascending from 0 to T: the shard of rank r is [shard_begin[r], shard_begin[r + 1]).
   // Empty: the batch is not shared.

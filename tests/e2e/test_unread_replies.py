@@ -1,6 +1,6 @@
-"""Large replies are sent from the memory that the workers wrote them to. It must stay as it is until
-the caller has taken the reply, whatever comes meanwhile, and a caller that takes none keeps nobody
-else waiting."""
+"""Large replies are sent from the memory that the workers wrote them to. It must stay as it is
+until the caller has taken the reply, whatever comes meanwhile, and a caller that takes none keeps
+nobody else waiting."""
 
 import pathlib
 
