@@ -8,7 +8,8 @@
 // rank order, in fp32, straight from its peers' heaps.
 //
 // Where every rank sees all rows of a batch, dispatch pushes nothing: each rank takes its rows
-// where they stand, and waits for nobody (shared_batch.h). Combine is the same.
+// where they stand, and waits for nobody, or for those whose rows follow (shared_batch.h). Combine
+// is the same.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_EXCHANGE_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_EXCHANGE_H_
 

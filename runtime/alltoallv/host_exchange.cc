@@ -398,12 +398,12 @@ absl::Status HostExchange::Dispatch(const DispatchArgs& args) {
   // Relaxed: the word orders nothing. After an abort not one more byte goes to a peer.
   if (abort_.load(std::memory_order_relaxed) != 0) return Aborted("dispatch");
   slot.sequence = args.sequence;
-  if (!shared) {
-    PushRows(args, &slot);
+  if (!shared) PushRows(args, &slot);
+  if (!shared || args.shared.rows_follow) {
     PublishRows(args);
     EPS_RETURN_IF_ERROR(AwaitRows(args));
-    PointAtReceived(args, &slot);
   }
+  if (!shared) PointAtReceived(args, &slot);
   DescribeReceived(args, &slot);
   slot.num_tokens = args.num_tokens;
   slot.counts = args.counts;

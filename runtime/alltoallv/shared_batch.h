@@ -1,5 +1,6 @@
 // Dispatch without a copy: where every rank sees all rows of a batch, with their ids and weights,
-// each takes its own from there, and no rank waits for another's.
+// each takes its own from there, and no rank waits for another's, unless the rows were still to
+// follow when the batch began.
 //
 // The rows are taken in the order in which pushed ones would stand, by source rank and token, so
 // both ways of dispatch give the same bits. Pure functions; thread safety: none needed.
@@ -15,8 +16,9 @@
 
 namespace epserve::runtime {
 
-// A batch of T tokens as every rank sees it. Who wrote it is done with it; of the rows, those of a
-// rank's shard may be overwritten by that rank once its Combine has returned, see HostExchange.
+// A batch of T tokens as every rank sees it. Who wrote it is done with it, or with all but the rows
+// that follow; of the rows, those of a rank's shard may be overwritten by that rank once its
+// Combine has returned, see HostExchange.
 struct SharedBatch {
   // [R + 1], ascending from 0 to T: the shard of rank r is [shard_begin[r], shard_begin[r + 1]).
   // Empty: the batch is not shared.
@@ -24,6 +26,9 @@ struct SharedBatch {
   const void* x = nullptr;                 // [T, H] of the batch's type
   const std::int32_t* topk_ids = nullptr;  // [T, K] global expert id, -1: none
   const float* topk_weights = nullptr;     // [T, K]
+  // The rows of each rank's shard are there once that rank calls Dispatch, which tells those that
+  // take them. The same on all ranks.
+  bool rows_follow = false;
 
   bool empty() const { return shard_begin.empty(); }
 };

@@ -96,7 +96,8 @@ struct ShardInput {
   const float* topk_weights = nullptr;  // [T, K], null where topk_ids is
   // The whole batch, where all ranks see it and every engine takes_shared_batches(): given to all
   // or to none. This rank's shard, which must have ids, is its part of it. Stays as it is until
-  // every rank has finished, but for rows that their own rank's output replaces.
+  // every rank has finished, but for rows that follow and rows that their own rank's output
+  // replaces.
   SharedBatch shared;
   // Where Finish will be told to leave the output, for an engine that can bring it there at once,
   // in Combine; may be the place of the input's rows. Null: not known yet.

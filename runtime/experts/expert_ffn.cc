@@ -44,6 +44,11 @@ EPS_MULTIVERSION void AddScaled(const float* row, float weight, std::int64_t cou
   for (std::int64_t i = 0; i < count; ++i) sum[i] += weight * row[i];
 }
 
+// The same where the sum is zero before. Zero is added all the same, for the sign of its zeros.
+EPS_MULTIVERSION void SetScaled(const float* row, float weight, std::int64_t count, float* sum) {
+  for (std::int64_t i = 0; i < count; ++i) sum[i] = 0.0f + weight * row[i];
+}
+
 // Part `index` of `count` split into `parts`, with bounds that are multiples of 16 floats, so that
 // no two members write to one cache line.
 RowRange PartOf(std::int64_t count, int parts, int index) {
@@ -68,11 +73,12 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
         up_(tile_rows_ * up_columns_ * config.threads),
         expert_begin_(static_cast<std::size_t>(config.max_local_experts) + 1),
         pairs_(static_cast<std::size_t>(chunk_rows_ * config.max_topk)),
+        last_pair_(static_cast<std::size_t>(chunk_rows_)),
         team_(config.threads) {}
 
   std::uint64_t workspace_bytes() const override {
     return x_.bytes() + mid_.bytes() + up_.bytes() + expert_begin_.size() * sizeof(std::int64_t) +
-           pairs_.size() * sizeof(Pair);
+           pairs_.size() * sizeof(Pair) + last_pair_.size() * sizeof(last_pair_[0]);
   }
 
   void Run(const LayerWeights& layer, const ReceivedRows& received,
@@ -82,6 +88,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     for (chunk_begin_ = 0; chunk_begin_ < received.num_rows; chunk_begin_ += chunk_rows_) {
       chunk_size_ = std::min(chunk_rows_, received.num_rows - chunk_begin_);
       GroupByExpert(local_expert_rows);
+      MarkEnds();
       team_.Run(this);
     }
   }
@@ -90,6 +97,8 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
   struct Pair {
     std::int32_t row;  // in the chunk
     float weight;
+    bool is_first;  // of the row's, in the order in which they are added
+    bool is_last;
   };
 
   // Lists the chunk's (row, weight) pairs of each expert, in the order of rows, then of k.
@@ -113,7 +122,8 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     for (std::int64_t i = 0; i < chunk_size_ * topk; ++i) {
       if (!is_local(experts[i])) continue;
       auto& next = expert_begin_[static_cast<std::size_t>(experts[i])];
-      pairs_[static_cast<std::size_t>(next++)] = {static_cast<std::int32_t>(i / topk), weights[i]};
+      pairs_[static_cast<std::size_t>(next++)] = {static_cast<std::int32_t>(i / topk), weights[i],
+                                                  false, false};
     }
     // Filling has moved each begin to its expert's end, which is the next one's begin.
     for (std::int64_t e = num_experts; e > 0; --e) {
@@ -122,18 +132,42 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
     expert_begin_[0] = 0;
   }
 
-  // The chunk's sums: rows that are fp32 are summed up in their place.
-  float* Sums() const {
-    if (received_->dtype != DataType::kFp32) return received_->sums;
-    return reinterpret_cast<float*>(received_->partial_rows) + chunk_begin_ * config_.hidden;
+  // A row's sum begins with its first pair and is done with its last, so that no pass over the sums
+  // clears them before, or converts them after: of a row with one expert they are not touched.
+  void MarkEnds() {
+    std::fill_n(last_pair_.begin(), chunk_size_, -1);
+    const std::int64_t num_pairs =
+        expert_begin_[static_cast<std::size_t>(layer_->num_local_experts)];
+    for (std::int64_t p = 0; p < num_pairs; ++p) {
+      Pair& pair = pairs_[static_cast<std::size_t>(p)];
+      std::int32_t& last = last_pair_[static_cast<std::size_t>(pair.row)];
+      pair.is_first = last < 0;
+      last = static_cast<std::int32_t>(p);
+    }
+    for (std::int64_t row = 0; row < chunk_size_; ++row) {
+      const std::int32_t last = last_pair_[static_cast<std::size_t>(row)];
+      if (last >= 0) {
+        pairs_[static_cast<std::size_t>(last)].is_last = true;
+      } else {
+        std::memset(PartialRow(row), 0, RowBytes());
+      }
+    }
+  }
+
+  std::size_t RowBytes() const {
+    return static_cast<std::size_t>(config_.hidden) * DataTypeBytes(received_->dtype);
+  }
+  // Of the chunk's row.
+  std::byte* PartialRow(std::int64_t row) const {
+    return received_->partial_rows + static_cast<std::size_t>(chunk_begin_ + row) * RowBytes();
+  }
+  // Rows that are fp32 are summed up in their place.
+  float* SumOf(std::int64_t row) const {
+    if (received_->dtype == DataType::kFp32) return reinterpret_cast<float*>(PartialRow(row));
+    return received_->sums + row * config_.hidden;
   }
 
   void RunMember(int member) override {
-    const std::int64_t hidden = config_.hidden;
-    const RowRange columns = PartOf(hidden, team_.size(), member);
-    for (std::int64_t row = 0; row < chunk_size_; ++row) {
-      std::fill(Sums() + row * hidden + columns.begin, Sums() + row * hidden + columns.end, 0.0f);
-    }
     for (std::int64_t e = 0; e < layer_->num_local_experts; ++e) {
       const std::int64_t begin = expert_begin_[static_cast<std::size_t>(e)];
       const std::int64_t end = expert_begin_[static_cast<std::size_t>(e) + 1];
@@ -142,15 +176,26 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
                 {pairs_.data() + tile, static_cast<std::size_t>(std::min(tile_rows_, end - tile))});
       }
     }
-    if (received_->dtype == DataType::kFp32) return;
-    team_.Barrier();  // A row's sum is several members' work.
-    const RowRange rows = ShardOf(chunk_size_, team_.size(), member);
-    const std::size_t row_bytes =
-        static_cast<std::size_t>(hidden) * DataTypeBytes(received_->dtype);
-    ConvertFromFloat(
-        received_->dtype, received_->sums + rows.begin * hidden,
-        received_->partial_rows + static_cast<std::size_t>(chunk_begin_ + rows.begin) * row_bytes,
-        static_cast<std::size_t>(rows.size() * hidden));
+  }
+
+  // Adds a row of what down made, or part of it, to the row's sum.
+  void Accumulate(const Pair& pair, RowRange columns, float* product) {
+    const std::int64_t count = columns.size();
+    float* sum = SumOf(pair.row) + columns.begin;
+    const bool converts = received_->dtype != DataType::kFp32 && pair.is_last;
+    if (converts && pair.is_first) {
+      SetScaled(product, pair.weight, count, product);  // It is this member's own.
+      sum = product;
+    } else if (pair.is_first) {
+      SetScaled(product, pair.weight, count, sum);
+    } else {
+      AddScaled(product, pair.weight, count, sum);
+    }
+    if (!converts) return;
+    const std::size_t element_bytes = DataTypeBytes(received_->dtype);
+    ConvertFromFloat(received_->dtype, sum,
+                     PartialRow(pair.row) + static_cast<std::size_t>(columns.begin) * element_bytes,
+                     static_cast<std::size_t>(count));
   }
 
   // One expert's down(silu(gate(x)) * up(x)) of some rows, added to their sums with their weights.
@@ -180,9 +225,8 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
            .y = x_.data() + columns.begin,
            .ldy = hidden});
     for (std::int64_t i = 0; i < num_rows; ++i) {
-      const Pair& pair = pairs[static_cast<std::size_t>(i)];
-      AddScaled(x_.data() + i * hidden + columns.begin, pair.weight, columns.size(),
-                Sums() + pair.row * hidden + columns.begin);
+      Accumulate(pairs[static_cast<std::size_t>(i)], columns,
+                 x_.data() + i * hidden + columns.begin);
     }
   }
 
@@ -224,6 +268,7 @@ class HostExpertFfn final : public ExpertFfn, private Team::Job {
   const Workspace up_;                      // [threads, tile, up_columns] of up; a member's own
   std::vector<std::int64_t> expert_begin_;  // [E_local + 1] into pairs_
   std::vector<Pair> pairs_;                 // [chunk * K]
+  std::vector<std::int32_t> last_pair_;     // [chunk] of the row, so far; -1: none
 
   // The running call's.
   const LayerWeights* layer_ = nullptr;

@@ -10,20 +10,25 @@ namespace {
 // Stands where a heap's rank does; no worker has it.
 constexpr int kArenaRank = 1'000'000;
 
+// Raised with every change of where things stand in an arena.
+constexpr std::int64_t kLayoutVersion = 2;
+
 constexpr std::uint64_t kAlignment = 256;
 
 std::uint64_t Aligned(std::uint64_t bytes) { return (bytes + kAlignment - 1) & ~(kAlignment - 1); }
 
-std::uint64_t RowBytes(const RowArenaSpec& spec) {
-  return Aligned(static_cast<std::uint64_t>(spec.max_batch_tokens * spec.hidden) * 4);
+std::uint64_t BlockBytes(const RowArenaSpec& spec) {
+  return Aligned(static_cast<std::uint64_t>(spec.max_batch_tokens * spec.hidden) * 2);
 }
 
-// Of the ids, and as many of the weights.
+std::uint64_t AllBlocksBytes(const RowArenaSpec& spec) {
+  return 2 * static_cast<std::uint64_t>(RowArena::NumPairs(spec.num_slots)) * BlockBytes(spec);
+}
+
+// Of a slot's ids, and as many of its weights.
 std::uint64_t IndexBytes(const RowArenaSpec& spec) {
   return Aligned(static_cast<std::uint64_t>(spec.max_batch_tokens * spec.topk) * 4);
 }
-
-std::uint64_t SlotBytes(const RowArenaSpec& spec) { return RowBytes(spec) + 2 * IndexBytes(spec); }
 
 HeapSpec HeapSpecOf(const RowArenaSpec& spec) {
   HeapSpec heap;
@@ -33,8 +38,8 @@ HeapSpec HeapSpecOf(const RowArenaSpec& spec) {
   heap.bytes = RowArena::Bytes(spec);
   // FNV-1a over what the layout follows from.
   heap.layout_digest = 0xcbf29ce484222325u;
-  for (const std::int64_t value : {std::int64_t{spec.num_slots}, spec.max_batch_tokens, spec.hidden,
-                                   std::int64_t{spec.topk}}) {
+  for (const std::int64_t value : {kLayoutVersion, std::int64_t{spec.num_slots},
+                                   spec.max_batch_tokens, spec.hidden, std::int64_t{spec.topk}}) {
     heap.layout_digest = (heap.layout_digest ^ static_cast<std::uint64_t>(value)) * 0x100000001b3u;
   }
   return heap;
@@ -43,7 +48,8 @@ HeapSpec HeapSpecOf(const RowArenaSpec& spec) {
 }  // namespace
 
 std::uint64_t RowArena::Bytes(const RowArenaSpec& spec) {
-  return kHeapHeaderBytes + static_cast<std::uint64_t>(spec.num_slots) * SlotBytes(spec);
+  return kHeapHeaderBytes + AllBlocksBytes(spec) +
+         2 * static_cast<std::uint64_t>(spec.num_slots) * IndexBytes(spec);
 }
 
 absl::StatusOr<std::shared_ptr<RowArena>> RowArena::Create(const RowArenaSpec& spec) {
@@ -67,16 +73,25 @@ std::span<std::byte> RowArena::bytes() const {
   return {data_, static_cast<std::size_t>(Bytes(spec_) - kHeapHeaderBytes)};
 }
 
-std::byte* RowArena::slot_begin(int slot) const {
-  return data_ + static_cast<std::uint64_t>(slot) * SlotBytes(spec_);
+std::uint64_t RowArena::block_bytes() const { return BlockBytes(spec_); }
+
+std::byte* RowArena::rows(int block) const {
+  return data_ + static_cast<std::uint64_t>(block) * BlockBytes(spec_);
+}
+
+bool RowArena::Holds(int block, std::uint64_t num_bytes) const {
+  if (block < 0 || block >= num_blocks()) return false;
+  const std::uint64_t blocks_left = block % 2 == 0 ? 2 : 1;
+  return num_bytes <= blocks_left * BlockBytes(spec_);
 }
 
 std::int32_t* RowArena::topk_ids(int slot) const {
-  return reinterpret_cast<std::int32_t*>(slot_begin(slot) + RowBytes(spec_));
+  return reinterpret_cast<std::int32_t*>(data_ + AllBlocksBytes(spec_) +
+                                         static_cast<std::uint64_t>(slot) * 2 * IndexBytes(spec_));
 }
 
 float* RowArena::topk_weights(int slot) const {
-  return reinterpret_cast<float*>(slot_begin(slot) + RowBytes(spec_) + IndexBytes(spec_));
+  return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(topk_ids(slot)) + IndexBytes(spec_));
 }
 
 }  // namespace epserve::runtime

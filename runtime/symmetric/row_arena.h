@@ -1,11 +1,15 @@
 // Memory in which the coordinator hands the rows of batches to the workers of its machine, so that
-// they need not travel through sockets: tokens' states, expert ids and weights, one place for each
-// slot. The experts' output takes the place of the states.
+// they need not travel through sockets: tokens' states in blocks, expert ids and weights in one
+// place for each slot. The experts' output takes the place of the states.
+//
+// There are more blocks than the slots need, so that outputs may stay in theirs until their callers
+// have taken them, while the next batches have their rows in others. Which block is whose is the
+// coordinator's to say.
 //
 // One arena an epoch, made by the coordinator before the epoch forms and opened by each worker that
 // shares its memory. An old epoch's mapping never reaches a new epoch's arena, so a worker that was
 // given up and writes late changes nothing.
-// Thread safety: none of its own; a slot's rows are touched by one side at a time, handed over by
+// Thread safety: none of its own; a batch's rows are touched by one side at a time, handed over by
 // messages.
 #ifndef EPSERVE_RUNTIME_SYMMETRIC_ROW_ARENA_H_
 #define EPSERVE_RUNTIME_SYMMETRIC_ROW_ARENA_H_
@@ -25,7 +29,7 @@ struct RowArenaSpec {
   std::string cluster_id;
   std::uint64_t epoch = 0;
   int num_slots = 0;
-  std::int64_t max_batch_tokens = 0;  // T of a slot
+  std::int64_t max_batch_tokens = 0;  // T of a slot and of a block
   std::int64_t hidden = 0;            // H
   int topk = 0;                       // K
 };
@@ -44,16 +48,24 @@ class RowArena {
   // Nobody can open it any more; a crash leaves nothing behind. REQUIRES: made by Create.
   void Seal() { own_->Seal(); }
 
-  // [T, H] of up to 4 bytes an element, rows without gaps in the batch's type.
-  std::byte* rows(int slot) const { return slot_begin(slot); }
+  // Blocks 2i and 2i + 1 stand one behind the other, and together make a pair; there is a pair for
+  // each slot, and one more.
+  int num_blocks() const { return 2 * NumPairs(spec_.num_slots); }
+  // [T, H] of 2 bytes an element, or of 4 where a pair begins; rows without gaps.
+  std::byte* rows(int block) const;
+  std::uint64_t block_bytes() const;
+  // So many bytes, from the begin of the block on, end within its pair.
+  bool Holds(int block, std::uint64_t num_bytes) const;
+
   std::int32_t* topk_ids(int slot) const;  // [T, K]
   float* topk_weights(int slot) const;     // [T, K]
-  // All slots' places.
+  // All blocks and all slots' places.
   std::span<std::byte> bytes() const;
+
+  static int NumPairs(int num_slots) { return num_slots + 1; }
 
  private:
   explicit RowArena(const RowArenaSpec& spec) : spec_(spec) {}
-  std::byte* slot_begin(int slot) const;
 
   const RowArenaSpec spec_;
   std::unique_ptr<SymmetricHeap> own_;  // of the side that made it

@@ -149,48 +149,21 @@ void PlaceRows(const PartRows& rows, bool direct, KeptBatch& batch, KeptPart& pa
   part.fault = read;
 }
 
-// Calls use(rank, offset among the rows, bytes) for what each rank has of the rows; INTERNAL where
-// some are missing.
-template <typename Use>
-absl::Status ForEachPiece(const KeptBatch& batch, runtime::RowRange rows, const Use& use) {
-  std::int64_t num_found = 0;
-  for (std::size_t i = 0; i < batch.shards.size(); ++i) {
-    const runtime::RowRange& part = batch.shards[i].rows;
-    const std::int64_t begin = std::max(rows.begin, part.begin);
-    const std::int64_t end = std::min(rows.end, part.end);
-    if (begin >= end || !batch.taken[i]) continue;
-    const char* const output = batch.in_arena[i]
-                                   ? reinterpret_cast<const char*>(batch.arena->rows(batch.slot)) +
-                                         part.begin * batch.row_bytes
-                                   : batch.outputs[i].data();
-    EPS_RETURN_IF_ERROR(
-        use(i, (begin - rows.begin) * batch.row_bytes,
-            std::span<const char>(output + (begin - part.begin) * batch.row_bytes,
-                                  static_cast<std::size_t>((end - begin) * batch.row_bytes))));
-    num_found += end - begin;
-  }
-  if (num_found == rows.size()) return absl::OkStatus();
-  return absl::InternalError(
-      absl::StrCat("batch: ", num_found, " output rows are there of ", rows.size()));
-}
-
 }  // namespace
-
-std::int64_t RowTypeBytes(RowType type) { return type == RowType::kFp32 ? 4 : 2; }
 
 BatchStore::BatchStore(runtime::Placement placement, std::int64_t hidden, int topk)
     : placement_(std::move(placement)), hidden_(hidden), topk_(topk) {}
 
-void BatchStore::OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> arena) {
+void BatchStore::OpenArena(EpochId epoch, std::shared_ptr<RowBlocks> blocks) {
   arena_epoch_ = epoch;
-  arena_ = std::move(arena);
+  blocks_ = std::move(blocks);
   arena_streams_.clear();
   sharing_streams_.clear();
   regions_.OpenEpoch();
 }
 
 void BatchStore::UseArena(EpochId epoch, StreamId stream) {
-  if (arena_ != nullptr && epoch == arena_epoch_) arena_streams_.insert(stream);
+  if (blocks_ != nullptr && epoch == arena_epoch_) arena_streams_.insert(stream);
 }
 
 void BatchStore::UseRegions(EpochId epoch, StreamId stream) {
@@ -202,7 +175,7 @@ void BatchStore::UseSharedRows(EpochId epoch, StreamId stream) {
 }
 
 void BatchStore::SealArena(EpochId epoch) {
-  if (arena_ != nullptr && epoch == arena_epoch_) arena_->Seal();
+  if (blocks_ != nullptr && epoch == arena_epoch_) blocks_->arena().Seal();
 }
 
 void BatchStore::CloseArena(EpochId epoch) {
@@ -210,9 +183,10 @@ void BatchStore::CloseArena(EpochId epoch) {
 }
 
 KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
-                            const std::vector<ShardPlan>& plans, TimeUs now_us) {
+                            const std::vector<ShardPlan>& plans, RowType row_type, TimeUs now_us) {
   KeptBatch& batch = batches_[{epoch, id}];
   batch.slot = slot;
+  batch.row_bytes = hidden_ * RowTypeBytes(row_type);
   batch.shards = plans;
   batch.outputs.resize(plans.size());
   batch.taken.assign(plans.size(), false);
@@ -223,8 +197,10 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   batch.answers_rows.assign(plans.size(), true);
   batch.times_of_rank.resize(plans.size());
   batch.started_us = now_us;
-  if (arena_ == nullptr || epoch != arena_epoch_) return batch;
-  batch.arena = arena_;
+  batch.blocks = nullptr;
+  if (blocks_ == nullptr || epoch != arena_epoch_) return batch;
+  batch.blocks = blocks_->Take(static_cast<std::uint64_t>(plans.back().rows.end * batch.row_bytes));
+  if (batch.blocks == nullptr) return batch;
   for (std::size_t i = 0; i < plans.size(); ++i) {
     batch.in_arena[i] = arena_streams_.contains(plans[i].stream);
     batch.answers_rows[i] = !batch.in_arena[i];
@@ -233,7 +209,8 @@ KeptBatch& BatchStore::Keep(EpochId epoch, BatchId id, int slot,
   return batch;
 }
 
-// Puts the rows of the segments that are of the shard `index` into the arena, or into the message.
+// Puts the rows of the segments that are of the shard `index` into the arena, or into the message;
+// of rows in pieces only what is to be copied where.
 void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
                          ShardMessage& shard) {
   const ShardPlan& plan = batch.shards[index];
@@ -244,9 +221,10 @@ void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, K
   char* ids;
   char* weights;
   if (shard.in_arena) {
-    hidden = reinterpret_cast<char*>(batch.arena->rows(batch.slot)) + first * row_bytes;
-    ids = reinterpret_cast<char*>(batch.arena->topk_ids(batch.slot) + first * topk);
-    weights = reinterpret_cast<char*>(batch.arena->topk_weights(batch.slot) + first * topk);
+    const runtime::RowArena& arena = blocks_->arena();
+    hidden = reinterpret_cast<char*>(batch.blocks->rows()) + first * row_bytes;
+    ids = reinterpret_cast<char*>(arena.topk_ids(batch.slot) + first * topk);
+    weights = reinterpret_cast<char*>(arena.topk_weights(batch.slot) + first * topk);
   } else {
     const auto index_bytes = static_cast<std::size_t>(plan.rows.size() * topk) * 4;
     if (NumRowsIn(&KeptPart::source, plan.rows, batch) < plan.rows.size()) {
@@ -272,9 +250,12 @@ void BatchStore::CutRows(std::span<const Segment> segments, std::size_t index, K
                 hidden, shard);
     }
     if (segment.pieces != nullptr) {
-      const std::span<char> place(hidden, static_cast<std::size_t>((to - from) * row_bytes));
-      segment.pieces->Copy(static_cast<std::size_t>(from * row_bytes), place);
-      hidden += place.size();
+      segment.pieces->ForEachPiece(static_cast<std::size_t>(from * row_bytes),
+                                   static_cast<std::size_t>((to - from) * row_bytes),
+                                   [&](std::span<const char> piece) {
+                                     copies_.push_back({piece.data(), hidden, piece.size()});
+                                     hidden += piece.size();
+                                   });
     } else if (segment.hidden.empty()) {
       if (hidden != nullptr) hidden += (to - from) * row_bytes;
     } else {
@@ -295,9 +276,14 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
     shard.slot = batch.slot;
     shard.num_tokens = batch.shards[i].rows.size();
     shard.in_arena = batch.in_arena[i];
-    shard.first_row = shard.in_arena ? batch.shards[i].rows.begin : 0;
+    if (shard.in_arena) {
+      shard.row_block = batch.blocks->first();
+      shard.first_row = batch.shards[i].rows.begin;
+    }
     CutRows(segments, i, batch, shard);
   }
+  if (!copies_.empty()) copier_.Copy(copies_);
+  copies_.clear();
   ShareRows(batch, shards);
   for (const KeptPart& part : batch.parts) {
     for (const RegionWindow* window : {&part.source, &part.output}) {
@@ -308,28 +294,33 @@ std::vector<ShardMessage> BatchStore::MakeShards(const ShardMessage& common, Kep
   return shards;
 }
 
-// Not where a worker is still to bring rows or ids there.
+// Not where a worker is still to bring ids there, or rows from a device.
 void BatchStore::ShareRows(const KeptBatch& batch, std::vector<ShardMessage>& shards) const {
   std::vector<std::int64_t> shard_begin;
   shard_begin.reserve(shards.size() + 1);
+  bool rows_follow = false;
   for (std::size_t i = 0; i < shards.size(); ++i) {
     const ShardMessage& shard = shards[i];
     if (!shard.in_arena || !sharing_streams_.contains(batch.shards[i].stream) || !shard.routed ||
-        !shard.sources.empty() || !shard.device_rows.empty()) {
+        !shard.device_rows.empty()) {
       return;
     }
+    rows_follow = rows_follow || !shard.sources.empty();
     shard_begin.push_back(batch.shards[i].rows.begin);
   }
   shard_begin.push_back(batch.shards.back().rows.end);
-  for (ShardMessage& shard : shards) shard.shard_begin = shard_begin;
+  for (ShardMessage& shard : shards) {
+    shard.shard_begin = shard_begin;
+    shard.rows_follow = rows_follow;
+  }
 }
 
 std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
                                             std::span<const ValidatedRequest* const> requests,
                                             TimeUs now_us) {
-  KeptBatch& batch = Keep(start.epoch, start.batch, start.slot, start.shards, now_us);
+  KeptBatch& batch =
+      Keep(start.epoch, start.batch, start.slot, start.shards, start.row_type, now_us);
   batch.layer = start.layer;
-  batch.row_bytes = hidden_ * RowTypeBytes(start.row_type);
   batch.counts = start.counts;
 
   std::vector<Segment> segments;
@@ -364,9 +355,9 @@ std::vector<ShardMessage> BatchStore::Start(const StartBatch& start,
 }
 
 std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_us) {
-  KeptBatch& batch = Keep(start.epoch, start.batch, start.slot, start.shards, now_us);
+  KeptBatch& batch =
+      Keep(start.epoch, start.batch, start.slot, start.shards, RowType::kFp32, now_us);
   batch.layer = start.layer;
-  batch.row_bytes = hidden_ * RowTypeBytes(RowType::kFp32);
   batch.is_probe = true;
   batch.counts = start.counts;
   batch.probe = server::MakeProbeBatch(placement_, hidden_, topk_);
@@ -431,32 +422,6 @@ void BatchStore::TakeFailure(const BatchDone& done) {
   for (std::size_t i = 0; i < batch->shards.size(); ++i) {
     if (batch->shards[i].stream == done.stream) batch->ended[i] = true;
   }
-}
-
-absl::Status BatchStore::Deliver(const KeptBatch& batch, const KeptPart& part,
-                                 std::span<char> out) {
-  if (!part.fault.ok()) return part.fault;
-  if (part.output.region == nullptr) return CopyRows(batch, part.rows, out);
-  if (InCuda(part.output.region.get())) return absl::OkStatus();
-  return ForEachPiece(batch, part.rows,
-                      [&](std::size_t rank, std::int64_t at, std::span<const char> rows) {
-                        if (batch.direct[rank]) return absl::OkStatus();
-                        return part.output.region->Write(
-                            part.output.offset_bytes + static_cast<std::uint64_t>(at), rows);
-                      });
-}
-
-absl::Status BatchStore::CopyRows(const KeptBatch& batch, runtime::RowRange rows,
-                                  std::span<char> out) {
-  if (static_cast<std::int64_t>(out.size()) != rows.size() * batch.row_bytes) {
-    return absl::InternalError(absl::StrCat("batch: place for the output has ", out.size(),
-                                            " bytes, which differs from the ",
-                                            rows.size() * batch.row_bytes, " of its rows"));
-  }
-  return ForEachPiece(batch, rows, [&](std::size_t, std::int64_t at, std::span<const char> piece) {
-    std::memcpy(out.data() + at, piece.data(), piece.size());
-    return absl::OkStatus();
-  });
 }
 
 KeptBatch* BatchStore::Find(EpochId epoch, BatchId batch) {

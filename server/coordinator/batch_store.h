@@ -22,60 +22,24 @@
 
 #include "absl/status/status.h"
 #include "runtime/routing/count_matrix.h"
-#include "runtime/symmetric/row_arena.h"
-#include "server/common/probe.h"
 #include "server/coordinator/front_door/validated_request.h"
+#include "server/coordinator/kept_batch.h"
 #include "server/coordinator/region_use.h"
+#include "server/coordinator/row_blocks.h"
+#include "server/coordinator/row_copier.h"
 #include "server/coordinator/state_machine/commands.h"
 #include "server/coordinator/worker_stream.h"
 
 namespace epserve::coordinator {
-
-// One request's part in a batch.
-struct KeptPart {
-  RequestId request = 0;
-  runtime::RowRange rows;
-  RegionWindow source;  // of the hidden states, where they lie in a region
-  RegionWindow output;  // where it goes to one
-  RegionWindow ids;     // where they lie in CUDA memory, as the weights
-  RegionWindow weights;
-  bool wide_ids = false;
-  absl::Status fault;  // not OK: some of its rows could not be read or written
-};
-
-struct KeptBatch {
-  std::int64_t layer = 0;
-  std::int64_t row_bytes = 0;  // H * size of the row type
-  std::vector<ShardPlan> shards;
-  std::vector<std::string> outputs;  // by rank; empty until taken, and where the arena has them
-  std::vector<bool> taken;           // by rank
-  std::vector<bool> ended;           // by rank: nothing of it touches a client's region any more
-  std::vector<bool> in_arena;        // by rank
-  std::vector<bool> direct;          // by rank: reads and writes clients' system regions itself
-  std::vector<bool> on_device;       // by rank: reads or writes clients' CUDA memory
-  std::vector<bool> answers_rows;    // by rank: its output comes in a message
-  std::vector<KeptPart> parts;       // in batch order
-  std::int64_t direct_bytes = 0;     // in clients' regions, read and written by workers
-  std::int64_t copied_bytes = 0;     // in clients' regions, read and written here
-  std::int64_t device_bytes = 0;     // in clients' CUDA memory
-  int slot = 0;
-  std::shared_ptr<runtime::RowArena> arena;  // null where no rank's rows are in one
-  WorkerTimes times;  // of each phase the most that any worker took; counts: or the matrix here
-  std::vector<WorkerTimes> times_of_rank;
-  CountExchange counts = CountExchange::kCoordinator;
-  TimeUs started_us = 0;
-  TimeUs last_done_us = 0;
-  bool is_probe = false;
-  server::ProbeBatch probe;  // where is_probe
-};
 
 class BatchStore {
  public:
   // `hidden` is H, `topk` K.
   BatchStore(runtime::Placement placement, std::int64_t hidden, int topk);
 
-  // From now on batches of `epoch` may go through `arena`, which replaces that of older epochs.
-  void OpenArena(EpochId epoch, std::shared_ptr<runtime::RowArena> arena);
+  // From now on batches of `epoch` may go through the arena, which replaces that of older epochs;
+  // null: there is none.
+  void OpenArena(EpochId epoch, std::shared_ptr<RowBlocks> blocks);
   // This worker has the epoch's arena mapped. Of no effect where there is none.
   void UseArena(EpochId epoch, StreamId stream);
   // This worker, which has the arena mapped, can get the descriptors of clients' regions.
@@ -100,14 +64,6 @@ class BatchStore {
   // The batch's part of a BatchDone with another code.
   void TakeFailure(const BatchDone& done);
 
-  // Brings the output of the part's request to its window, but for the rows that its workers have
-  // written there, or, where it has none, to `out`. The part's fault, if it has one.
-  static absl::Status Deliver(const KeptBatch& batch, const KeptPart& part, std::span<char> out);
-
-  // Copies the batch's rows into `out`, which has their size. INTERNAL where a shard's rows are
-  // missing or `out` has another size.
-  static absl::Status CopyRows(const KeptBatch& batch, runtime::RowRange rows, std::span<char> out);
-
   KeptBatch* Find(EpochId epoch, BatchId batch);
   // The batch has ended on every rank.
   void Erase(EpochId epoch, BatchId batch);
@@ -120,27 +76,26 @@ class BatchStore {
   struct Segment;
 
   KeptBatch& Keep(EpochId epoch, BatchId id, int slot, const std::vector<ShardPlan>& plans,
-                  TimeUs now_us);
+                  RowType row_type, TimeUs now_us);
   std::vector<ShardMessage> MakeShards(const ShardMessage& common, KeptBatch& batch,
                                        std::span<const Segment> segments);
-  static void CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
-                      ShardMessage& shard);
-  // Tells all shards of each other's rows, where all of the batch are in the arena already.
+  void CutRows(std::span<const Segment> segments, std::size_t index, KeptBatch& batch,
+               ShardMessage& shard);
+  // Tells all shards of each other's rows, where all of the batch are, or will be, in the arena.
   void ShareRows(const KeptBatch& batch, std::vector<ShardMessage>& shards) const;
 
   const runtime::Placement placement_;
   const std::int64_t hidden_;
   const int topk_;
-  EpochId arena_epoch_ = 0;  // of arena_
-  std::shared_ptr<runtime::RowArena> arena_;
+  EpochId arena_epoch_ = 0;            // of blocks_
+  std::shared_ptr<RowBlocks> blocks_;  // of the arena; null: there is none
   std::set<StreamId> arena_streams_;
   std::set<StreamId> sharing_streams_;  // of them, those that take others' rows there
   RegionUse regions_;
+  RowCopier copier_{RowCopier::HelpersHere()};
+  std::vector<RowCopier::Piece> copies_;  // of the batch that is being cut
   std::map<std::pair<EpochId, BatchId>, KeptBatch> batches_;
 };
-
-// The bytes of one element.
-std::int64_t RowTypeBytes(RowType type);
 
 }  // namespace epserve::coordinator
 

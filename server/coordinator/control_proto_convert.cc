@@ -197,8 +197,10 @@ void Fill(ShardMessage& in, v1::CoordinatorMessage& out) {
   shard->set_topk_ids(std::move(in.topk_ids));
   shard->set_topk_weights(std::move(in.topk_weights));
   shard->set_in_arena(in.in_arena);
+  shard->set_row_block(in.row_block);
   shard->set_first_row(in.first_row);
   shard->mutable_shard_begin()->Assign(in.shard_begin.begin(), in.shard_begin.end());
+  shard->set_rows_follow(in.rows_follow);
   for (RegionRows& rows : in.sources) FillRows(rows, shard->add_sources());
   for (RegionRows& rows : in.targets) FillRows(rows, shard->add_targets());
   for (const DeviceRows& rows : in.device_rows) FillRows(rows, shard->add_device_rows());

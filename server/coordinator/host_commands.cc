@@ -1,5 +1,7 @@
 // How the host carries out each command of the state machine. All in the host's turn.
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <variant>
@@ -34,7 +36,7 @@ absl::StatusOr<std::vector<float>> JoinProbeOutput(const KeptBatch& batch) {
   std::vector<float> output(batch.probe.hidden.size());
   const std::span<char> bytes(reinterpret_cast<char*>(output.data()),
                               output.size() * sizeof(float));
-  const absl::Status status = BatchStore::CopyRows(batch, {0, batch.probe.num_tokens}, bytes);
+  const absl::Status status = CopyOutput(batch, {0, batch.probe.num_tokens}, bytes);
   if (!status.ok()) return status;
   return output;
 }
@@ -88,7 +90,7 @@ void Host::OpenArena(EpochId epoch) {
     return;
   }
   arena_handle_ = (*arena)->handle();
-  batches_->OpenArena(epoch, *std::move(arena));
+  batches_->OpenArena(epoch, std::make_shared<RowBlocks>(*std::move(arena), config_.num_slots));
 }
 
 void Host::Execute(SendCreateHeap& command) {
@@ -278,9 +280,12 @@ absl::Status Host::Deliver(const KeptBatch* batch, RequestId request, PendingReq
   if (batch == nullptr) return absl::InternalError("batch: it is not known");
   for (const KeptPart& part : batch->parts) {
     if (part.request != request) continue;
+    if (std::optional<LentRows> lent = LendOutput(*batch, part)) {
+      pending.TakeOutput(lent->rows, std::move(lent->owner));
+      return absl::OkStatus();
+    }
     const bool inline_output = part.output.region == nullptr;
-    return BatchStore::Deliver(*batch, part,
-                               inline_output ? pending.MutableOutput() : std::span<char>());
+    return DeliverOutput(*batch, part, inline_output ? pending.MutableOutput() : std::span<char>());
   }
   return absl::InternalError("batch: the request is not in it");
 }

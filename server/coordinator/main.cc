@@ -16,6 +16,10 @@
 #include <string>
 #include <utility>
 
+#ifdef EPSERVE_MIMALLOC
+#include <mimalloc.h>
+#endif
+
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -33,6 +37,17 @@ namespace epserve::coordinator {
 namespace {
 
 constexpr int kUsageExitCode = 2;
+
+// mimalloc gives memory back to the system 25 ms after it was freed, which is less than a large
+// request takes: each found the place of its message gone, and had it made anew page by page (5,500
+// page faults and 7 ms of a 58 MB message). Kept for a second it serves the next one.
+void KeepFreedMemory() {
+#ifdef EPSERVE_MIMALLOC
+  constexpr long kKeepMs = 1000;
+  mi_option_set(mi_option_decommit_delay, kKeepMs);
+  mi_option_set(mi_option_segment_decommit_delay, kKeepMs);
+#endif
+}
 
 // The port as one line; renamed into place, so that a reader never sees half of it.
 absl::Status WritePortFile(const std::string& path, int port) {
@@ -170,6 +185,7 @@ int Main(int argc, const char* const* argv) {
   // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
   // process at every lock of gRPC.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  KeepFreedMemory();
   const absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-coordinator: %s\n",

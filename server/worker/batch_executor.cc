@@ -319,7 +319,7 @@ absl::Status BatchExecutor::Check(const Shard& shard) const {
                                                                         placement_.num_ranks()),
                             .model = &engine_->model(),
                             .rank = rank_,
-                            .has_arena = row_arena_ != nullptr,
+                            .arena = row_arena_.get(),
                             .has_regions = regions_ != nullptr,
                             .takes_shared_batches = engine_->takes_shared_batches()});
 }

@@ -78,8 +78,10 @@ struct Shard {
   std::string topk_weights;  // [T, K] fp32, where routed
   // These three are empty where the rows are in the epoch's arena, from first_row on.
   bool in_arena = false;
+  int row_block = 0;
   std::int64_t first_row = 0;
   std::vector<std::int64_t> shard_begin;  // [R + 1] where all ranks see all rows, else empty
+  bool rows_follow = false;               // with it: a rank is still to read rows of its own there
   std::vector<RegionRows> sources;        // to read into the arena first
   std::vector<RegionRows> targets;        // to write from there in the end
   std::vector<DeviceRows> device_rows;

@@ -120,8 +120,10 @@ absl::StatusOr<CoordinatorMessage> ToShard(v1::Shard& proto) {
   shard.topk_ids = std::move(*proto.mutable_topk_ids());
   shard.topk_weights = std::move(*proto.mutable_topk_weights());
   shard.in_arena = proto.in_arena();
+  shard.row_block = proto.row_block();
   shard.first_row = proto.first_row();
   shard.shard_begin.assign(proto.shard_begin().begin(), proto.shard_begin().end());
+  shard.rows_follow = proto.rows_follow();
   shard.sources = ToRows(*proto.mutable_sources());
   shard.targets = ToRows(*proto.mutable_targets());
   shard.device_rows = ToRows(proto.device_rows());

@@ -1,5 +1,6 @@
 #include "server/worker/shard_check.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -27,7 +28,7 @@ bool AreRowsInside(const Rows& rows, std::int64_t num_tokens) {
 }
 
 absl::Status CheckInArena(const Shard& shard, const ShardLimits& limits) {
-  if (!limits.has_arena) {
+  if (limits.arena == nullptr) {
     return absl::InternalError("shard: its rows are in an arena, but this worker has none mapped");
   }
   if (shard.first_row < 0 || shard.first_row > limits.max_batch_tokens - shard.num_tokens) {
@@ -39,6 +40,15 @@ absl::Status CheckInArena(const Shard& shard, const ShardLimits& limits) {
     return absl::InvalidArgumentError(
         absl::StrCat("shard: topk ", shard.topk, " is not the arena's ", limits.model->topk));
   }
+  std::int64_t end = shard.first_row + shard.num_tokens;
+  if (!shard.shard_begin.empty()) end = std::max(end, shard.shard_begin.back());
+  end = std::min(end, limits.max_batch_tokens);  // The engine refuses shared batches beyond it.
+  const auto bytes = static_cast<std::uint64_t>(end * RowBytes(shard, *limits.model));
+  if (!limits.arena->Holds(shard.row_block, bytes)) {
+    return absl::InvalidArgumentError(absl::StrCat("shard: its batch's ", bytes,
+                                                   " bytes from row_block ", shard.row_block,
+                                                   " on pass the arena's blocks"));
+  }
   return absl::OkStatus();
 }
 
@@ -49,7 +59,8 @@ absl::Status CheckSharedBatch(const Shard& shard, const ShardLimits& limits) {
     return absl::InternalError(
         "shard: its batch is shared, but this worker has not said that it takes such");
   }
-  if (!shard.in_arena || !shard.routed || !shard.sources.empty() || !shard.device_rows.empty()) {
+  const bool rows_missing = !shard.sources.empty() && !shard.rows_follow;
+  if (!shard.in_arena || !shard.routed || rows_missing || !shard.device_rows.empty()) {
     return absl::InternalError(
         "shard: its batch is shared, but not all of its rows and ids are in the arena");
   }

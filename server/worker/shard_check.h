@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "runtime/checkpoint/model_info.h"
 #include "runtime/routing/count_matrix.h"
+#include "runtime/symmetric/row_arena.h"
 #include "server/worker/control_messages.h"
 
 namespace epserve::worker {
@@ -16,8 +17,8 @@ struct ShardLimits {
   std::int64_t max_shard_tokens = 0;
   const runtime::ModelInfo* model = nullptr;
   int rank = 0;
-  bool has_arena = false;    // the epoch's is mapped
-  bool has_regions = false;  // clients' system regions are in reach
+  const runtime::RowArena* arena = nullptr;  // the epoch's, where it is mapped
+  bool has_regions = false;                  // clients' system regions are in reach
   bool takes_shared_batches = false;
 };
 

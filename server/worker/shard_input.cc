@@ -6,7 +6,7 @@ namespace epserve::worker {
 
 std::byte* ArenaRows(const Shard& shard, const runtime::ModelInfo& model,
                      const runtime::RowArena& arena) {
-  return arena.rows(shard.slot) + shard.first_row * RowBytes(shard, model);
+  return arena.rows(shard.row_block) + shard.first_row * RowBytes(shard, model);
 }
 
 runtime::ShardInput MakeShardInput(const Shard& shard, const runtime::ModelInfo& model,
@@ -33,7 +33,8 @@ runtime::ShardInput MakeShardInput(const Shard& shard, const runtime::ModelInfo&
     input.topk_ids = ids + shard.first_row * shard.topk;
     input.topk_weights = weights + shard.first_row * shard.topk;
     if (!shard.shard_begin.empty()) {
-      input.shared = {shard.shard_begin, arena->rows(shard.slot), ids, weights};
+      input.shared = {shard.shard_begin, arena->rows(shard.row_block), ids, weights,
+                      shard.rows_follow};
     }
   } else {
     input.topk_ids = reinterpret_cast<const std::int32_t*>(shard.topk_ids.data());

@@ -44,7 +44,7 @@ def test_shared_memory_stays_within_what_the_manual_reckons(checkpoint, start_cl
         served, workers=workers, coordinator_args=arguments, worker_args=arguments
     ) as cluster:
         heap = int(re.search(r"heap_bytes=(\d+)", cluster.workers[0].log())[1])
-        rows = slots * tokens * served.spec.hidden * 8
+        rows = (slots + 1) * tokens * served.spec.hidden * 8
         rule = 2 * workers * heap + rows
         serving = shared_bytes(cluster)
         assert 0.9 * workers * heap <= serving <= rule / 2 * 1.02

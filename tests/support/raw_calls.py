@@ -147,3 +147,37 @@ class FillingCall:
 
     def close(self):
         self.socket.close()
+
+
+class UnreadCall(FillingCall):
+    """A call that sends its whole message, and takes of the answer what fits an HTTP/2 window of
+    64 KiB until it is asked for the rest."""
+
+    def __init__(self, port, method, message):
+        super().__init__(port, method, len(message))
+        self.head += message
+        self.answer = b""
+        self.fill(len(self.head))
+        assert not self.head, "the server takes no more of the message"
+        self.socket.sendall(frame(DATA, END_STREAM, 1))
+
+    def wait_begun(self):
+        """Returns once the window is full: the answer is on its way, and cannot go on."""
+        while len(self.answer) < 65535:
+            assert not self.ended, "the answer ended within the window"
+            self._read()
+
+    def read_answer(self):
+        """The message that the server answers with."""
+        for stream in (0, 1):
+            self.socket.sendall(frame(WINDOW, 0, stream, struct.pack(">I", 1 << 30)))
+        while not self.ended:
+            self._read()
+        (size,) = struct.unpack(">I", self.answer[1:5])
+        assert self.answer[0] == 0 and len(self.answer) == 5 + size
+        return self.answer[5:]
+
+    def _take(self, kind, flags, stream, payload):
+        super()._take(kind, flags, stream, payload)
+        if kind == DATA and stream == 1:
+            self.answer += payload

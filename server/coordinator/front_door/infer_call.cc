@@ -43,7 +43,11 @@ class InferCall::Pending final : public PendingRequest {
 
   std::span<char> MutableOutput() override {
     if (output_.size() != request.output_bytes) output_ = OutputBytes(request.output_bytes);
-    return output_.bytes();
+    return output_.mutable_bytes();
+  }
+
+  void TakeOutput(std::span<const char> rows, std::shared_ptr<const void> owner) override {
+    output_ = OutputBytes(rows, std::move(owner));
   }
 
   void Complete(Completion completion) override {

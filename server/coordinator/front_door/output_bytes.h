@@ -1,4 +1,5 @@
-// The output rows of one request, on their way into its reply: written once, never copied again.
+// The output rows of one request, on their way into its reply: written once, never copied again; or
+// where somebody else has them, and keeps them there until the caller has taken the reply.
 // Move-only.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_OUTPUT_BYTES_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_OUTPUT_BYTES_H_
@@ -20,24 +21,38 @@ class OutputBytes {
  public:
   OutputBytes() = default;
   // Not initialised.
-  explicit OutputBytes(std::size_t size) : data_(Allocate(size)), size_(size) {}
+  explicit OutputBytes(std::size_t size) : own_(Allocate(size)), rows_(own_.get(), size) {}
+  // They stay as they are until `owner` goes.
+  OutputBytes(std::span<const char> rows, std::shared_ptr<const void> owner)
+      : owner_(std::move(owner)), rows_(rows) {}
   OutputBytes(OutputBytes&& other) noexcept
-      : data_(std::move(other.data_)), size_(std::exchange(other.size_, 0)) {}
+      : own_(std::move(other.own_)),
+        owner_(std::move(other.owner_)),
+        rows_(std::exchange(other.rows_, {})) {}
   OutputBytes& operator=(OutputBytes&& other) noexcept {
-    data_ = std::move(other.data_);
-    size_ = std::exchange(other.size_, 0);
+    own_ = std::move(other.own_);
+    owner_ = std::move(other.owner_);
+    rows_ = std::exchange(other.rows_, {});
     return *this;
   }
 
-  std::size_t size() const { return size_; }
-  std::span<char> bytes() { return {data_.get(), size_}; }
-  std::span<const char> bytes() const { return {data_.get(), size_}; }
+  std::size_t size() const { return rows_.size(); }
+  std::span<const char> bytes() const { return rows_; }
+  std::span<char> mutable_bytes() { return {own_.get(), rows_.size()}; }  // REQUIRES: its own
 
-  // The bytes as gRPC sends them; it frees them. Nothing is left here.
+  // The bytes as gRPC sends them; it frees them, or lets go of their owner. Nothing is left here.
   grpc::Slice Release() {
-    char* const data = data_.release();
+    const std::span<const char> rows = std::exchange(rows_, {});
+    // gRPC does not write to what it sends.
+    char* const data = const_cast<char*>(rows.data());
+    if (own_ != nullptr) {
+      return grpc::Slice(
+          data, rows.size(), [](void* owned) { std::free(owned); }, own_.release());
+    }
+    using Owner = std::shared_ptr<const void>;
     return grpc::Slice(
-        data, std::exchange(size_, 0), [](void* owned) { std::free(owned); }, data);
+        data, rows.size(), [](void* owner) { delete static_cast<Owner*>(owner); },
+        new Owner(std::move(owner_)));
   }
 
  private:
@@ -61,8 +76,9 @@ class OutputBytes {
     return static_cast<char*>(data);
   }
 
-  std::unique_ptr<char[], Free> data_;
-  std::size_t size_ = 0;
+  std::unique_ptr<char[], Free> own_;  // null where they are another's
+  std::shared_ptr<const void> owner_;
+  std::span<const char> rows_;
 };
 
 }  // namespace epserve::coordinator

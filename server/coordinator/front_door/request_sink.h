@@ -1,8 +1,8 @@
 // What the front door hands its requests to: the coordinator's host behind it, or a fake in a test.
 //
 //   ModelInfer ─► validate ─► RequestSink::Submit(PendingRequest)
-//                                 rows into MutableOutput(), or the
-//                                 request's output window, then Complete() ─► reply
+//                                 rows into MutableOutput() or by TakeOutput(), or into
+//                                 the request's output window, then Complete() ─► reply
 //   caller gone ─► RequestSink::Cancel(id)
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_SINK_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_SINK_H_
@@ -69,6 +69,10 @@ class PendingRequest {
   // Complete(OK). Valid, at the same address, until Complete() or destruction. Not for a request
   // with an output window, whose rows go there.
   virtual std::span<char> MutableOutput() = 0;
+
+  // In place of that: all output rows, where somebody else has them. They stay as they are until
+  // `owner` goes, which may be when the caller has taken the reply, long after Complete().
+  virtual void TakeOutput(std::span<const char> rows, std::shared_ptr<const void> owner) = 0;
 
   // Answers the caller, unless it has been answered or has gone. The first call counts; the hidden
   // states and MutableOutput() must not be used after it. Does not block.

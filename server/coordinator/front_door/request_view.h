@@ -67,19 +67,27 @@ class RawView {
   }
   std::size_t size() const { return size_; }
   const Pieces& pieces() const { return pieces_; }
-  // Copies [offset, offset + out.size()). REQUIRES: that lies within.
-  void Copy(std::size_t offset, std::span<char> out) const {
+  // Calls use(piece) for what there is of [offset, offset + size), one piece after another.
+  // REQUIRES: that lies within.
+  template <typename Use>
+  void ForEachPiece(std::size_t offset, std::size_t size, const Use& use) const {
     for (const std::span<const char> piece : pieces_) {
       if (offset >= piece.size()) {
         offset -= piece.size();
         continue;
       }
-      const std::size_t here = std::min(piece.size() - offset, out.size());
-      std::copy_n(piece.data() + offset, here, out.data());
-      out = out.subspan(here);
+      const std::size_t here = std::min(piece.size() - offset, size);
+      use(piece.subspan(offset, here));
+      size -= here;
       offset = 0;
-      if (out.empty()) return;
+      if (size == 0) return;
     }
+  }
+  // Copies [offset, offset + out.size()). REQUIRES: that lies within.
+  void Copy(std::size_t offset, std::span<char> out) const {
+    char* to = out.data();
+    ForEachPiece(offset, out.size(),
+                 [&to](auto piece) { to = std::copy(piece.begin(), piece.end(), to); });
   }
 
  private:

@@ -191,10 +191,11 @@ class Cluster {
   HostExchange& rank(int rank) { return *ranks_[rank]; }
 
   // Runs the batch as one that all ranks see, cut at `shard_begin`, with a thread a rank. Its
-  // output takes the place of its rows.
+  // output takes the place of its rows, which each rank brings there itself if they follow.
   absl::StatusOr<std::vector<std::byte>> RunShared(int slot, std::uint64_t sequence,
                                                    const Batch& batch,
-                                                   const std::vector<std::int64_t>& shard_begin) {
+                                                   const std::vector<std::int64_t>& shard_begin,
+                                                   bool rows_follow = false) {
     const int num_ranks = config_.num_ranks;
     CountMatrix counts;
     counts.num_ranks = num_ranks;
@@ -211,7 +212,8 @@ class Cluster {
                               static_cast<std::size_t>(num_ranks)),
                  counts.rows_per_expert);
     }
-    const ManyMappings rows(batch.x, num_ranks);
+    const std::vector<std::byte> poison(batch.x.size(), std::byte{0xff});
+    const ManyMappings rows(rows_follow ? poison : batch.x, num_ranks);
     std::vector<absl::Status> results(num_ranks);
     std::vector<std::thread> threads;
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -223,7 +225,12 @@ class Cluster {
         args.topk_weights = nullptr;
         args.num_tokens = shard_begin[rank + 1] - shard_begin[rank];
         args.shared = {shard_begin, rows.view(rank), batch.topk_ids.data(),
-                       batch.topk_weights.data()};
+                       batch.topk_weights.data(), rows_follow};
+        if (rows_follow) {
+          const std::int64_t begin = shard_begin[rank] * batch.row_bytes();
+          std::copy_n(batch.x.begin() + begin, args.num_tokens * batch.row_bytes(),
+                      rows.view(rank) + begin);
+        }
         results[rank] = exchange.Dispatch(args);
         if (!results[rank].ok()) return;
         RunStandIn(exchange.Received(slot), batch.hidden, config_.placement.first_expert[rank]);

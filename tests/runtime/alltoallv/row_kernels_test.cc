@@ -66,6 +66,39 @@ TEST_P(SumRowsTest, SumsInOrderInFp32AndRoundsOnceWhateverTheLength) {
   }
 }
 
+// Every bf16 there is, in both halves of a pair, with others of every kind.
+TEST(SumRowsBf16Test, EveryBitPatternIsRoundedAsOneByOne) {
+  constexpr std::size_t kPatterns = 1 << 16;
+  std::vector<std::uint16_t> all(kPatterns + 1);
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<std::uint16_t>(i);
+  std::mt19937 random(11);
+  std::vector<std::uint16_t> others[3];
+  for (int round = 0; round < 8; ++round) {
+    for (std::vector<std::uint16_t>& other : others) {
+      other.resize(all.size());
+      for (std::uint16_t& bits : other) bits = static_cast<std::uint16_t>(random());
+    }
+    others[0][0] = 0x7f80;  // Infinite, NaN, the smallest there is.
+    others[0][1] = 0x7fc1;
+    others[0][2] = 1;
+    const int odd = round % 2;
+    for (std::size_t num_rows = 2; num_rows <= 4; ++num_rows) {
+      std::vector<const std::byte*> rows = {reinterpret_cast<const std::byte*>(all.data() + odd)};
+      for (std::size_t r = 1; r < num_rows; ++r) {
+        rows.push_back(reinterpret_cast<const std::byte*>(others[r - 1].data() + odd));
+      }
+      std::vector<std::uint16_t> out(kPatterns);
+      SumRows(DataType::kBf16, CopyKind::kCached, rows, reinterpret_cast<std::byte*>(out.data()),
+              kPatterns);
+      for (std::size_t i = 0; i < kPatterns; ++i) {
+        float sum = Bf16ToFloat(all[i + odd]);
+        for (std::size_t r = 1; r < num_rows; ++r) sum += Bf16ToFloat(others[r - 1][i + odd]);
+        ASSERT_EQ(out[i], FloatToBf16(sum)) << i << " of " << num_rows << " rows";
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Types, SumRowsTest,
                          testing::Values(DataType::kFp32, DataType::kFp16, DataType::kBf16));
 

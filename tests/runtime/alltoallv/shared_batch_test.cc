@@ -44,7 +44,7 @@ TEST(SharedBatchTest, GivesThePushedFormsBitsOnEveryDivision) {
     const std::int64_t max_tokens = 1 + static_cast<std::int64_t>(random() % 60);
     auto cluster = Cluster::Create(TestConfig(ranks, experts, max_tokens, hidden));
     ASSERT_TRUE(cluster.ok()) << cluster.status();
-    for (std::uint64_t sequence = 1; sequence <= 6; sequence += 2) {
+    for (std::uint64_t sequence = 1; sequence <= 9; sequence += 3) {
       const std::int64_t tokens = static_cast<std::int64_t>(random() % (max_tokens + 1));
       const int topk = 1 + static_cast<int>(random() % 16);
       const Batch batch =
@@ -52,12 +52,15 @@ TEST(SharedBatchTest, GivesThePushedFormsBitsOnEveryDivision) {
       const std::vector<std::int64_t> shards = UnequalShards(&random, tokens, (*cluster)->config());
       SCOPED_TRACE(absl::StrCat("ranks ", ranks, " experts ", experts, " hidden ", hidden,
                                 " tokens ", tokens, " topk ", topk));
-      const int slot = static_cast<int>(sequence / 2 % 2);
+      const int slot = static_cast<int>(sequence / 3 % 2);
       const auto pushed = (*cluster)->Run(slot, sequence, batch);
       ASSERT_TRUE(pushed.ok()) << pushed.status();
       const auto shared = (*cluster)->RunShared(slot, sequence + 1, batch, shards);
       ASSERT_TRUE(shared.ok()) << shared.status();
       ASSERT_EQ(*shared, *pushed);
+      const auto followed = (*cluster)->RunShared(slot, sequence + 2, batch, shards, true);
+      ASSERT_TRUE(followed.ok()) << followed.status();
+      ASSERT_EQ(*followed, *pushed);
     }
   }
 }
@@ -69,11 +72,29 @@ TEST(SharedBatchTest, ManyBatchesWithTheirOutputInPlaceDoNotDisturbEachOther) {
   for (std::uint64_t sequence = 1; sequence <= 60; ++sequence) {
     const auto tokens = static_cast<std::int64_t>(random() % 65);
     const Batch batch = RandomBatch(&random, DataType::kFp32, tokens, 300, 4, 8);
+    const bool rows_follow = random() % 2 == 0;
     const auto out = (*cluster)->RunShared(static_cast<int>(sequence % 2), sequence, batch,
-                                           ShardBegins(tokens, 4));
+                                           ShardBegins(tokens, 4), rows_follow);
     ASSERT_TRUE(out.ok()) << out.status();
     ASSERT_EQ(*out, Reference(batch, (*cluster)->config().placement)) << sequence;
   }
+}
+
+TEST(SharedBatchTest, RankThatDoesNotBringItsRowsIsNamed) {
+  std::mt19937 random(80);
+  ExchangeConfig config = TestConfig(2, 4, 8, 8);
+  config.peer_timeout = absl::Milliseconds(50);
+  auto cluster = Cluster::Create(config);
+  ASSERT_TRUE(cluster.ok()) << cluster.status();
+  const Batch batch = RandomBatch(&random, DataType::kFp32, 6, 8, 2, 4);
+  const CountMatrix counts = ComputeCountMatrix(batch.topk_ids, 6, 2, config.placement);
+  ASSERT_GT(counts.at(1, 0), 0);
+  const std::vector<std::int64_t> shards = {0, 3, 6};
+  DispatchArgs args = ShardArgs(batch, counts, 0, 1, 2, 0);
+  args.shared = {shards, batch.x.data(), batch.topk_ids.data(), batch.topk_weights.data(), true};
+  const absl::Status status = (*cluster)->rank(0).Dispatch(args);
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("for rank 1"));
 }
 
 // One rank of two, whose dispatch is to fail before it waits for anybody.

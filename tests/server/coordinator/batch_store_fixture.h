@@ -85,8 +85,11 @@ class BatchStoreArenaTest : public BatchStoreTest {
     auto arena = runtime::RowArena::Create(spec);
     ASSERT_TRUE(arena.ok()) << arena.status();
     arena_ = *std::move(arena);
-    store_.OpenArena(5, arena_);
+    store_.OpenArena(5, std::make_shared<RowBlocks>(arena_, spec.num_slots));
   }
+
+  // The rows of the batch that was started.
+  std::byte* Rows() { return store_.Find(5, 9)->blocks->rows(); }
 
   std::shared_ptr<runtime::RowArena> arena_;
 };

@@ -92,9 +92,9 @@ TEST_F(BatchStoreTest, OutputIsPutTogetherByRequest) {
   EXPECT_EQ(batch.times.ffn_ns, 12);
   std::vector<float> rows(6);
   const std::span<char> out(reinterpret_cast<char*>(rows.data()), rows.size() * sizeof(float));
-  ASSERT_TRUE(BatchStore::CopyRows(batch, {0, 3}, out).ok());
+  ASSERT_TRUE(CopyOutput(batch, {0, 3}, out).ok());
   EXPECT_THAT(rows, ElementsAre(1, 2, 3, 4, 7, 8));
-  ASSERT_TRUE(BatchStore::CopyRows(batch, {3, 4}, out.first(8)).ok());
+  ASSERT_TRUE(CopyOutput(batch, {3, 4}, out.first(8)).ok());
   EXPECT_THAT(rows, ElementsAre(9, 10, 3, 4, 7, 8));
 }
 
@@ -106,8 +106,7 @@ TEST_F(BatchStoreTest, OutputOfTheWrongSizeIsInternalAndNotTaken) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("12 bytes"));
   EXPECT_EQ(rank, -1);
   std::vector<char> out(8);
-  EXPECT_EQ(BatchStore::CopyRows(*store_.Find(5, 9), {0, 1}, out).code(),
-            absl::StatusCode::kInternal)
+  EXPECT_EQ(CopyOutput(*store_.Find(5, 9), {0, 1}, out).code(), absl::StatusCode::kInternal)
       << "its rows are missing";
 }
 
@@ -118,11 +117,12 @@ TEST_F(BatchStoreArenaTest, RowsOfAWorkerThatHasItMappedGoThroughIt) {
   EXPECT_THAT(Unpack<float>(shards[0].hidden), ElementsAre(0, 1, 10, 11));
   ASSERT_TRUE(shards[1].in_arena);
   EXPECT_EQ(shards[1].first_row, 2);
+  EXPECT_EQ(arena_->rows(shards[1].row_block), Rows());
   EXPECT_EQ(shards[1].num_tokens, 2);
   EXPECT_TRUE(shards[1].hidden.empty());
   EXPECT_TRUE(shards[1].topk_ids.empty());
   EXPECT_TRUE(shards[1].topk_weights.empty());
-  auto* rows = reinterpret_cast<float*>(arena_->rows(1)) + 2 * kHidden;
+  auto* rows = reinterpret_cast<float*>(Rows()) + 2 * kHidden;
   EXPECT_THAT(std::vector<float>(rows, rows + 4), ElementsAre(20, 21, 30, 31));
   const std::int32_t* ids = arena_->topk_ids(1) + 2 * kTopk;
   EXPECT_THAT(std::vector<std::int32_t>(ids, ids + 4), ElementsAre(3, 3, 1, 2));
@@ -138,8 +138,7 @@ TEST_F(BatchStoreArenaTest, RowsOfAWorkerThatHasItMappedGoThroughIt) {
   ASSERT_TRUE(Take(11, {1, 2, 3, 4}, &rank).ok());
   std::vector<float> output(8);
   ASSERT_TRUE(
-      BatchStore::CopyRows(*store_.Find(5, 9), {0, 4}, {reinterpret_cast<char*>(output.data()), 32})
-          .ok());
+      CopyOutput(*store_.Find(5, 9), {0, 4}, {reinterpret_cast<char*>(output.data()), 32}).ok());
   EXPECT_THAT(output, ElementsAre(1, 2, 3, 4, 7, 8, 9, 10));
 }
 
@@ -226,7 +225,7 @@ class BatchStoreRegionTest : public BatchStoreArenaTest {
   }
   absl::Status Deliver(std::size_t part, std::span<char> out = {}) {
     const KeptBatch& batch = *store_.Find(5, 9);
-    return BatchStore::Deliver(batch, batch.parts[part], out);
+    return DeliverOutput(batch, batch.parts[part], out);
   }
   bool ReleasedAfterUnregister() {
     first_.source = {};
@@ -259,7 +258,7 @@ TEST_F(BatchStoreRegionTest, WorkersThatReachRegionsAreToldWhereRowsLieAndGo) {
   ASSERT_EQ(shards[1].targets.size(), 1u);
   EXPECT_EQ(shards[1].targets[0].region, first_.output.region->info().id);
   EXPECT_EQ(shards[1].targets[0].object_offset, 108u + 16 + 2 * 8);
-  const auto* rows = reinterpret_cast<const float*>(arena_->rows(1));
+  const auto* rows = reinterpret_cast<const float*>(Rows());
   EXPECT_THAT(std::vector<float>(rows + 6, rows + 8), ElementsAre(30, 31));
   EXPECT_EQ(store_.Find(5, 9)->direct_bytes, 48);
   EXPECT_EQ(store_.Find(5, 9)->copied_bytes, 0);
@@ -269,15 +268,21 @@ TEST_F(BatchStoreRegionTest, WorkersThatReachRegionsAreToldWhereRowsLieAndGo) {
   EXPECT_EQ(object_.Read(0, 256), before) << "the workers have written it";
 }
 
-TEST_F(BatchStoreRegionTest, RowsThatWorkersAreStillToReadAreNotShared) {
+TEST_F(BatchStoreRegionTest, RowsThatWorkersAreStillToReadAreSharedAsThoseThatFollow) {
   for (const StreamId stream : {11, 12}) {
     store_.UseArena(5, stream);
     store_.UseSharedRows(5, stream);
   }
   // Read by the coordinator they are in the arena when the shards go out.
   EXPECT_THAT(Start()[0].shard_begin, ElementsAre(0, 2, 4));
+  EXPECT_FALSE(Start()[0].rows_follow);
   store_.UseRegions(5, 11);
-  for (const ShardMessage& shard : Start()) EXPECT_THAT(shard.shard_begin, ElementsAre());
+  const std::vector<ShardMessage> shards = Start();
+  EXPECT_TRUE(shards[1].sources.empty());
+  for (const ShardMessage& shard : shards) {
+    EXPECT_THAT(shard.shard_begin, ElementsAre(0, 2, 4));
+    EXPECT_TRUE(shard.rows_follow);
+  }
 }
 
 TEST_F(BatchStoreRegionTest, ForOtherWorkersRowsAreCopiedBothWays) {

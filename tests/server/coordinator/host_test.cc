@@ -21,6 +21,7 @@ class RecordedRequest final : public PendingRequest {
         answer_(std::move(answer)) {}
 
   std::span<char> MutableOutput() override { return {}; }
+  void TakeOutput(std::span<const char>, std::shared_ptr<const void>) override {}
   void Complete(Completion completion) override {
     answer_.set_value({completion.status, std::this_thread::get_id()});
   }

@@ -147,11 +147,15 @@ inline runtime::RowArenaSpec ArenaSpec() {
   return spec;
 }
 
+// The rows of a slot's batches.
+inline int BlockOf(int slot) { return 4 - 2 * slot; }
+
 // The shard of MakeShard with its tensors in the arena, from `first_row` on.
 inline Shard MoveToArena(Shard shard, std::int64_t first_row, runtime::RowArena* arena) {
+  shard.row_block = BlockOf(shard.slot);
   if (arena != nullptr) {
     const std::int64_t row_bytes = FakeEngine::kHidden * sizeof(float);
-    std::memcpy(arena->rows(shard.slot) + first_row * row_bytes, shard.hidden.data(),
+    std::memcpy(arena->rows(shard.row_block) + first_row * row_bytes, shard.hidden.data(),
                 shard.hidden.size());
     std::memcpy(arena->topk_ids(shard.slot) + first_row * shard.topk, shard.topk_ids.data(),
                 shard.topk_ids.size());

@@ -40,7 +40,7 @@ TEST_F(BatchExecutorRegionTest, RowsComeFromARegionAndGoToOne) {
   EXPECT_TRUE(done.region_faults.empty());
   EXPECT_EQ(server_.Content(2), std::string(kRowBytes, '.') + std::string(kRowBytes, 'b') +
                                     std::string(kRowBytes, '.'));
-  const auto* rows = reinterpret_cast<const char*>(arena_->rows(0));
+  const auto* rows = reinterpret_cast<const char*>(arena_->rows(BlockOf(0)));
   EXPECT_EQ(std::string(rows + kRowBytes, kRowBytes), std::string(kRowBytes, 'x'));
 }
 

@@ -79,7 +79,7 @@ TEST_F(BatchExecutorTest, ShardInTheArenaIsReadAndAnsweredThere) {
   const auto done = reporter_.Next<BatchDone>();
   ASSERT_TRUE(done.status.ok()) << done.status;
   EXPECT_TRUE(done.output.empty());
-  const auto* rows = reinterpret_cast<const char*>(arena_->rows(1));
+  const auto* rows = reinterpret_cast<const char*>(arena_->rows(BlockOf(1)));
   const std::size_t row_bytes = FakeEngine::kHidden * sizeof(float);
   EXPECT_EQ(std::string(rows + 5 * row_bytes, kTokens * row_bytes), MakeShard(1).hidden);
 }
@@ -95,7 +95,7 @@ TEST_F(BatchExecutorTest, SharedBatchIsTheEnginesFromTheArenasFirstRowOn) {
   const auto done = reporter_.Next<BatchDone>();
   ASSERT_TRUE(done.status.ok()) << done.status;
   EXPECT_THAT(engine_.staged_shared().first, testing::ElementsAre(0, 5, 7));
-  EXPECT_EQ(engine_.staged_shared().second, arena_->rows(1));
+  EXPECT_EQ(engine_.staged_shared().second, arena_->rows(BlockOf(1)));
 }
 
 TEST_F(BatchExecutorTest, SharedBatchThatIsNotAllThereIsRefused) {
@@ -115,6 +115,8 @@ TEST_F(BatchExecutorTest, SharedBatchThatIsNotAllThereIsRefused) {
   shard.routed = true;
   shard.sources = {{1, "'one'", 0, 0, 1}};
   ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
+  shard.rows_follow = true;  // Which says so; without regions it is refused all the same.
+  ExpectRefused(shard, absl::StatusCode::kInternal, "cannot reach any");
   shard.sources.clear();
   shard.in_arena = false;
   ExpectRefused(shard, absl::StatusCode::kInternal, "not all of its rows and ids are in the arena");
@@ -137,6 +139,11 @@ TEST_F(BatchExecutorTest, ShardPastTheArenaIsRefused) {
   ExpectRefused(MoveToArena(MakeShard(1), 15, nullptr), kInvalid, "first_row 15 with 2 rows");
   ExpectRefused(MoveToArena(MakeShard(2), -1, nullptr), kInvalid, "first_row -1");
   ExpectRefused(MoveToArena(MakeShard(3), INT64_MAX, nullptr), kInvalid, "first_row");
+  for (const int block : {-1, 6, INT32_MAX}) {
+    Shard outside = MoveToArena(MakeShard(4), 0, nullptr);
+    outside.row_block = block;
+    ExpectRefused(outside, kInvalid, absl::StrCat("row_block ", block));
+  }
   Shard wide = MoveToArena(MakeShard(4), 0, nullptr);
   wide.topk = FakeEngine::kTopk + 1;
   ExpectRefused(wide, kInvalid, "topk");

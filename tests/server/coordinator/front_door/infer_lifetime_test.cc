@@ -49,6 +49,50 @@ TEST_F(InferServiceTest, CancelledCallReachesTheSinkAndItsMemoryOutlivesTheCalle
   EXPECT_THAT(sink_.WaitForAnswers(2), ElementsAre(StatusCode::kCancelled, StatusCode::kOk));
 }
 
+// The sink has the rows in memory of its own, and keeps them there as long as they are wanted.
+TEST_F(InferServiceTest, LentOutputIsTheReplyAndIsLetGoOnceItHasBeenTaken) {
+  std::string expected;
+  std::weak_ptr<const std::string> rows_of_last;
+  const auto lend = [&](std::unique_ptr<PendingRequest> request) {
+    auto rows = std::make_shared<std::string>(request->request.output_bytes, 'r');
+    rows->front() = 'f';
+    rows->back() = 'l';
+    expected = *rows;
+    rows_of_last = rows;
+    request->TakeOutput(*rows, rows);
+    rows.reset();
+    EXPECT_FALSE(rows_of_last.expired());
+    request->Complete(Ok());
+  };
+  const auto let_go = [&] {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (!rows_of_last.expired() && std::chrono::steady_clock::now() < until) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return rows_of_last.expired();
+  };
+  sink_.HandleBy(lend);
+  ModelInferResponse response;
+  ASSERT_TRUE(Infer(ValidMessage(), &response).ok());
+  EXPECT_EQ(response.raw_output_contents(0), expected);
+  EXPECT_TRUE(let_go());
+
+  // A caller that goes before the answer: nobody wants it.
+  sink_.HandleBy(nullptr);
+  ClientContext context;
+  std::thread caller([&] {
+    ModelInferResponse ignored;
+    EXPECT_FALSE(stub_->ModelInfer(&context, ValidMessage(), &ignored).ok());
+  });
+  auto request = sink_.Take();
+  ASSERT_NE(request, nullptr);
+  context.TryCancel();
+  caller.join();
+  ASSERT_EQ(sink_.WaitForCancelled(1).size(), 1u);
+  lend(std::move(request));
+  EXPECT_TRUE(let_go());
+}
+
 TEST_F(InferServiceTest, DeadlineReachesTheSinkAndEndsTheCall) {
   ClientContext context;
   const auto before = PendingRequest::Clock::now();
