@@ -36,7 +36,7 @@ class RpcServerInputTest : public RpcTest {
       if (!ok) return call_->Finish(grpc::Status::OK);
       ++test_->kept_;
       test_->wanted_ = test_->wants_;
-      if (test_->on_next_) std::exchange(test_->on_next_, nullptr)();
+      if (const auto on_next = test_->TakeOnNext()) on_next();
       call_->StartRead(&message_);
     }
     void OnDone() override { delete this; }
@@ -75,6 +75,14 @@ class RpcServerInputTest : public RpcTest {
     is_told_.wait(lock, [&] { return !told_.empty() && told_.back() == all; });
     return std::exchange(told_, {});
   }
+  void SetOnNext(std::function<void()> on_next) {
+    const std::lock_guard lock(mutex_);
+    on_next_ = std::move(on_next);
+  }
+  std::function<void()> TakeOnNext() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(on_next_, nullptr);
+  }
   void End() {
     stream_->WritesDone();
     EXPECT_TRUE(stream_->Finish().ok());
@@ -86,8 +94,8 @@ class RpcServerInputTest : public RpcTest {
   bool wants_ = true;
   std::atomic<bool> wanted_{false};
   int kept_ = 0;
-  std::function<void()> on_next_;
   std::mutex mutex_;
+  std::function<void()> on_next_;  // guarded by mutex_
   std::condition_variable is_told_;
   std::vector<int> told_;  // how many were kept then; guarded by mutex_
   grpc::ClientContext context_;
@@ -109,10 +117,10 @@ TEST_F(RpcServerInputTest, IsToldOnceForAllThatHadCome) {
   for (int kept = 3; kept <= 60; kept += 3) {
     std::promise<void> first_is_read;
     std::promise<void> others_have_come;
-    on_next_ = [&] {
+    SetOnNext([&] {
       first_is_read.set_value();
       others_have_come.get_future().wait();
-    };
+    });
     Write();
     first_is_read.get_future().wait();
     Write();
