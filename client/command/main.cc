@@ -6,6 +6,7 @@
 #include <string_view>
 #include <variant>
 
+#include "absl/synchronization/mutex.h"
 #include "client/command/bench.h"
 #include "client/command/child_process.h"
 #include "client/command/drain.h"
@@ -56,6 +57,9 @@ int Fail(const std::string& name, const absl::Status& status, int code, bool jso
 }
 
 int Main(int argc, char** argv) {
+  // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
+  // process at every lock of gRPC.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   if (argc > 1 && std::string_view(argv[1]) == kRunChildName) return RunChild(argc, argv);
   const auto parsed = ParseCommand(argc, argv, AvailableCores());
   if (!parsed.ok()) return Fail("", parsed.status(), 2);

@@ -1,20 +1,52 @@
 #include "client/cpp/infer_message.h"
 
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cpp/plain_reply.h"
 #include "client/cpp/status.h"
+#include "client/cpp/wire_text.h"
+#include "inference/grpc_service.pb.h"
 
 namespace epserve::client {
 namespace {
 
-using Parameters = google::protobuf::Map<std::string, inference::InferParameter>;
+using inference::InferParameter;
+using inference::ModelInferRequest;
 
-void SetPlace(const RegionPlace& place, std::uint64_t size_bytes, Parameters* parameters) {
-  (*parameters)["shared_memory_region"].set_string_param(place.region);
-  (*parameters)["shared_memory_byte_size"].set_int64_param(static_cast<std::int64_t>(size_bytes));
-  (*parameters)["shared_memory_offset"].set_int64_param(
-      static_cast<std::int64_t>(place.offset_bytes));
+// An entry of a map of parameters, with `value` the field of InferParameter.
+void AppendParameter(int field, std::string_view name, const std::string& value,
+                     std::string& text) {
+  constexpr int kName = 1;  // as in every entry of a map
+  constexpr int kValue = 2;
+  std::string entry;
+  AppendBytesField(kName, name, entry);
+  AppendBytesField(kValue, value, entry);
+  AppendBytesField(field, entry, text);
+}
+
+std::string IntValue(std::int64_t number) {
+  std::string value;
+  AppendIntField(InferParameter::kInt64ParamFieldNumber, number, value);
+  return value;
+}
+
+std::string BoolValue(bool flag) {
+  std::string value;
+  AppendIntField(InferParameter::kBoolParamFieldNumber, flag ? 1 : 0, value);
+  return value;
+}
+
+void AppendPlace(int field, const RegionPlace& place, std::uint64_t size_bytes, std::string& text) {
+  std::string region;
+  AppendBytesField(InferParameter::kStringParamFieldNumber, place.region, region);
+  AppendParameter(field, "shared_memory_region", region, text);
+  AppendParameter(field, "shared_memory_byte_size", IntValue(static_cast<std::int64_t>(size_bytes)),
+                  text);
+  AppendParameter(field, "shared_memory_offset",
+                  IntValue(static_cast<std::int64_t>(place.offset_bytes)), text);
 }
 
 std::uint64_t SizeBytes(const Tensor& tensor) {
@@ -33,15 +65,21 @@ absl::Status AddInput(const char* name, const Tensor& tensor, RequestParts& part
                      "shape ", ShapeString(tensor.shape), " of ", SafetensorsName(tensor.type),
                      placed ? " is none" : " does not fill"));
   }
-  auto* input = parts.message.add_inputs();
-  input->set_name(name);
-  input->set_datatype(datatype);
-  for (const std::int64_t size : tensor.shape) input->add_shape(size);
+  using Input = ModelInferRequest::InferInputTensor;
+  std::string shape;
+  for (const std::int64_t size : tensor.shape) {
+    AppendVarint(static_cast<std::uint64_t>(size), shape);
+  }
+  std::string input;
+  AppendBytesField(Input::kNameFieldNumber, name, input);
+  AppendBytesField(Input::kDatatypeFieldNumber, datatype, input);
+  AppendBytesField(Input::kShapeFieldNumber, shape, input);
   if (placed) {
-    SetPlace(*tensor.place, SizeBytes(tensor), input->mutable_parameters());
+    AppendPlace(Input::kParametersFieldNumber, *tensor.place, SizeBytes(tensor), input);
   } else {
     parts.raw.push_back(tensor.bytes);
   }
+  AppendBytesField(ModelInferRequest::kInputsFieldNumber, input, parts.head);
   return absl::OkStatus();
 }
 
@@ -55,22 +93,31 @@ absl::StatusOr<RequestParts> ToMessage(const InferRequest& request) {
     return absl::InvalidArgumentError(
         "infer: only one of topk_ids and topk_weights is given; give both or neither");
   }
+  // What has no tensors in it, for a name and an id of some length.
+  constexpr std::size_t kUsualBytes = 512;
+  using Output = ModelInferRequest::InferRequestedOutputTensor;
   RequestParts parts;
-  inference::ModelInferRequest& message = parts.message;
-  message.set_model_name(request.model);
-  message.set_id(request.id);
-  if (request.layer) (*message.mutable_parameters())["layer"].set_int64_param(*request.layer);
-  if (request.trace) (*message.mutable_parameters())["epserve_trace"].set_bool_param(true);
+  std::string& head = parts.head;
+  head.reserve(kUsualBytes);
+  AppendBytesField(ModelInferRequest::kModelNameFieldNumber, request.model, head);
+  if (!request.id.empty()) {
+    AppendBytesField(ModelInferRequest::kIdFieldNumber, request.id, head);
+  }
+  constexpr int kParameters = ModelInferRequest::kParametersFieldNumber;
+  if (request.layer) AppendParameter(kParameters, "layer", IntValue(*request.layer), head);
+  if (request.trace) AppendParameter(kParameters, "epserve_trace", BoolValue(true), head);
   EPC_RETURN_IF_ERROR(AddInput(kHiddenStates, request.hidden_states, parts));
   if (request.topk_ids) {
     EPC_RETURN_IF_ERROR(AddInput("topk_ids", *request.topk_ids, parts));
     EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, parts));
   }
-  auto* output = message.add_outputs();
-  output->set_name(kHiddenStates);
+  std::string output;
+  AppendBytesField(Output::kNameFieldNumber, kHiddenStates, output);
   if (request.output_place) {
-    SetPlace(*request.output_place, SizeBytes(request.hidden_states), output->mutable_parameters());
+    AppendPlace(Output::kParametersFieldNumber, *request.output_place,
+                SizeBytes(request.hidden_states), output);
   }
+  AppendBytesField(ModelInferRequest::kOutputsFieldNumber, output, head);
   return parts;
 }
 
@@ -131,6 +178,10 @@ absl::Status StreamError(const inference::ModelStreamInferResponse& message) {
 
 absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteBuffer&& reply,
                                      TensorBytes spare) {
+  if (auto result = PlainResultOf(expected, reply, ReplyForm::kUnary, spare)) {
+    reply.Clear();
+    return *std::move(result);
+  }
   ResponseParts parts;
   EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
   return FromMessage(expected, parts.message, std::move(parts.raw));
@@ -138,6 +189,10 @@ absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteB
 
 absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected,
                                              grpc::ByteBuffer&& reply, TensorBytes spare) {
+  if (auto result = PlainResultOf(expected, reply, ReplyForm::kStreamed, spare)) {
+    reply.Clear();
+    return *std::move(result);
+  }
   StreamedParts parts;
   EPC_RETURN_IF_ERROR(Parse(std::move(reply), std::move(spare), &parts));
   if (!parts.message.error_message().empty()) return StreamError(parts.message);

@@ -2,29 +2,17 @@
 #ifndef EPSERVE_CLIENT_CPP_INFER_MESSAGE_H_
 #define EPSERVE_CLIENT_CPP_INFER_MESSAGE_H_
 
-#include <cstdint>
-#include <optional>
-#include <vector>
-
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/cpp/client.h"
+#include "client/cpp/expected_output.h"
 #include "client/cpp/infer_wire.h"
-#include "inference/grpc_service.pb.h"
 
 namespace epserve::client {
-
-inline constexpr char kHiddenStates[] = "hidden_states";
 
 // INVALID_ARGUMENT: a tensor does not fill its shape, or what belongs together is not all there.
 absl::StatusOr<RequestParts> ToMessage(const InferRequest& request);
 
-// What the answer to a request must be.
-struct ExpectedOutput {
-  std::vector<std::int64_t> shape;
-  ElementType type = ElementType::kF32;
-  std::optional<RegionPlace> place;
-};
 ExpectedOutput ExpectedOf(const InferRequest& request);
 
 // From ModelInfer's reply; `spare` as of Parse. INTERNAL: the answer is not what was asked for.

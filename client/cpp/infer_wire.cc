@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "client/cpp/wire_text.h"
 
 namespace epserve::client {
 namespace {
@@ -30,6 +31,8 @@ constexpr std::uint32_t Delimited(int field) {
 
 // Entries up to this size are sent in one piece with what stands before them.
 constexpr std::size_t kCopiedBytes = 16 << 10;
+// Of an entry: tag and length.
+constexpr std::size_t kMostHeadBytes = 11;
 
 grpc::Slice SliceOf(std::string&& text) {
   auto* const owned = new std::string(std::move(text));
@@ -43,13 +46,6 @@ grpc::Slice SliceOf(const TensorBytes& bytes) {
   return grpc::Slice(
       const_cast<char*>(held->data()), held->size(),  // gRPC only reads.
       [](void* dropped) { delete static_cast<TensorBytes*>(dropped); }, held);
-}
-
-void AppendHead(int field, std::size_t bytes, std::string& text) {
-  StringOutputStream stream(&text);
-  CodedOutputStream coded(&stream);
-  coded.WriteTag(Delimited(field));
-  coded.WriteVarint64(bytes);
 }
 
 // A response as it is taken apart.
@@ -133,10 +129,16 @@ bool ParseWhole(grpc::ByteBuffer& bytes, Message* message) {
 }  // namespace
 
 grpc::ByteBuffer Serialize(const RequestParts& request) {
-  std::string text = request.message.SerializeAsString();
+  std::size_t bytes = request.head.size();
+  for (const TensorBytes& entry : request.raw) {
+    bytes += kMostHeadBytes + (entry.size() <= kCopiedBytes ? entry.size() : 0);
+  }
+  std::string text;
+  text.reserve(bytes);
+  text = request.head;
   std::vector<grpc::Slice> slices;
   for (const TensorBytes& entry : request.raw) {
-    AppendHead(ModelInferRequest::kRawInputContentsFieldNumber, entry.size(), text);
+    AppendFieldHead(ModelInferRequest::kRawInputContentsFieldNumber, entry.size(), text);
     if (entry.size() <= kCopiedBytes) {
       text += std::string_view(entry);
     } else {

@@ -5,6 +5,7 @@
 
 #include <grpcpp/support/byte_buffer.h>
 
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -22,9 +23,14 @@ struct MessageParts {
   Message message;
   std::vector<TensorBytes> raw;
 };
-using RequestParts = MessageParts<inference::ModelInferRequest>;
 using ResponseParts = MessageParts<inference::ModelInferResponse>;
 using StreamedParts = MessageParts<inference::ModelStreamInferResponse>;
+
+// A ModelInferRequest.
+struct RequestParts {
+  std::string head;              // its bytes without raw entries
+  std::vector<TensorBytes> raw;  // these come last
+};
 
 // Large raw entries are shared with gRPC, for as long as it keeps the buffer.
 grpc::ByteBuffer Serialize(const RequestParts& request);

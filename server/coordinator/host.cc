@@ -188,6 +188,7 @@ void Host::RunTurn() {
       std::lock_guard<std::mutex> lock(mu_);
       if (inbox_.empty() && (!deadline.has_value() || NowUs() < *deadline)) {
         deadline_us_ = deadline.value_or(kNever);
+        wants_input_taken_.store(machine_->WantsInputTaken(), std::memory_order_relaxed);
         GiveUpTurn();
         return;
       }
@@ -222,6 +223,8 @@ void Host::KeepTime() {
       turn_wanted_ = false;
       lock.unlock();
       RunTurn();
+      // Whoever takes in what comes may be asleep by now, and knows nothing of this turn.
+      if (wants_input_taken()) TellInputTaken();
       lock.lock();
     }
   }

@@ -116,6 +116,11 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
 
   void DrainCluster();
 
+  // ---- whoever takes in what comes for the host
+  // Whether TellInputTaken() would be of use: requests wait for it.
+  const std::atomic<bool>& wants_input_taken() const { return wants_input_taken_; }
+  void TellInputTaken() { Post(InputTaken{}); }
+
  private:
   struct NewStream {
     StreamId id = 0;
@@ -128,7 +133,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   struct Drain {};
   using Query = std::function<void(bool stopped)>;
   using Item = std::variant<WorkerReport, std::unique_ptr<PendingRequest>, CancelRequest, NewStream,
-                            Query, Drain>;
+                            Query, Drain, InputTaken>;
 
   struct StreamRecord {
     std::shared_ptr<WorkerStream> stream;
@@ -162,6 +167,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   void WatchProcess(const HelloInfo& hello);
   void Handle(Query& query);
   void Handle(Drain& drain);
+  void Handle(InputTaken& taken) { ApplyEvent(taken); }
   void HandleBatchDone(WorkerReport& report, BatchDone& done);
   void AddExpertRows(std::int64_t layer, int rank, StreamId stream,
                      const std::vector<std::int64_t>& local_rows);
@@ -220,6 +226,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   Metrics* const metrics_;
   const HostHooks hooks_;
   std::atomic<bool> ready_{false};
+  std::atomic<bool> wants_input_taken_{false};
   std::atomic<StreamId> next_stream_{1};
 
   std::mutex mu_;

@@ -59,6 +59,9 @@ struct RpcServer::State {
   std::unordered_map<std::string, Method> methods;
   CallLimits limits;
   std::chrono::microseconds busy_poll{0};
+  std::atomic<bool> never_wanted{false};
+  const std::atomic<bool>* input_taken_wanted = &never_wanted;
+  std::function<void()> tell_input_taken;
   std::vector<Listener> listeners;
   Authorize authorize;  // null: everybody may call everything
   std::optional<BufferGuard::Limit> buffer_limit;
@@ -311,17 +314,26 @@ void RpcServer::Loop::Poll() {
   bool ok = false;
   BusyPoll poll(state_->busy_poll);
   for (;;) {
-    if (delayed_.empty()) {
-      const auto next = poll.Next(queue_.get(), kNoDeadline, &tag, &ok);
-      if (next != grpc::CompletionQueue::GOT_EVENT) return;
-    } else {
-      const auto wait = delayed_.front()->due() - std::chrono::steady_clock::now();
-      const auto next = poll.Next(queue_.get(), std::chrono::system_clock::now() + wait, &tag, &ok);
-      if (next == grpc::CompletionQueue::SHUTDOWN) return;
-      StartDueReads();
-      if (next == grpc::CompletionQueue::TIMEOUT) continue;
+    auto next = grpc::CompletionQueue::TIMEOUT;
+    if (state_->input_taken_wanted->load(std::memory_order_relaxed)) {
+      // With a deadline in the past it polls the sockets once, unless an operation that was started
+      // here has asked the queue's poller to wake, which the first look then does and no more.
+      for (int look = 0; look < 2 && next == grpc::CompletionQueue::TIMEOUT; ++look) {
+        next = queue_->AsyncNext(&tag, &ok, gpr_time_0(GPR_CLOCK_REALTIME));
+      }
+      if (next == grpc::CompletionQueue::TIMEOUT) state_->tell_input_taken();
     }
-    static_cast<Tag*>(tag)->Proceed(ok);
+    if (next == grpc::CompletionQueue::TIMEOUT) {
+      auto deadline = kNoDeadline;
+      if (!delayed_.empty()) {
+        const auto wait = delayed_.front()->due() - std::chrono::steady_clock::now();
+        deadline = std::chrono::system_clock::now() + wait;
+      }
+      next = poll.Next(queue_.get(), deadline, &tag, &ok);
+    }
+    if (next == grpc::CompletionQueue::SHUTDOWN) return;
+    if (!delayed_.empty()) StartDueReads();
+    if (next == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
   }
 }
 
@@ -378,6 +390,11 @@ void RpcServer::SetOnNoPlace(std::function<void(const std::string&)> on_no_place
 }
 
 void RpcServer::SetCallLimits(const CallLimits& limits) { state_->limits = limits; }
+
+void RpcServer::SetOnInputTaken(const std::atomic<bool>* wanted, std::function<void()> tell) {
+  state_->input_taken_wanted = wanted;
+  state_->tell_input_taken = std::move(tell);
+}
 
 void RpcServer::SetBusyPoll(std::chrono::microseconds busy) { state_->busy_poll = busy; }
 

@@ -18,6 +18,7 @@
 #include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/status.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -125,6 +126,9 @@ class RpcServer {
   void SetCallLimits(const CallLimits& limits);
   // How long a thread looks for the next event before it sleeps.
   void SetBusyPoll(std::chrono::microseconds busy);
+  // While `*wanted`, a thread that has taken in all that had come for it calls `tell` before it
+  // sleeps. `wanted` is valid until Stop(); neither may block.
+  void SetOnInputTaken(const std::atomic<bool>* wanted, std::function<void()> tell);
   // Has gRPC listen there. `port` as AddListeningPort() has it: set by Start(), and valid until
   // then. REQUIRES: `builder` is Start()'s.
   void Listen(const std::string& address, std::shared_ptr<grpc::ServerCredentials> credentials,

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 #include "runtime/engine/engine.h"
@@ -83,6 +84,9 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
 }
 
 int Main(int argc, char** argv) {
+  // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
+  // process at every lock of gRPC.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-worker: %s\n", std::string(parsed.status().message()).c_str());

@@ -49,10 +49,11 @@ std::string Joined(Message message, const std::vector<TensorBytes>& raw) {
 TEST(InferWireTest, RequestsAreTheBytesOfTheGeneratedCode) {
   for (const std::size_t size : {0, 3, 16 << 10, (16 << 10) + 1, 1 << 20}) {
     RequestParts parts;
-    parts.message.set_model_name("model");
-    parts.message.add_inputs()->set_name("hidden_states");
+    inference::ModelInferRequest whole;
+    whole.set_model_name("model");
+    whole.add_inputs()->set_name("hidden_states");
+    parts.head = whole.SerializeAsString();
     parts.raw = {std::string(size, 'h'), std::string("ids"), std::string(size, 'w')};
-    inference::ModelInferRequest whole = parts.message;
     for (const TensorBytes& entry : parts.raw) whole.add_raw_input_contents(std::string(entry));
     EXPECT_EQ(BytesOf(Serialize(parts)), whole.SerializeAsString()) << size;
   }

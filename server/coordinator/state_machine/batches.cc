@@ -195,9 +195,22 @@ void StateMachine::Impl::StartProbeBatch() {
   batches_.emplace(batch.id, std::move(batch));
 }
 
+// Requests that share a batch share what it costs, so that fewer and fuller ones do more. None
+// waits for company while nothing is in flight; but beside a batch in flight the next one starts
+// only once all that has come for the host is in the queue, which it tells before it would sleep.
+bool StateMachine::Impl::MayStartBatch() const {
+  if (stage_ != Stage::kServing || hold_until_us_ != kNever) return false;
+  return input_taken_ || batches_.empty() || !queue_.merges_at_once();
+}
+
+bool StateMachine::Impl::WantsInputTaken() const {
+  return stage_ == Stage::kServing && hold_until_us_ == kNever && !MayStartBatch() &&
+         queue_.num_queued() > 0 && FreeSlot() >= 0;
+}
+
 void StateMachine::Impl::PumpQueue() {
   const bool flush = epoch_closing_ || cluster_draining_;
-  while (stage_ == Stage::kServing && hold_until_us_ == kNever) {
+  while (MayStartBatch()) {
     const int slot = FreeSlot();
     if (slot < 0) return;
     const std::vector<RequestId> picked = queue_.Pick(next_batch_, now_us_, flush);
@@ -393,7 +406,7 @@ TimeUs StateMachine::Impl::NextBatchDeadline() const {
     if (!batch.probe) next_us = std::min(next_us, batch.started_us + config_.batch_timeout_us);
   }
   if (hold_until_us_ != kNever) return std::min(next_us, hold_until_us_);
-  if (stage_ == Stage::kServing && FreeSlot() >= 0) next_us = std::min(next_us, queue_.NextPick());
+  if (MayStartBatch() && FreeSlot() >= 0) next_us = std::min(next_us, queue_.NextPick());
   return next_us;
 }
 

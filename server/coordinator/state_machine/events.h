@@ -150,6 +150,10 @@ struct RequestCancelled {
   RequestId request = 0;
 };
 
+// Whatever had come for the host is taken in: what is queued now has all the company that it gets
+// without waiting. Wanted where StateMachine::WantsInputTaken() says so, else nothing.
+struct InputTaken {};
+
 // The answer to VerifyProbe.
 struct ProbeVerified {
   EpochId epoch = 0;
@@ -182,11 +186,11 @@ struct ReleaseBatches {};
 // lease more.
 struct Tick {};
 
-using Event =
-    std::variant<WorkerHello, WorkerLoadProgress, WorkerLoaded, HeapCreated, PeersOpened,
-                 EpochQuiesced, Heartbeat, Counts, PhaseDone, BatchDone, WorkerLeaving,
-                 WorkerFailure, StreamClosed, ProcessEnded, RequestArrived, RequestCancelled,
-                 ProbeVerified, DrainWorker, DrainCluster, HoldBatches, ReleaseBatches, Tick>;
+using Event = std::variant<WorkerHello, WorkerLoadProgress, WorkerLoaded, HeapCreated, PeersOpened,
+                           EpochQuiesced, Heartbeat, Counts, PhaseDone, BatchDone, WorkerLeaving,
+                           WorkerFailure, StreamClosed, ProcessEnded, RequestArrived,
+                           RequestCancelled, InputTaken, ProbeVerified, DrainWorker, DrainCluster,
+                           HoldBatches, ReleaseBatches, Tick>;
 
 }  // namespace epserve::coordinator
 

@@ -34,6 +34,9 @@ class RequestQueue {
   RequestQueue(bool merge, std::int64_t window_us, std::int64_t max_batch_tokens)
       : merge_(merge), window_us_(window_us), max_batch_tokens_(max_batch_tokens) {}
 
+  // Whatever is queued is picked together, without a time that it waits for others.
+  bool merges_at_once() const { return merge_ && window_us_ == 0; }
+
   bool Contains(RequestId id) const { return entries_.contains(id); }
   const LiveRequest& Get(RequestId id) const {
     return entries_.at(id).live;

@@ -22,6 +22,7 @@ std::optional<TimeUs> StateMachine::NextDeadline() const {
   return deadline_us;
 }
 
+bool StateMachine::WantsInputTaken() const { return impl_->WantsInputTaken(); }
 Snapshot StateMachine::TakeSnapshot() const { return impl_->TakeSnapshot(); }
 Load StateMachine::TakeLoad() const { return impl_->TakeLoad(); }
 const runtime::Placement& StateMachine::placement() const { return impl_->placement(); }
@@ -57,6 +58,7 @@ void StateMachine::Impl::Settle() {
   AdvanceHold();
   PumpQueue();
   AdvanceClusterDrain();
+  input_taken_ = false;
 }
 
 void StateMachine::Impl::On(const Tick&) {

@@ -37,6 +37,9 @@ class StateMachine {
   // When the next Tick is due; nullopt: nothing waits for time. May lie in the past.
   std::optional<TimeUs> NextDeadline() const;
 
+  // Whether InputTaken would start a batch.
+  bool WantsInputTaken() const;
+
   Snapshot TakeSnapshot() const;
   Load TakeLoad() const;
   const runtime::Placement& placement() const;

@@ -28,6 +28,7 @@ class StateMachine::Impl {
   Snapshot TakeSnapshot() const;
   Load TakeLoad() const;
   const runtime::Placement& placement() const { return placement_; }
+  bool WantsInputTaken() const;
 
  private:
   enum class Stage { kNone, kCreatingHeaps, kOpeningPeers, kProbing, kServing };
@@ -91,6 +92,7 @@ class StateMachine::Impl {
   void On(const BatchDone& event);
   void On(const HoldBatches& event);
   void On(const ReleaseBatches& event);
+  void On(const InputTaken&) { input_taken_ = true; }
   void AdvanceHold();
   std::optional<CompleteRequest> RefuseAtOnce(const RequestArrived& event) const;
   bool QueueIsFull() const;
@@ -104,6 +106,7 @@ class StateMachine::Impl {
   void ExpireRequests();
   void StartProbeBatch();
   void PumpQueue();
+  bool MayStartBatch() const;
   int FreeSlot() const;  // -1: all taken
   // Of a batch of the present epoch. `routed`: its ids are seen here.
   CountExchange ExchangeFor(bool routed) const;
@@ -145,6 +148,7 @@ class StateMachine::Impl {
   RequestQueue queue_;
   std::map<BatchId, Batch> batches_;
   BatchId next_batch_ = 1;
+  bool input_taken_ = false;       // InputTaken is being applied
   bool probe_answered_ = false;    // VerifyProbe is out.
   TimeUs hold_until_us_ = kNever;  // kNever: batches are not held
   bool hold_answered_ = false;     // BatchesHeld is out

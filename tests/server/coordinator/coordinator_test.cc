@@ -139,6 +139,25 @@ TEST_F(CoordinatorTest, MergedRequestsEachGetTheirOwnRows) {
       << "probe and one batch";
 }
 
+TEST_F(CoordinatorTest, MergedBatchStartsBesideOneInFlightOnceNothingElseHasCome) {
+  options_.merge_queued = true;
+  ASSERT_NO_FATAL_FAILURE(StartCoordinator());
+  FakeWorkerOptions silent = WorkerOptions(0);  // but for the probe
+  silent.on_shard = [](const v1::Shard& shard, v1::BatchDone*) { return shard.batch() == 1; };
+  StartWorker(std::move(silent));
+  StartWorker(WorkerOptions(1));
+  StartWorker(WorkerOptions(2));
+  ASSERT_TRUE(readiness_->WaitFor(true));
+  auto first = InferLater(MakeCase(6, 1));
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
+  auto second = InferLater(MakeCase(6, 2));
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 3), 3)
+      << "the second batch waits for the first one's end";
+  coordinator_->Stop();
+  EXPECT_EQ(first.get().status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_EQ(second.get().status.error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
 TEST_F(CoordinatorTest, WorkersWithoutRowsHearNothingOfABatch) {
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
   InferCase request = MakeCase(1, 1);

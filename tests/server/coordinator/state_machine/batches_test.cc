@@ -129,12 +129,47 @@ TEST(BatchesTest, QueuedRequestsAreMergedOnceASlotIsFreeAndNoneWaitsForOthers) {
   TestCluster cluster(config);
   cluster.Serve();
   EXPECT_THAT(Ids(First<StartBatch>(cluster.Request(1, 8))->requests), ElementsAre(1));
-  EXPECT_THAT(Ids(First<StartBatch>(cluster.Request(2, 8))->requests), ElementsAre(2));
+  cluster.Request(2, 8);
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Do(InputTaken{}))->requests), ElementsAre(2));
   cluster.Request(3, 8);
   cluster.Request(4, 8, {.layer = 4});
   cluster.Request(5, 8);
-  EXPECT_THAT(Ids(First<StartBatch>(cluster.Finish(2))->requests), ElementsAre(3, 5));
-  EXPECT_THAT(Ids(First<StartBatch>(cluster.Finish(3))->requests), ElementsAre(4));
+  EXPECT_FALSE(cluster.machine.WantsInputTaken()) << "there is no free slot";
+  EXPECT_FALSE(Has<StartBatch>(cluster.Finish(2)));
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Do(InputTaken{}))->requests), ElementsAre(3, 5));
+  EXPECT_FALSE(Has<StartBatch>(cluster.Finish(3)));
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Finish(4))->requests), ElementsAre(4))
+      << "nothing is in flight any more";
+}
+
+TEST(BatchesTest, BesideABatchInFlightMergedRequestsWaitUntilAllInputIsTaken) {
+  Config config = TestConfig();
+  config.merge_queued = true;
+  TestCluster cluster(config);
+  cluster.Serve();
+  EXPECT_FALSE(cluster.machine.WantsInputTaken());
+  EXPECT_TRUE(Has<StartBatch>(cluster.Request(1, 8)));
+  EXPECT_FALSE(cluster.machine.WantsInputTaken()) << "nothing is queued";
+  EXPECT_TRUE(cluster.Do(InputTaken{}).empty());
+  EXPECT_TRUE(cluster.Request(2, 8).empty());
+  EXPECT_TRUE(cluster.Request(3, 8).empty()) << "what was told before them is over";
+  EXPECT_TRUE(cluster.machine.WantsInputTaken());
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Do(InputTaken{}))->requests), ElementsAre(2, 3));
+  EXPECT_FALSE(cluster.machine.WantsInputTaken());
+}
+
+TEST(BatchesTest, InputTakenIsNotWaitedForWithoutMergingOrWithAWindow) {
+  TestCluster cluster;
+  cluster.Serve();
+  EXPECT_TRUE(Has<StartBatch>(cluster.Request(1)));
+  EXPECT_TRUE(Has<StartBatch>(cluster.Request(2)));
+  TestCluster windowed(Merging(200));
+  windowed.Serve();
+  windowed.Request(1, 8);
+  EXPECT_TRUE(Has<StartBatch>(windowed.Sleep(200)));
+  windowed.Request(2, 8);
+  EXPECT_FALSE(windowed.machine.WantsInputTaken());
+  EXPECT_TRUE(Has<StartBatch>(windowed.Sleep(200)));
 }
 
 TEST(BatchesTest, RequestsWithinTheWindowAreMerged) {

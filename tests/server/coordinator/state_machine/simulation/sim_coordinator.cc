@@ -1,16 +1,19 @@
 #include "tests/server/coordinator/state_machine/simulation/sim_coordinator.h"
 
 #include <algorithm>
+#include <iterator>
+#include <variant>
 
 namespace epserve::coordinator::sim {
 namespace {
 
 const char* const kEventNames[] = {
-    "WorkerHello",   "WorkerLoadProgress", "WorkerLoaded", "HeapCreated",    "PeersOpened",
-    "EpochQuiesced", "Heartbeat",          "Counts",       "PhaseDone",      "BatchDone",
-    "WorkerLeaving", "WorkerFailure",      "StreamClosed", "RequestArrived", "RequestCancelled",
-    "ProbeVerified", "DrainWorker",        "DrainCluster", "HoldBatches",    "ReleaseBatches",
-    "Tick"};
+    "WorkerHello",      "WorkerLoadProgress", "WorkerLoaded",  "HeapCreated",  "PeersOpened",
+    "EpochQuiesced",    "Heartbeat",          "Counts",        "PhaseDone",    "BatchDone",
+    "WorkerLeaving",    "WorkerFailure",      "StreamClosed",  "ProcessEnded", "RequestArrived",
+    "RequestCancelled", "InputTaken",         "ProbeVerified", "DrainWorker",  "DrainCluster",
+    "HoldBatches",      "ReleaseBatches",     "Tick"};
+static_assert(std::size(kEventNames) == std::variant_size_v<Event>);
 const char* const kCommandNames[] = {
     "AssignRank",       "SendStandby",         "SendCreateHeap",     "SendOpenPeers",
     "SendEpochStarted", "SendEpochEnded",      "GrantLease",         "SendShutdown",
@@ -55,6 +58,17 @@ void SimCoordinator::Apply(const Event& event) {
   if (std::holds_alternative<Tick>(event) && machine_.NextDeadline() &&
       *machine_.NextDeadline() <= world_.now()) {
     world_.Fail("a Tick left its deadline standing");
+  }
+  // Whoever takes in the events finds nothing more of them, now or after a while.
+  if (machine_.WantsInputTaken() && !input_is_told_) {
+    input_is_told_ = true;
+    world_.At(world_.now() + world_.Between(0, 2 * kMs), [this] {
+      input_is_told_ = false;
+      Deliver(InputTaken{});
+    });
+  }
+  if (std::holds_alternative<InputTaken>(event) && machine_.WantsInputTaken()) {
+    world_.Fail("InputTaken left requests that want it");
   }
   ArmTick();
 }

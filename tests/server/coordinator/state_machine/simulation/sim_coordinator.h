@@ -103,6 +103,7 @@ class SimCoordinator {
   bool dead_ = false;
   TimeUs stalled_until_us_ = 0;
   TimeUs armed_us_ = kNever;
+  bool input_is_told_ = false;  // InputTaken is on its way
 
   std::map<StreamId, Stream> streams_;  // open, as the machine knows
   EpochId epoch_ = 0;
