@@ -1,7 +1,7 @@
 // A completion queue's waits that look for a while before they sleep: an event that comes meanwhile
 // costs no sleep and no wake-up, at the price of a core that is busy while there is traffic. Only a
-// wait that follows a short one looks: what comes alone now and then, as heartbeats do, is slept
-// for, so that an idle service takes no core.
+// wait that follows some short ones looks: what comes now and then, as heartbeats and their answers
+// do, is slept for, so that an idle service takes no core.
 //
 // Thread safety: of one thread at a time; the queue may have events from any.
 #ifndef EPSERVE_SERVER_COMMON_BUSY_POLL_H_
@@ -10,6 +10,7 @@
 #include <grpc/support/time.h>
 #include <grpcpp/completion_queue.h>
 
+#include <algorithm>
 #include <chrono>
 #include <optional>
 
@@ -19,6 +20,9 @@ inline constexpr auto kNoDeadline = std::chrono::system_clock::time_point::max()
 
 class BusyPoll {
  public:
+  // A heartbeat, what is written of it and what answers it are short waits, too, but fewer.
+  static constexpr int kShortWaits = 6;
+
   // `busy`: how long a wait looks at most; one is short that ends within that. 0: none looks.
   explicit BusyPoll(std::chrono::microseconds busy) : busy_(busy) {}
 
@@ -30,7 +34,8 @@ class BusyPoll {
     if (!began_.has_value()) began_ = Clock::now();
     const auto next = Wait(queue, deadline, tag, ok);
     if (next == grpc::CompletionQueue::TIMEOUT) return next;
-    looks_ = Clock::now() - *began_ <= busy_;
+    const bool was_short = Clock::now() - *began_ <= busy_;
+    short_waits_ = was_short ? std::min(short_waits_ + 1, kShortWaits) : 0;
     began_.reset();
     return next;
   }
@@ -42,7 +47,7 @@ class BusyPoll {
                                          std::chrono::system_clock::time_point deadline, void** tag,
                                          bool* ok) const {
     // A deadline in the past: one look, which polls the sockets, too.
-    while (looks_ && Clock::now() - *began_ < busy_) {
+    while (short_waits_ == kShortWaits && Clock::now() - *began_ < busy_) {
       const auto next = queue->AsyncNext(tag, ok, gpr_time_0(GPR_CLOCK_REALTIME));
       if (next != grpc::CompletionQueue::TIMEOUT) return next;
       if (deadline != kNoDeadline && std::chrono::system_clock::now() >= deadline) return next;
@@ -51,7 +56,7 @@ class BusyPoll {
   }
 
   const std::chrono::microseconds busy_;
-  bool looks_ = false;                      // the last wait was short
+  int short_waits_ = 0;                     // up to now in a row, no more than kShortWaits
   std::optional<Clock::time_point> began_;  // of the present wait
 };
 

@@ -22,7 +22,7 @@ using std::chrono::seconds;
 using std::chrono::steady_clock;
 using NextStatus = grpc::CompletionQueue::NextStatus;
 
-// A thread that waits for one event of a queue, after another that came within `first_wait`.
+// A thread that waits for one event of a queue, after others of which the last took `last_wait`.
 class BusyPollTest : public testing::Test {
  protected:
   ~BusyPollTest() override {
@@ -33,10 +33,14 @@ class BusyPollTest : public testing::Test {
     }
   }
 
-  void Wait(microseconds busy, milliseconds first_wait = milliseconds(0)) {
-    waiter_ = std::thread([this, busy, first_wait] {
+  void Wait(microseconds busy, milliseconds last_wait = milliseconds(0),
+            int num_waits = BusyPoll::kShortWaits) {
+    waiter_ = std::thread([this, busy, last_wait, num_waits] {
       BusyPoll poll(busy);
-      EXPECT_EQ(NextOf(poll, first_wait), NextStatus::GOT_EVENT);
+      for (int i = 1; i < num_waits; ++i) {
+        EXPECT_EQ(NextOf(poll, milliseconds(0)), NextStatus::GOT_EVENT);
+      }
+      EXPECT_EQ(NextOf(poll, last_wait), NextStatus::GOT_EVENT);
       thread_id_ = static_cast<pid_t>(::syscall(SYS_gettid));
       void* tag = nullptr;
       bool ok = false;
@@ -89,14 +93,20 @@ TEST_F(BusyPollTest, WaitWithoutItSleeps) {
   EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
 }
 
-TEST_F(BusyPollTest, WaitAfterAShortOneLooksAndTakesTheEvent) {
+TEST_F(BusyPollTest, WaitAfterShortOnesLooksAndTakesTheEvent) {
   Wait(seconds(60));
   EXPECT_TRUE(Takes(milliseconds(100)));
   EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
 }
 
 TEST_F(BusyPollTest, WaitAfterALongOneSleeps) {
-  Wait(milliseconds(300), /*first_wait=*/milliseconds(400));
+  Wait(milliseconds(300), /*last_wait=*/milliseconds(400));
+  EXPECT_FALSE(Takes(milliseconds(100)));
+  EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
+}
+
+TEST_F(BusyPollTest, WaitAfterFewShortOnesSleeps) {
+  Wait(milliseconds(300), milliseconds(0), BusyPoll::kShortWaits - 1);
   EXPECT_FALSE(Takes(milliseconds(100)));
   EXPECT_EQ(Event(), NextStatus::GOT_EVENT);
 }
@@ -111,7 +121,9 @@ TEST_F(BusyPollTest, DeadlineEndsTheLookingAndTheWaitGoesOn) {
   void* tag = nullptr;
   bool ok = false;
   BusyPoll poll(seconds(60));
-  EXPECT_EQ(NextOf(poll, milliseconds(0)), NextStatus::GOT_EVENT);
+  for (int i = 0; i < BusyPoll::kShortWaits; ++i) {
+    EXPECT_EQ(NextOf(poll, milliseconds(0)), NextStatus::GOT_EVENT);
+  }
   const auto begin = steady_clock::now();
   for (int i = 0; i < 2; ++i) {
     EXPECT_EQ(poll.Next(&queue_, std::chrono::system_clock::now() + milliseconds(20), &tag, &ok),
