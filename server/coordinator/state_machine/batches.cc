@@ -10,6 +10,10 @@
 namespace epserve::coordinator {
 namespace {
 
+// Rows of a rank's shard up to which a batch counts as small: those of which a worker's phases take
+// microseconds, which it runs in the thread that brings them.
+constexpr std::int64_t kSmallShardTokens = 16;
+
 // Codes that tell of a peer, a lease or a timeout rather than of this worker's own work: the epoch
 // cannot be trusted any more.
 bool EndsEpoch(absl::StatusCode code) {
@@ -195,17 +199,30 @@ void StateMachine::Impl::StartProbeBatch() {
   batches_.emplace(batch.id, std::move(batch));
 }
 
+// A batch of few rows on CPUs, which is over in about the time that its messages take.
+bool StateMachine::Impl::SmallBatchRuns() const {
+  if (membership_.AtRank(0)->backend != "host") return false;
+  const std::int64_t most_tokens = kSmallShardTokens * config_.num_workers;
+  return std::any_of(batches_.begin(), batches_.end(), [&](const auto& entry) {
+    const Batch& batch = entry.second;
+    return !batch.failed && batch.shards.back().rows.end <= most_tokens;
+  });
+}
+
 // Requests that share a batch share what it costs, so that fewer and fuller ones do more. None
-// waits for company while nothing is in flight; but beside a batch in flight the next one starts
-// only once all that has come for the host is in the queue, which it tells before it would sleep.
+// waits for company while nothing is in flight. Beside a small batch none is started: it is over
+// soon, and the workers would have to wake other threads for the second. Beside another, the next
+// one starts once all that has come for the host is in the queue, which it tells before it would
+// sleep.
 bool StateMachine::Impl::MayStartBatch() const {
   if (stage_ != Stage::kServing || hold_until_us_ != kNever) return false;
-  return input_taken_ || batches_.empty() || !queue_.merges_at_once();
+  if (batches_.empty() || !queue_.merges_at_once()) return true;
+  return input_taken_ && !SmallBatchRuns();
 }
 
 bool StateMachine::Impl::WantsInputTaken() const {
   return stage_ == Stage::kServing && hold_until_us_ == kNever && !MayStartBatch() &&
-         queue_.num_queued() > 0 && FreeSlot() >= 0;
+         queue_.num_queued() > 0 && FreeSlot() >= 0 && !SmallBatchRuns();
 }
 
 void StateMachine::Impl::PumpQueue() {

@@ -106,6 +106,7 @@ class StateMachine::Impl {
   void ExpireRequests();
   void StartProbeBatch();
   void PumpQueue();
+  bool SmallBatchRuns() const;  // REQUIRES: serving
   bool MayStartBatch() const;
   int FreeSlot() const;  // -1: all taken
   // Of a batch of the present epoch. `routed`: its ids are seen here.

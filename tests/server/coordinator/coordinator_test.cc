@@ -141,6 +141,7 @@ TEST_F(CoordinatorTest, MergedRequestsEachGetTheirOwnRows) {
 
 TEST_F(CoordinatorTest, MergedBatchStartsBesideOneInFlightOnceNothingElseHasCome) {
   options_.merge_queued = true;
+  options_.max_batch_tokens = 64;  // so that there are batches that are not small
   ASSERT_NO_FATAL_FAILURE(StartCoordinator());
   FakeWorkerOptions silent = WorkerOptions(0);  // but for the probe
   silent.on_shard = [](const v1::Shard& shard, v1::BatchDone*) { return shard.batch() == 1; };
@@ -148,9 +149,9 @@ TEST_F(CoordinatorTest, MergedBatchStartsBesideOneInFlightOnceNothingElseHasCome
   StartWorker(WorkerOptions(1));
   StartWorker(WorkerOptions(2));
   ASSERT_TRUE(readiness_->WaitFor(true));
-  auto first = InferLater(MakeCase(6, 1));
+  auto first = InferLater(MakeCase(60, 1));
   EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
-  auto second = InferLater(MakeCase(6, 2));
+  auto second = InferLater(MakeCase(60, 2));
   EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 3), 3)
       << "the second batch waits for the first one's end";
   coordinator_->Stop();

@@ -158,6 +158,26 @@ TEST(BatchesTest, BesideABatchInFlightMergedRequestsWaitUntilAllInputIsTaken) {
   EXPECT_FALSE(cluster.machine.WantsInputTaken());
 }
 
+TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
+  for (const std::string backend : {"host", "cuda"}) {
+    for (const std::int64_t tokens : {64, 65}) {
+      Config config = TestConfig();
+      config.merge_queued = true;
+      config.max_batch_tokens = 128;
+      TestCluster cluster(config);
+      for (int i = 0; i < 4; ++i) cluster.Join("w" + std::to_string(i), {.backend = backend});
+      for (int i = 0; i < 4; ++i) cluster.Load(i, i);
+      cluster.FormAndProbe();
+      EXPECT_TRUE(Has<StartBatch>(cluster.Request(1, tokens)));
+      EXPECT_TRUE(cluster.Request(2, 8).empty());
+      const bool waits = backend == "host" && tokens == 64;  // 16 of each rank
+      EXPECT_EQ(cluster.machine.WantsInputTaken(), !waits) << backend << tokens;
+      EXPECT_EQ(Has<StartBatch>(cluster.Do(InputTaken{})), !waits) << backend << tokens;
+      EXPECT_EQ(Has<StartBatch>(cluster.Finish(2)), waits) << backend << tokens;
+    }
+  }
+}
+
 TEST(BatchesTest, InputTakenIsNotWaitedForWithoutMergingOrWithAWindow) {
   TestCluster cluster;
   cluster.Serve();

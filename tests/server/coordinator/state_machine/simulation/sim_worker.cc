@@ -98,6 +98,7 @@ void SimWorker::Connect() {
   WorkerHello hello{stream_,     id_,        std::to_string(process_),
                     last_epoch_, held_rank_, held_rank_ < 0 ? 0 : config_.num_workers};
   hello.device_counts = device_counts_;
+  hello.backend = world_.on_cpus ? "host" : "cuda";
   Send(hello);
   Heartbeats(stream_);
 }

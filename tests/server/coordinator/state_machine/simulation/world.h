@@ -64,6 +64,7 @@ class World {
   }
 
   bool faults = true;
+  bool on_cpus = false;  // what the workers compute on
 
   // ---- the truth, over all lives of the coordinator
 
