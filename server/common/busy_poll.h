@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <optional>
 
 namespace epserve::server {
 
@@ -31,12 +30,13 @@ class BusyPoll {
                                          std::chrono::system_clock::time_point deadline, void** tag,
                                          bool* ok) {
     if (busy_.count() == 0) return queue->AsyncNext(tag, ok, deadline);
-    if (!began_.has_value()) began_ = Clock::now();
+    if (!waits_) began_ = Clock::now();
+    waits_ = true;
     const auto next = Wait(queue, deadline, tag, ok);
     if (next == grpc::CompletionQueue::TIMEOUT) return next;
-    const bool was_short = Clock::now() - *began_ <= busy_;
+    const bool was_short = Clock::now() - began_ <= busy_;
     short_waits_ = was_short ? std::min(short_waits_ + 1, kShortWaits) : 0;
-    began_.reset();
+    waits_ = false;
     return next;
   }
 
@@ -47,7 +47,7 @@ class BusyPoll {
                                          std::chrono::system_clock::time_point deadline, void** tag,
                                          bool* ok) const {
     // A deadline in the past: one look, which polls the sockets, too.
-    while (short_waits_ == kShortWaits && Clock::now() - *began_ < busy_) {
+    while (short_waits_ == kShortWaits && Clock::now() - began_ < busy_) {
       const auto next = queue->AsyncNext(tag, ok, gpr_time_0(GPR_CLOCK_REALTIME));
       if (next != grpc::CompletionQueue::TIMEOUT) return next;
       if (deadline != kNoDeadline && std::chrono::system_clock::now() >= deadline) return next;
@@ -56,8 +56,9 @@ class BusyPoll {
   }
 
   const std::chrono::microseconds busy_;
-  int short_waits_ = 0;                     // up to now in a row, no more than kShortWaits
-  std::optional<Clock::time_point> began_;  // of the present wait
+  int short_waits_ = 0;        // up to now in a row, no more than kShortWaits
+  bool waits_ = false;         // a wait has begun and not ended
+  Clock::time_point began_{};  // of that wait
 };
 
 }  // namespace epserve::server
