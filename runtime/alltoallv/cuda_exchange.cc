@@ -12,16 +12,22 @@
 #include "runtime/alltoallv/shard_counts.h"
 #include "runtime/base/device_poll.h"
 #include "runtime/base/status.h"
+#include "runtime/symmetric/nvlink.h"
+#include "spdlog/spdlog.h"
 
 namespace epserve::runtime {
 namespace {
 
 CudaHeapShape ShapeOf(const CudaExchangeConfig& config) {
-  return {config.base.num_ranks,        config.base.num_slots,
-          config.base.max_topk,         config.base.hidden,
-          config.base.max_batch_tokens, config.max_decode_tokens,
-          config.max_element_bytes,     config.base.placement.num_experts(),
-          config.packet_tokens};
+  return {config.base.num_ranks,
+          config.base.num_slots,
+          config.base.max_topk,
+          config.base.hidden,
+          config.base.max_batch_tokens,
+          config.max_decode_tokens,
+          config.max_element_bytes,
+          config.base.placement.num_experts(),
+          config.line_tokens};
 }
 
 absl::Status Validate(const CudaExchangeConfig& config) {
@@ -33,10 +39,10 @@ absl::Status Validate(const CudaExchangeConfig& config) {
         "cuda exchange: max_decode_tokens and the numbers of blocks must be at least 1, those of "
         "combine's roles 1 or, to have them divided, 0");
   }
-  if (config.packet_tokens < 0 || config.packet_tokens > kMaxPacketTokens) {
-    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: packet_tokens ",
-                                                   config.packet_tokens, " is outside [0, ",
-                                                   kMaxPacketTokens, "]"));
+  if (config.line_tokens < 0 || config.line_tokens > kMaxLineTokens) {
+    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: line_tokens ",
+                                                   config.line_tokens, " is outside [0, ",
+                                                   kMaxLineTokens, "]"));
   }
   return absl::OkStatus();
 }
@@ -49,7 +55,7 @@ std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& l
   return DigestOfDeviceConfig(config.base)
       .Add(kHeapProtocol)
       .Add(config.max_decode_tokens)
-      .Add(config.packet_tokens)
+      .Add(config.line_tokens)
       .Add(config.max_element_bytes)
       .Add(config.comm_blocks)
       .Add(config.decode_blocks)
@@ -125,6 +131,14 @@ absl::StatusOr<std::unique_ptr<CudaExchange>> CudaExchange::Create(
 }
 
 absl::Status CudaExchange::Initialize() {
+  if (layout_.decode.line_capacity > 0) {
+    // Fabric handles are of GPUs that NVLink alone connects.
+    const bool fabric = config_.handle_type == HandleType::kFabric;
+    const absl::Status linked = fabric ? absl::OkStatus() : CheckNvLink();
+    sends_lines_ = linked.ok();
+    if (!linked.ok())
+      spdlog::warn("decode: rows go with flags, not as lines: {}", linked.ToString());
+  }
   EPS_RETURN_IF_ERROR(LoadDispatchKernels());
   EPS_RETURN_IF_ERROR(LoadCombineKernels());
   EPS_RETURN_IF_ERROR(LoadBarrierKernel());
@@ -264,6 +278,7 @@ AreaView CudaExchange::ViewOf(Path path, int slot) const {
   view.rank = config_.base.rank;
   view.num_ranks = config_.base.num_ranks;
   view.use = LocalOf(path, slot).uses;
+  view.max_line_tokens = sends_lines_ ? view.layout.line_capacity : 0;
   view.device_sequence = decode ? LocalOf(path, slot).sequence.as<std::uint64_t>() : nullptr;
   return view;
 }
