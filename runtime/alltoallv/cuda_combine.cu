@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreadsOf<kWay>, kWay == OwnWay::kLines ? 1 :
   if (!args.merged_roles && block < args.push_blocks) return;
   const int first_reducer = args.merged_roles ? 0 : args.push_blocks;
   if constexpr (kWay == OwnWay::kLines) {
-    ReduceLines<Element>(args, use, num_vectors, GridWarp(first_reducer, args.reduce_blocks),
+    ReduceLines<Element>(args, use, num_vectors, GridWarp(args.reduce_blocks, first_reducer),
                          args.reduce_blocks * kThreadsOf<kWay> / kWarpSize);
   } else {
     // With both roles, the blocks that push least reduce first.

@@ -111,7 +111,7 @@ class LinePushes {
         num_units_(CeilDivide(lines_.count(), S::kUnitLines)) {
     const int num_peers = args.area.num_ranks - 1;
     if (num_peers == 0 || args.area.layout.line_capacity == 0) return;
-    const int warp = GridWarp(0, args.push_blocks);
+    const int warp = GridWarp(args.push_blocks);
     const int num_warps = args.push_blocks * static_cast<int>(blockDim.x / kWarpSize);
     const int turn = warp % num_peers;
     source_ = (args.area.rank + 1 + turn) % args.area.num_ranks;

@@ -1,8 +1,8 @@
 // Dispatch: one launch lays the rows out and pushes them.
 //
 // The kernel here is for few rows, whose latency counts: a whole block works on each. (Those for
-// many rows and for rows as lines are in cuda_dispatch_many.cu and cuda_dispatch_lines.cu.) Each block
-// owns a contiguous range of tokens. It counts, for every rank, the tokens before its range that go
+// many rows and for lines are in cuda_dispatch_many.cu and cuda_dispatch_lines.cu.) Each block owns
+// a contiguous range of tokens. It counts, for every rank, the tokens before its range that go
 // there (the ids are small and sit in L2), so that no block waits for another; then it writes each
 // row to all of the row's ranks, and raises every peer's arrival counter by one. Block 0 waits for
 // all sources; where some may send lines, all warps take in what they send.
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
   // The last block's range ends at T, so that its base holds the totals.
   Publish(args, use, blockIdx.x == gridDim.x - 1 ? shared.base : nullptr);
   if (some_send_lines) {
-    Receive<kPayload>(args, use, GridWarp(0, static_cast<int>(gridDim.x)),
+    Receive<kPayload>(args, use, GridWarp(static_cast<int>(gridDim.x)),
                       static_cast<int>(gridDim.x * (blockDim.x / kWarpSize)));
   } else if (blockIdx.x == 0 && threadIdx.x < args.area.num_ranks) {
     WaitForArrivals(args, use, static_cast<int>(threadIdx.x));

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads)
   const AreaUse use = CurrentUse(args.area, 0);
   bool placed = false;
 #pragma unroll 1
-  for (int i = GridWarp(0, push_blocks); !placed || i < num_pushes; i += push_blocks * kWarps) {
+  for (int i = GridWarp(push_blocks); !placed || i < num_pushes; i += push_blocks * kWarps) {
     const int token = i / num_units;
     const int unit = i - token * num_units;
     // The first unit, the ids and the use's number are on their way together.
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads)
   // A block alone does both.
   const int receive_blocks = max(num_blocks - push_blocks, 1);
   if (block < num_blocks - receive_blocks) return;
-  Receive<kPayload>(args, use, GridWarp(num_blocks - receive_blocks, receive_blocks),
+  Receive<kPayload>(args, use, GridWarp(receive_blocks, num_blocks - receive_blocks),
                     receive_blocks * kWarps);
 }
 

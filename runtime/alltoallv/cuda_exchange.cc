@@ -1,5 +1,7 @@
 #include "runtime/alltoallv/cuda_exchange.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -10,10 +12,10 @@
 #include "runtime/alltoallv/counts_mailbox.h"
 #include "runtime/alltoallv/device_limits.h"
 #include "runtime/alltoallv/shard_counts.h"
+#include "runtime/alltoallv/wait_report.h"
 #include "runtime/base/device_poll.h"
 #include "runtime/base/status.h"
 #include "runtime/symmetric/nvlink.h"
-#include "spdlog/spdlog.h"
 
 namespace epserve::runtime {
 namespace {
@@ -62,22 +64,6 @@ std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& l
       .Add(layout.bytes)
       .Add(static_cast<std::int64_t>(config.settings_digest))
       .value();
-}
-
-const char* StageName(std::uint32_t stage) {
-  switch (static_cast<WaitStage>(stage)) {
-    case WaitStage::kDispatch:
-      return "dispatch";
-    case WaitStage::kCombine:
-      return "combine";
-    case WaitStage::kBarrier:
-      return "barrier";
-    case WaitStage::kCounts:
-      return "counts";
-    case WaitStage::kNone:
-      break;
-  }
-  return "unknown stage";
 }
 
 }  // namespace
@@ -483,24 +469,7 @@ std::byte* CudaExchange::PeerRows(int rank) const {
 }
 
 absl::Status CudaExchange::CheckWaits() const {
-  const auto* report = reinterpret_cast<const volatile WaitReport*>(host_words_.as<std::byte>() +
-                                                                    sizeof(std::uint64_t));
-  // acquire: pairs with the device's release in WaitAtLeast, the other fields come after.
-  const std::uint32_t stage =
-      std::atomic_ref(
-          reinterpret_cast<WaitReport*>(host_words_.as<std::byte>() + sizeof(std::uint64_t))->stage)
-          .load(std::memory_order_acquire);
-  if (stage == 0) return absl::OkStatus();
-  const double waited_ms = static_cast<double>(report->waited_ns) / 1e6;
-  if (report->aborted != 0) {
-    return absl::AbortedError(absl::StrCat(StageName(stage), ": rank ", config_.base.rank,
-                                           " was told to stop while it waited for rank ",
-                                           report->peer, ", after ", waited_ms, " ms"));
-  }
-  return absl::DeadlineExceededError(
-      absl::StrCat(StageName(stage), ": rank ", config_.base.rank, " waited ", waited_ms,
-                   " ms for rank ", report->peer, ", longer than the peer timeout of ",
-                   absl::ToDoubleMilliseconds(config_.base.peer_timeout), " ms"));
+  return StatusOfWaits(Wait().report, config_.base.rank, config_.base.peer_timeout);
 }
 
 void CudaExchange::Abort() {

@@ -38,8 +38,8 @@ struct AreaLayout {
   std::int64_t note_bytes;
   std::int64_t scales;  // f32 [H / 128] a row, scale_bytes apart; fp8 only
   std::int64_t scale_bytes;
-  std::int64_t rows;          // [row_capacity, row bytes]
-  std::int64_t partials;      // [partial_capacity, H] the batch's type
+  std::int64_t rows;        // [row_capacity, row bytes]
+  std::int64_t partials;    // [partial_capacity, H] the batch's type
   std::int64_t line_heads;  // Numbered [kMaxCudaRanks], kFlagStrideBytes apart; how a source sends
   std::int64_t line_rows;   // [R, line_capacity, line_row_bytes]
   std::int64_t line_row_bytes;

@@ -6,9 +6,9 @@
 // What this relies on is not of the memory model, which knows no access of 128 bytes: that eight
 // neighbouring lanes of a warp, which store 16 bytes each to one aligned line in one instruction,
 // have it written as a whole, and that a load of theirs sees it so. It holds in a GPU's own memory
-// and over NVLink from Volta on, where NCCL's LL128 protocol relies on the same (its tuning.cc: "Enable
-// LL128 by default only on Volta/Ampere/Hopper/Blackwell+NVLink. Other cases are not tested and may
-// cause silent data corruption"), and not over PCIe: see runtime/symmetric/nvlink.h.
+// and over NVLink from Volta on, where NCCL's LL128 protocol relies on the same (its tuning.cc:
+// "Enable LL128 by default only on Volta/Ampere/Hopper/Blackwell+NVLink. Other cases are not tested
+// and may cause silent data corruption"), and not over PCIe: see runtime/symmetric/nvlink.h.
 //
 // A receiver finds lines of its own use or of an earlier one, never of a later: between two uses of
 // an area there is one of the other, whose dispatch a rank ends only when all ranks have begun it,
@@ -129,7 +129,7 @@ __device__ inline std::byte* LinePartial(std::byte* area, const AreaLayout& layo
 
 // Warps of `num_blocks` blocks, numbered from block `first_block` on so that consecutive ones are
 // on different multiprocessors: pieces of one row are stored by many at a time.
-__device__ inline int GridWarp(int first_block, int num_blocks) {
+__device__ inline int GridWarp(int num_blocks, int first_block = 0) {
   return static_cast<int>(threadIdx.x / kWarpSize) * num_blocks +
          static_cast<int>(blockIdx.x) - first_block;
 }
