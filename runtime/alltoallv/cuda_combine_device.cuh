@@ -8,8 +8,6 @@
 
 namespace epserve::runtime {
 
-inline constexpr int kWarpSize = 32;
-
 // One expert of a row, a lane's: where its output is in expert_rows, -1: nowhere here.
 struct ListedExpert {
   int index = -1;

@@ -12,6 +12,8 @@
 
 namespace epserve::runtime {
 
+inline constexpr int kWarpSize = 32;
+
 __device__ inline std::uint64_t GlobalTimerNs() {
   std::uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -109,11 +111,14 @@ __device__ inline bool WaitAtLeast(std::uint64_t* flag, std::uint64_t target, in
 template <typename Ready>
 __device__ inline bool WarpWaitUntil(Ready ready, const int& peer, WaitStage stage,
                                      const WaitControl& control) {
-  if (ready()) return true;
-  const std::uint64_t start = GlobalTimerNs();
-  for (unsigned spin = 1;; ++spin) {
+  std::uint64_t start = 0;
+#pragma unroll 1
+  for (unsigned spin = 0;; ++spin) {
+    // The one place that it is called from: it is long, and instructions that are not in the
+    // multiprocessor's cache take longer to come than to be executed.
     if (ready()) return true;
-    if (!PauseBetweenPolls(spin)) continue;
+    if (spin == 0) start = GlobalTimerNs();
+    if (!PauseBetweenPolls(spin + 1)) continue;
     const bool ends = threadIdx.x % 32 == 0 && GivesUp(start, peer, stage, control);
     if (__any_sync(0xffffffffu, ends)) return false;
   }

@@ -1,16 +1,16 @@
 // Dispatch: one launch lays the rows out and pushes them.
 //
 // The kernel here is for few rows, whose latency counts: a whole block works on each. (Those for
-// many and for very few rows are in cuda_dispatch_many.cu and cuda_dispatch_packets.cu.) Each block
-// owns a contiguous range of tokens. It counts, for every rank, the tokens before its range that go
+// many rows and for lines are in cuda_dispatch_many.cu and cuda_dispatch_lines.cu.) Each block owns
+// a contiguous range of tokens. It counts, for every rank, the tokens before its range that go
 // there (the ids are small and sit in L2), so that no block waits for another; then it writes each
 // row to all of the row's ranks, and raises every peer's arrival counter by one. Block 0 waits for
-// all sources; where some may send packets, all warps take in what they send.
+// all sources; where some may send lines, all warps take in what they send.
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_dispatch_device.cuh"
+#include "runtime/alltoallv/cuda_dispatch_lines.h"
 #include "runtime/alltoallv/cuda_dispatch_many.h"
-#include "runtime/alltoallv/cuda_dispatch_packets.h"
 #include "runtime/alltoallv/cuda_dispatch_rows.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
 #include "runtime/alltoallv/device_limits.h"
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ DispatchShared shared;
   const AreaUse use = BeginUse(args.area, 0);
   AllowNextKernel();
-  const bool some_send_packets = args.area.layout.packet_capacity > 0;
-  if (some_send_packets && blockIdx.x == 0) TellPeers(args, use, {});
+  const bool some_send_lines = args.area.layout.line_capacity > 0;
+  if (some_send_lines && blockIdx.x == 0) TellPeers(args, use, {});
   const std::int64_t begin = args.num_tokens * blockIdx.x / gridDim.x;
   const std::int64_t end = args.num_tokens * (blockIdx.x + 1) / gridDim.x;
   const RowBytes bytes = RowBytes::Of<kPayload>(args);
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   // The last block's range ends at T, so that its base holds the totals.
   Publish(args, use, blockIdx.x == gridDim.x - 1 ? shared.base : nullptr);
-  if (some_send_packets) {
+  if (some_send_lines) {
     Receive<kPayload>(args, use, GridWarp(static_cast<int>(gridDim.x)),
                       static_cast<int>(gridDim.x * (blockDim.x / kWarpSize)));
   } else if (blockIdx.x == 0 && threadIdx.x < args.area.num_ranks) {
@@ -209,7 +209,7 @@ cudaError_t Launch(const CudaDispatchArgs& args, cudaStream_t stream) {
 absl::Status LoadDispatchKernels() {
   EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowPayload::kCopy>));
   EPS_RETURN_IF_ERROR(LoadKernel(DispatchKernel<RowPayload::kFp8>));
-  EPS_RETURN_IF_ERROR(LoadPacketDispatchKernels());
+  EPS_RETURN_IF_ERROR(LoadLineDispatchKernels());
   return LoadManyDispatchKernels();
 }
 
@@ -229,14 +229,13 @@ absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
         "dispatch: the fp8 cast takes bf16 rows with a hidden size that is a multiple of ",
         kFp8GroupElements, ", got ", std::string(DataTypeName(args.dtype)), " and ", args.hidden));
   }
-  const std::int64_t most_as_packets = args.area.layout.packet_capacity;
-  if (most_as_packets > 0 && args.num_tokens <= most_as_packets) {
-    EPS_CUDA_RETURN_IF_ERROR(LaunchPacketDispatch(args, stream));
+  if (SendsLines(args.area, args.num_tokens)) {
+    EPS_CUDA_RETURN_IF_ERROR(LaunchLineDispatch(args, stream));
     return absl::OkStatus();
   }
   // Few rows a block: their latency counts, so a whole block works on each.
   const bool few = args.num_tokens <= std::int64_t{8} * args.num_blocks;
-  if (few || most_as_packets > 0) {
+  if (few || args.area.layout.line_capacity > 0) {
     EPS_CUDA_RETURN_IF_ERROR(Launch(args, stream));
   } else {
     EPS_CUDA_RETURN_IF_ERROR(LaunchManyDispatch(args, stream));

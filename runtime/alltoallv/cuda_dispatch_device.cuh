@@ -1,5 +1,5 @@
 // What the dispatch kernels share: who owns a token's experts, the cast to fp8, and the receiving
-// end of what sources send as packets.
+// end of what sources send as lines.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_CUDA_DISPATCH_DEVICE_CUH_
 #define EPSERVE_RUNTIME_ALLTOALLV_CUDA_DISPATCH_DEVICE_CUH_
 
@@ -7,12 +7,10 @@
 
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_kernels.h"
-#include "runtime/alltoallv/cuda_packet_device.cuh"
+#include "runtime/alltoallv/cuda_line_device.cuh"
 #include "runtime/base/cuda_fp8.cuh"
 
 namespace epserve::runtime {
-
-inline constexpr int kWarpSize = 32;
 
 __device__ inline int OwnerOf(int expert, const CudaDispatchArgs& args) {
   int owner = 0;
@@ -75,11 +73,11 @@ __device__ inline float MaxMagnitude(const uint4& v) {
 
 // Tells every peer how this rank's rows of the use come. Called by at least R threads of one block.
 __device__ inline void TellPeers(const CudaDispatchArgs& args, const AreaUse& use,
-                                 const PacketHead& head) {
+                                 const LineHead& head) {
   const auto peer = static_cast<int>(threadIdx.x);
   if (peer >= args.area.num_ranks || peer == args.area.rank) return;
   std::byte* area = args.area.heap[peer] + use.byte_offset;
-  StorePacket(HeadOf(area, args.area.layout, args.area.rank), head.Word(), use.use);
+  StoreLane(HeadOf(area, args.area.layout, args.area.rank), {head.Word(), use.use});
 }
 
 __device__ inline void WaitForArrivals(const CudaDispatchArgs& args, const AreaUse& use,
@@ -90,142 +88,154 @@ __device__ inline void WaitForArrivals(const CudaDispatchArgs& args, const AreaU
               args.wait);
 }
 
-// 32 pieces of 16 bytes of a row, one a lane, with what belongs to them: a group's scale to every
-// eighth piece, the row's experts and index to the first 32.
+// A row's lines, as `args` has them.
 template <RowPayload kPayload>
-class PacketChunk {
- public:
-  // Pieces of a row.
-  static __device__ int PiecesOf(const CudaDispatchArgs& args) {
-    const int element_bytes = args.dtype == DataType::kFp32 ? 4 : 2;
-    const auto hidden = static_cast<int>(args.hidden);
-    return kPayload == RowPayload::kFp8 ? hidden / 16 : hidden * element_bytes / 16;
+__device__ auto LinesOf(const CudaDispatchArgs& args) {
+  const auto hidden = static_cast<int>(args.hidden);
+  if constexpr (kPayload == RowPayload::kFp8) {
+    return Fp8Lines(hidden / kFp8GroupElements, NumNotes(args.topk));
+  } else {
+    return PlainLines(hidden * (args.dtype == DataType::kFp32 ? 4 : 2) / 16, NumNotes(args.topk));
   }
-  static __device__ int CountOf(const CudaDispatchArgs& args) {
-    return (PiecesOf(args) + kWarpSize - 1) / kWarpSize;
-  }
-
-  __device__ PacketChunk(const CudaDispatchArgs& args, int chunk)
-      : lane_(static_cast<int>(threadIdx.x) % kWarpSize),
-        piece_(chunk * kWarpSize + lane_),
-        num_scales_(kPayload == RowPayload::kFp8 ? static_cast<int>(args.hidden) / kFp8GroupElements
-                                                 : 0),
-        has_piece_(piece_ < PiecesOf(args)),
-        has_scale_(kPayload == RowPayload::kFp8 && has_piece_ && lane_ % 8 == 0),
-        has_note_(chunk == 0 && (lane_ < args.topk || lane_ == kMaxCudaTopk)) {}
-
-  __device__ bool has_piece() const { return has_piece_; }
-  __device__ bool has_scale() const { return has_scale_; }
-  __device__ bool has_note() const { return has_note_; }
-  __device__ int piece() const { return piece_; }
-  __device__ int scale() const { return piece_ / 8; }
-  __device__ int note() const { return lane_; }
-
-  // Where they are among the row's packets.
-  __device__ int piece_packet() const { return kPacketsBeforeScales + num_scales_ + 2 * piece_; }
-  __device__ int scale_packet() const { return kPacketsBeforeScales + scale(); }
-  __device__ int note_packet() const { return lane_; }
-
- private:
-  int lane_;
-  int piece_;
-  int num_scales_;
-  bool has_piece_;
-  bool has_scale_;
-  bool has_note_;
-};
-
-// A lane's packets of a chunk.
-struct LanePackets {
-  PacketPair piece;
-  Packet scale;
-  Packet note;
-};
-
-// Looks for a chunk of a row; true in the lanes whose packets of the use are all there.
-template <RowPayload kPayload>
-__device__ bool Look(const PacketChunk<kPayload>& chunk, const Packet* row, std::uint64_t use,
-                     LanePackets* found) {
-  *found = {{{0, use}, {0, use}}, {0, use}, {0, use}};
-  if (chunk.has_piece()) found->piece = LoadPair(row + chunk.piece_packet());
-  if (chunk.has_scale()) found->scale = LoadPacket(row + chunk.scale_packet());
-  if (chunk.has_note()) found->note = LoadPacket(row + chunk.note_packet());
-  return found->piece.IsOf(use) && found->scale.use == use && found->note.use == use;
 }
 
-// Puts a row's note where that of a row that is no packets would be.
-__device__ inline void StoreNote(const CudaDispatchArgs& args, std::uint64_t data, int note,
+// 16-byte vectors of a row as it travels.
+template <RowPayload kPayload>
+__device__ std::int64_t VectorsOf(const CudaDispatchArgs& args) {
+  if (kPayload == RowPayload::kFp8) return args.hidden / 16;
+  return args.hidden * (args.dtype == DataType::kFp32 ? 4 : 2) / 16;
+}
+
+// A note: a token's expert `note`, by its global id, and its weight; or the token's index.
+struct Note {
+  std::int32_t id = -1;
+  float weight = 0.0f;
+
+  __device__ std::uint64_t Word() const {
+    return static_cast<std::uint32_t>(id) | std::uint64_t{__float_as_uint(weight)} << 32;
+  }
+  static __device__ Note Of(std::uint64_t word) {
+    return {static_cast<std::int32_t>(word),
+            __uint_as_float(static_cast<unsigned>(word >> 32))};
+  }
+};
+
+// Puts a row's note where that of a row that does not come as lines would be.
+__device__ inline void StoreNote(const CudaDispatchArgs& args, const Note& note, int index,
                                  std::byte* own, std::int64_t row) {
   const AreaLayout& layout = args.area.layout;
-  const auto low = static_cast<std::int32_t>(data);
-  if (note == kMaxCudaTopk) {
-    reinterpret_cast<std::int32_t*>(own + layout.source_token)[row] = low;
+  if (index == args.topk) {
+    reinterpret_cast<std::int32_t*>(own + layout.source_token)[row] = note.id;
     return;
   }
-  ExpertNotes(own, layout, row)[note] = low;
-  WeightNotes(own, layout, row, args.topk)[note] =
-      __uint_as_float(static_cast<unsigned>(data >> 32));
+  const std::int32_t first = args.first_expert[args.area.rank];
+  const bool here = note.id >= first && note.id < args.first_expert[args.area.rank + 1];
+  ExpertNotes(own, layout, row)[index] = here ? note.id - first : -1;
+  WeightNotes(own, layout, row, args.topk)[index] = note.weight;
 }
 
-// Puts a chunk where a row that is no packets would be.
+// Puts what a tail has brought where that of a row that does not come as lines would be.
 template <RowPayload kPayload>
-__device__ void Unpack(const CudaDispatchArgs& args, const PacketChunk<kPayload>& chunk,
-                       const LanePackets& found, std::byte* own, std::int64_t row) {
+__device__ void StoreTail(const CudaDispatchArgs& args, const LineTail& tail, std::uint64_t data,
+                          std::byte* own, std::int64_t row) {
   const AreaLayout& layout = args.area.layout;
-  if (chunk.has_piece()) {
-    auto* rows = reinterpret_cast<uint4*>(own + layout.rows);
-    rows[row * PacketChunk<kPayload>::PiecesOf(args) + chunk.piece()] = found.piece.Vector();
+  if (tail.note >= 0) StoreNote(args, Note::Of(data), tail.note, own, row);
+  if constexpr (kPayload == RowPayload::kFp8) {
+    float* scales = RowScales(own, layout, row) + tail.scale;
+    if (tail.num_scales > 0) scales[0] = __uint_as_float(static_cast<unsigned>(data));
+    if (tail.num_scales > 1) scales[1] = __uint_as_float(static_cast<unsigned>(data >> 32));
+  } else if (tail.vector >= 0) {
+    auto* halves = reinterpret_cast<std::uint64_t*>(own + layout.rows) +
+                   (row * VectorsOf<kPayload>(args) + tail.vector) * 2;
+    halves[tail.half] = data;
   }
-  if (chunk.has_scale()) {
-    RowScales(own, layout, row)[chunk.scale()] =
-        __uint_as_float(static_cast<unsigned>(found.scale.data));
-  }
-  if (chunk.has_note()) StoreNote(args, found.note.data, chunk.note(), own, row);
 }
 
-// Takes in one source's packets, as one of `stride` warps that do; or waits for its arrivals, where
-// it sends none. Out of line, because the kernel for many rows has all of its registers in use.
+// Takes in one source's lines, as one of `stride` warps that do; or waits for its arrivals, where
+// it sends none. Warps either put rows' vectors where they belong, four lines at a time and as many
+// times on their way together as a lane has parts, or what the tails of 32 lines have brought. Out
+// of line, because the kernel for many rows has all of its registers in use.
 template <RowPayload kPayload>
 __device__ __noinline__ void ReceiveFrom(const CudaDispatchArgs& args, AreaUse use, int source,
                                          int first, int stride) {
+  constexpr int kParts = 4;
+  constexpr int kUnitLines = kParts * kLinesAtOnce;
   const AreaLayout& layout = args.area.layout;
   std::byte* own = args.area.heap[args.area.rank] + use.byte_offset;
-  const Packet* head_packet = HeadOf(own, layout, source);
-  const int num_chunks = PacketChunk<kPayload>::CountOf(args);
+  const std::byte* head_from = HeadOf(own, layout, source);
+  const auto lines = LinesOf<kPayload>(args);
+  const int num_units = CeilDivide(lines.count(), kUnitLines);  // of vectors
+  const int units_a_row = num_units + CeilDivide(lines.count(), kWarpSize);
+  // A source has the same number of rows in every area.
+  const std::int64_t first_row = source * (layout.row_capacity / args.area.num_ranks);
   bool told = false;  // What comes.
-  PacketHead head = {};
-  for (int i = first; !told || i < RowsOf(head, layout) * num_chunks; i += stride) {
-    const int row = i / num_chunks;
-    const PacketChunk<kPayload> chunk(args, i % num_chunks);
-    const Packet* packets = PacketRow(own, layout, source, row);
-    LanePackets found;
+  LineHead head = {};
+#pragma unroll 1
+  for (int i = first;; i += stride) {
+    const int row = i / units_a_row;
+    const int unit = i - row * units_a_row;
+    // Nothing of the kind can come; what does, the first warp waits to be told all the same.
+    if (row >= layout.line_capacity && (told || first != 0)) break;
+    const bool takes_tails = unit >= num_units;
+    const int line = takes_tails ? (unit - num_units) * kWarpSize + LaneOfWarp()
+                                 : unit * kUnitLines + LineOfWarp();
+    const std::byte* from = LineRow(own, layout, source, row) + line * kLineBytes;
+    unsigned missing = 0;  // bit p: part p has not come
+    if (row < layout.line_capacity) {
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        if (line + p * kLinesAtOnce < lines.count()) missing |= 1u << p;
+      }
+      if (takes_tails) missing &= 1u;
+    }
     bool here = false;
     // The row is looked for before it is known to come: it may be there as soon as the head.
     const auto ready = [&] {
-      const Packet head_found = LoadPacket(head_packet);
-      here = row < layout.packet_capacity;
-      if (here) here = Look(chunk, packets, use.use, &found);
-      here = __all_sync(0xffffffffu, here);
-      told = __all_sync(0xffffffffu, head_found.use == use.use);
-      if (told) head = PacketHead::Of(head_found.data);
+      LaneData head_found = {};
+      if (!told) head_found = LoadLane(head_from);
+      if (takes_tails) {
+        LaneData data;
+        if (missing != 0) data = LoadLane(from + kTailLane * sizeof(LaneData));
+        if (missing != 0 && data.use == use.use) {
+          missing = 0;
+          StoreTail<kPayload>(args, lines.TailAt(line), data.data, own, first_row + row);
+        }
+      } else {
+        LaneData data[kParts];
+        auto* to = reinterpret_cast<uint4*>(own + layout.rows) +
+                   (first_row + row) * VectorsOf<kPayload>(args);
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          LoadLine((missing >> p & 1u) != 0, from + p * kLinesAtOnce * kLineBytes, &data[p]);
+        }
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          const bool has_come = HasCome((missing >> p & 1u) != 0, data[p], use.use);
+          const int vector = lines.VectorAt(line + p * kLinesAtOnce, LaneOfLine());
+          if (has_come && !IsTail() && vector >= 0) to[vector] = VectorOf(data[p]);
+          if (has_come) missing &= ~(1u << p);
+        }
+      }
+      if (!told && __all_sync(0xffffffffu, head_found.use == use.use)) {
+        told = true;
+        head = LineHead::Of(head_found.data);
+      }
+      here = row < layout.line_capacity && __all_sync(0xffffffffu, missing == 0);
       return here || (told && row >= RowsOf(head, layout));
     };
     if (!WarpWaitUntil(ready, source, WaitStage::kDispatch, args.wait)) return;
     if (!here) break;
-    // A source has the same number of rows in every area.
-    const std::int64_t per_source = layout.row_capacity / args.area.num_ranks;
-    Unpack(args, chunk, found, own, source * per_source + row);
+    if (told && i + stride >= RowsOf(head, layout) * units_a_row) break;
   }
-  if (first != 0 || threadIdx.x % kWarpSize != 0) return;
-  if (head.as_packets != 0) {
+  if (first != 0 || LaneOfWarp() != 0) return;
+  if (head.as_lines != 0) {
     reinterpret_cast<std::int32_t*>(own + layout.counts)[source] = RowsOf(head, layout);
   } else {
     WaitForArrivals(args, use, source);
   }
 }
 
-// Takes in what all sources send. Called by all warps of the grid, of which there are more than
-// ranks.
+// Takes in what all sources send, as one of `num_warps` warps, of which there are more than ranks.
 template <RowPayload kPayload>
 __device__ void Receive(const CudaDispatchArgs& args, const AreaUse& use, int warp, int num_warps) {
   const int num_peers = args.area.num_ranks - 1;

@@ -11,7 +11,7 @@ namespace epserve::runtime {
 
 absl::Status LoadManyDispatchKernels();
 
-// As LaunchDispatch, which has checked `args`; the area's sources send no packets.
+// As LaunchDispatch, which has checked `args`; the area's sources send no lines.
 cudaError_t LaunchManyDispatch(const CudaDispatchArgs& args, cudaStream_t stream);
 
 }  // namespace epserve::runtime

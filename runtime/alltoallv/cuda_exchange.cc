@@ -1,5 +1,7 @@
 #include "runtime/alltoallv/cuda_exchange.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -10,18 +12,24 @@
 #include "runtime/alltoallv/counts_mailbox.h"
 #include "runtime/alltoallv/device_limits.h"
 #include "runtime/alltoallv/shard_counts.h"
+#include "runtime/alltoallv/wait_report.h"
 #include "runtime/base/device_poll.h"
 #include "runtime/base/status.h"
+#include "runtime/symmetric/nvlink.h"
 
 namespace epserve::runtime {
 namespace {
 
 CudaHeapShape ShapeOf(const CudaExchangeConfig& config) {
-  return {config.base.num_ranks,        config.base.num_slots,
-          config.base.max_topk,         config.base.hidden,
-          config.base.max_batch_tokens, config.max_decode_tokens,
-          config.max_element_bytes,     config.base.placement.num_experts(),
-          config.packet_tokens};
+  return {config.base.num_ranks,
+          config.base.num_slots,
+          config.base.max_topk,
+          config.base.hidden,
+          config.base.max_batch_tokens,
+          config.max_decode_tokens,
+          config.max_element_bytes,
+          config.base.placement.num_experts(),
+          config.line_tokens};
 }
 
 absl::Status Validate(const CudaExchangeConfig& config) {
@@ -33,10 +41,10 @@ absl::Status Validate(const CudaExchangeConfig& config) {
         "cuda exchange: max_decode_tokens and the numbers of blocks must be at least 1, those of "
         "combine's roles 1 or, to have them divided, 0");
   }
-  if (config.packet_tokens < 0 || config.packet_tokens > kMaxPacketTokens) {
-    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: packet_tokens ",
-                                                   config.packet_tokens, " is outside [0, ",
-                                                   kMaxPacketTokens, "]"));
+  if (config.line_tokens < 0 || config.line_tokens > kMaxLineTokens) {
+    return absl::InvalidArgumentError(absl::StrCat("cuda exchange: line_tokens ",
+                                                   config.line_tokens, " is outside [0, ",
+                                                   kMaxLineTokens, "]"));
   }
   return absl::OkStatus();
 }
@@ -49,29 +57,13 @@ std::uint64_t DigestOf(const CudaExchangeConfig& config, const CudaHeapLayout& l
   return DigestOfDeviceConfig(config.base)
       .Add(kHeapProtocol)
       .Add(config.max_decode_tokens)
-      .Add(config.packet_tokens)
+      .Add(config.line_tokens)
       .Add(config.max_element_bytes)
       .Add(config.comm_blocks)
       .Add(config.decode_blocks)
       .Add(layout.bytes)
       .Add(static_cast<std::int64_t>(config.settings_digest))
       .value();
-}
-
-const char* StageName(std::uint32_t stage) {
-  switch (static_cast<WaitStage>(stage)) {
-    case WaitStage::kDispatch:
-      return "dispatch";
-    case WaitStage::kCombine:
-      return "combine";
-    case WaitStage::kBarrier:
-      return "barrier";
-    case WaitStage::kCounts:
-      return "counts";
-    case WaitStage::kNone:
-      break;
-  }
-  return "unknown stage";
 }
 
 }  // namespace
@@ -125,6 +117,14 @@ absl::StatusOr<std::unique_ptr<CudaExchange>> CudaExchange::Create(
 }
 
 absl::Status CudaExchange::Initialize() {
+  if (layout_.decode.line_capacity > 0) {
+    // Fabric handles are of GPUs that NVLink alone connects.
+    const bool fabric = config_.handle_type == HandleType::kFabric;
+    const absl::Status linked = fabric ? absl::OkStatus() : CheckNvLink();
+    sends_lines_ = linked.ok();
+    if (!linked.ok())
+      spdlog::warn("decode: rows go with flags, not as lines: {}", linked.ToString());
+  }
   EPS_RETURN_IF_ERROR(LoadDispatchKernels());
   EPS_RETURN_IF_ERROR(LoadCombineKernels());
   EPS_RETURN_IF_ERROR(LoadBarrierKernel());
@@ -264,6 +264,7 @@ AreaView CudaExchange::ViewOf(Path path, int slot) const {
   view.rank = config_.base.rank;
   view.num_ranks = config_.base.num_ranks;
   view.use = LocalOf(path, slot).uses;
+  view.max_line_tokens = sends_lines_ ? view.layout.line_capacity : 0;
   view.device_sequence = decode ? LocalOf(path, slot).sequence.as<std::uint64_t>() : nullptr;
   return view;
 }
@@ -468,24 +469,7 @@ std::byte* CudaExchange::PeerRows(int rank) const {
 }
 
 absl::Status CudaExchange::CheckWaits() const {
-  const auto* report = reinterpret_cast<const volatile WaitReport*>(host_words_.as<std::byte>() +
-                                                                    sizeof(std::uint64_t));
-  // acquire: pairs with the device's release in WaitAtLeast, the other fields come after.
-  const std::uint32_t stage =
-      std::atomic_ref(
-          reinterpret_cast<WaitReport*>(host_words_.as<std::byte>() + sizeof(std::uint64_t))->stage)
-          .load(std::memory_order_acquire);
-  if (stage == 0) return absl::OkStatus();
-  const double waited_ms = static_cast<double>(report->waited_ns) / 1e6;
-  if (report->aborted != 0) {
-    return absl::AbortedError(absl::StrCat(StageName(stage), ": rank ", config_.base.rank,
-                                           " was told to stop while it waited for rank ",
-                                           report->peer, ", after ", waited_ms, " ms"));
-  }
-  return absl::DeadlineExceededError(
-      absl::StrCat(StageName(stage), ": rank ", config_.base.rank, " waited ", waited_ms,
-                   " ms for rank ", report->peer, ", longer than the peer timeout of ",
-                   absl::ToDoubleMilliseconds(config_.base.peer_timeout), " ms"));
+  return StatusOfWaits(Wait().report, config_.base.rank, config_.base.peer_timeout);
 }
 
 void CudaExchange::Abort() {

@@ -34,8 +34,9 @@ struct CudaExchangeConfig {
   HandleType handle_type = HandleType::kFd;
   std::uint64_t settings_digest = 0;     // of what else all ranks must have alike
   std::int64_t max_decode_tokens = 512;  // a rank
-  // Decode path: up to so many of a rank travel as packets (see PacketCapacity).
-  std::int64_t packet_tokens = kMaxPacketTokens;
+  // Decode path: up to so many tokens of a rank travel as lines (see cuda_line_device.cuh), where
+  // the current device reaches the others over NVLink.
+  std::int64_t line_tokens = 128;
   int max_element_bytes = 2;        // 4 where FP32 batches are served
   int comm_blocks = 24;             // of dispatch (prefill path)
   int push_blocks = 0;              // of combine's push role (prefill path); 0: divided
@@ -116,6 +117,7 @@ class CudaExchange final : public DeviceExchange {
   DeviceBuffer barrier_use_;  // u64 barriers so far, then u32 WaitControl::report_claim
   PinnedBuffer host_words_;   // abort word, then WaitReport
   std::atomic<bool> aborted_ = false;
+  bool sends_lines_ = false;  // on the decode path
   bool opened_ = false;
 };
 

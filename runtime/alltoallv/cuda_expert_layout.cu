@@ -13,7 +13,6 @@
 namespace epserve::runtime {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kLayoutThreads = 512;
 constexpr int kLayoutWarps = kLayoutThreads / kWarpSize;
 

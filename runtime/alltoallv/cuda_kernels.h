@@ -54,7 +54,14 @@ struct AreaView {
   // flags that nobody reads, and wait for nobody.
   std::uint64_t use;
   std::uint64_t* device_sequence;  // [4]: two counters, two tickets; zero at start
+  // Up to so many tokens of this rank's go as lines, and their sums come back so; 0: none. At most
+  // layout.line_capacity.
+  std::int64_t max_line_tokens;
 };
+
+inline bool SendsLines(const AreaView& area, std::int64_t num_tokens) {
+  return area.max_line_tokens > 0 && num_tokens <= area.max_line_tokens;
+}
 
 // Where the teams of a launch draw the rows that they work on (see cuda_row_turns.cuh).
 struct RowTickets {

@@ -4,7 +4,10 @@
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_CUDA_LAYOUT_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_CUDA_LAYOUT_H_
 
+#include <algorithm>
 #include <cstdint>
+
+#include "runtime/alltoallv/line_format.h"
 
 namespace epserve::runtime {
 
@@ -35,35 +38,26 @@ struct AreaLayout {
   std::int64_t note_bytes;
   std::int64_t scales;  // f32 [H / 128] a row, scale_bytes apart; fp8 only
   std::int64_t scale_bytes;
-  std::int64_t rows;          // [row_capacity, row bytes]
-  std::int64_t partials;      // [partial_capacity, H] the batch's type
-  std::int64_t packet_heads;  // Packet [kMaxCudaRanks], kFlagStrideBytes apart; how a source sends
-  std::int64_t packet_rows;   // [R, packet_capacity, packet_row_bytes]
-  std::int64_t packet_row_bytes;
-  std::int64_t packet_partials;  // [R, packet_capacity, packet_partial_bytes]
-  std::int64_t packet_partial_bytes;
+  std::int64_t rows;        // [row_capacity, row bytes]
+  std::int64_t partials;    // [partial_capacity, H] the batch's type
+  std::int64_t line_heads;  // Numbered [kMaxCudaRanks], kFlagStrideBytes apart; how a source sends
+  std::int64_t line_rows;   // [R, line_capacity, line_row_bytes]
+  std::int64_t line_row_bytes;
+  std::int64_t line_partials;  // [R, line_capacity, line_partial_bytes]
+  std::int64_t line_partial_bytes;
   std::int64_t bytes;  // of the whole area, a multiple of 256
   std::int64_t row_capacity;
   std::int64_t partial_capacity;
-  std::int64_t packet_capacity;  // tokens of a rank that travel as packets; 0: none do
+  std::int64_t line_capacity;  // tokens of a rank that travel as lines; 0: none do
 };
 
-// Of a row: 8 bytes, and the number of the use of the area that they belong to. It is written and
-// read as a whole, so that a row of packets needs no flag, and no fence before one.
-struct alignas(16) Packet {
+// 8 bytes, and the number of the use of the area that they belong to, written and read as a whole.
+struct alignas(16) Numbered {
   std::uint64_t data;
   std::uint64_t use;
 };
-inline constexpr int kPacketDataBytes = 8;
-inline constexpr int kMaxPacketTokens = 32;  // of a rank: each is a lane's of a warp
-// Tokens of all ranks that may travel as packets at once: packets are twice the bytes, and more
-// ranks get a token's row. On two H200s, rows of 7168 bf16, dispatch and combine in one graph, as
-// packets and as rows: 1 token a rank 13.2 and 20.1 us, 16 tokens 16.1 and 21.0, 32 tokens 19.1
-// and 22.5.
-inline constexpr std::int64_t kMaxPacketRows = 64;
-// First of a row's packets: an expert and its weight for each of the token's K, the token's index
-// at kMaxCudaTopk. Then a scale each, where the row is fp8, and then the row.
-inline constexpr int kPacketsBeforeScales = 32;
+// Of a rank; a block that dispatches keeps where each goes.
+inline constexpr int kMaxLineTokens = 512;
 
 struct CudaHeapShape {
   int num_ranks;
@@ -74,7 +68,7 @@ struct CudaHeapShape {
   std::int64_t max_decode_tokens;  // a rank, decode path
   int max_element_bytes;           // 4 where FP32 batches are served, else 2
   std::int64_t num_experts;        // E; 0: ranks do not exchange counts
-  std::int64_t packet_tokens = 0;  // a rank, decode path: up to so many travel as packets
+  std::int64_t line_tokens = 0;    // a rank, decode path: up to so many travel as lines
 };
 
 // What a source tells every rank of its shard. Behind it: i32 [R] rows to each rank, then i32 [E]
@@ -88,8 +82,7 @@ constexpr std::int64_t AlignUp(std::int64_t value, std::int64_t to) {
 }
 
 constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row_capacity,
-                                    std::int64_t partial_capacity,
-                                    std::int64_t packet_capacity = 0) {
+                                    std::int64_t partial_capacity, std::int64_t line_capacity = 0) {
   AreaLayout a{};
   std::int64_t at = 0;
   const auto take = [&at](std::int64_t bytes) {
@@ -99,7 +92,7 @@ constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row
   };
   a.row_capacity = row_capacity;
   a.partial_capacity = partial_capacity;
-  a.packet_capacity = packet_capacity;
+  a.line_capacity = line_capacity;
   a.arrivals = take(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes);
   a.counts = take(std::int64_t{kMaxCudaRanks} * 4);
   a.row_flags = take(partial_capacity * 8);
@@ -116,25 +109,18 @@ constexpr AreaLayout MakeAreaLayout(const CudaHeapShape& shape, std::int64_t row
   a.scales = take(row_capacity * a.scale_bytes);
   a.rows = take(row_capacity * shape.hidden * shape.max_element_bytes);
   a.partials = take(partial_capacity * shape.hidden * shape.max_element_bytes);
-  const std::int64_t row_packets = shape.hidden * shape.max_element_bytes / kPacketDataBytes;
-  const std::int64_t scale_packets = shape.hidden / kFp8GroupElements;
-  const std::int64_t packet_bytes = sizeof(Packet);
-  a.packet_row_bytes = (kPacketsBeforeScales + scale_packets + row_packets) * packet_bytes;
-  a.packet_partial_bytes = row_packets * packet_bytes;
-  const std::int64_t packet_area_rows = shape.num_ranks * packet_capacity;
-  a.packet_heads = take(packet_capacity > 0 ? std::int64_t{kMaxCudaRanks} * kFlagStrideBytes : 0);
-  a.packet_rows = take(packet_area_rows * a.packet_row_bytes);
-  a.packet_partials = take(packet_area_rows * a.packet_partial_bytes);
+  const auto vectors = static_cast<int>(shape.hidden * shape.max_element_bytes / 16);
+  const auto groups = static_cast<int>(shape.hidden / kFp8GroupElements);
+  const int notes = NumNotes(shape.max_topk);
+  a.line_row_bytes = std::max(PlainLines(vectors, notes).count(), Fp8Lines(groups, notes).count()) *
+                     std::int64_t{kLineBytes};
+  a.line_partial_bytes = PlainLines(vectors, 0).count() * std::int64_t{kLineBytes};
+  const std::int64_t line_area_rows = shape.num_ranks * line_capacity;
+  a.line_heads = take(line_capacity > 0 ? std::int64_t{kMaxCudaRanks} * kFlagStrideBytes : 0);
+  a.line_rows = take(line_area_rows * a.line_row_bytes);
+  a.line_partials = take(line_area_rows * a.line_partial_bytes);
   a.bytes = at;
   return a;
-}
-
-// Tokens of a rank.
-constexpr std::int64_t PacketCapacity(const CudaHeapShape& shape) {
-  std::int64_t capacity = shape.packet_tokens;
-  if (capacity > shape.max_decode_tokens) capacity = shape.max_decode_tokens;
-  if (capacity > kMaxPacketRows / shape.num_ranks) capacity = kMaxPacketRows / shape.num_ranks;
-  return capacity;
 }
 
 struct CudaHeapLayout {
@@ -152,7 +138,8 @@ constexpr CudaHeapLayout MakeCudaHeapLayout(const CudaHeapShape& shape) {
   // A whole shard of each source, wherever its rows go: they have places before they are counted.
   layout.slot = MakeAreaLayout(shape, shape.num_ranks * shard, shape.num_ranks * shard);
   layout.decode = MakeAreaLayout(shape, shape.num_ranks * shape.max_decode_tokens,
-                                 shape.num_ranks * shape.max_decode_tokens, PacketCapacity(shape));
+                                 shape.num_ranks * shape.max_decode_tokens,
+                                 std::min(shape.line_tokens, shape.max_decode_tokens));
   layout.barrier = 0;
   layout.slots = AlignUp(std::int64_t{kMaxCudaRanks} * kFlagStrideBytes, 256);
   layout.decodes = layout.slots + shape.num_slots * layout.slot.bytes;
@@ -164,10 +151,13 @@ static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2, 256}).slot.rows 
 static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2, 256}).slot.partial_capacity ==
               4096 * 4);
 
-static_assert(MakeCudaHeapLayout({2, 2, 8, 7168, 16384, 512, 2, 256, 32}).decode.packet_capacity ==
-              32);
-static_assert(MakeCudaHeapLayout({8, 2, 8, 7168, 16384, 512, 2, 256, 32}).decode.packet_capacity ==
-              8);
+static_assert(MakeCudaHeapLayout({2, 2, 8, 7168, 16384, 64, 2, 256, 128}).decode.line_capacity ==
+              64);
+// 121 lines of a row and 120 of a sum, 15.5 and 15.4 KB.
+static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2, 256, 128}).decode.line_row_bytes ==
+              121 * 128);
+static_assert(MakeCudaHeapLayout({4, 2, 8, 7168, 16384, 512, 2, 256, 128})
+                  .decode.line_partial_bytes == 120 * 128);
 
 }  // namespace epserve::runtime
 

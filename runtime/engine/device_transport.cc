@@ -32,7 +32,7 @@ CudaExchangeConfig CudaConfigOf(const DeviceTransport& transport, const Exchange
                                                                               : HandleType::kFd;
   config.settings_digest = static_cast<std::uint64_t>(transport.payload);
   config.max_decode_tokens = 1;  // The engine takes the prefill path alone.
-  config.packet_tokens = 0;
+  config.line_tokens = 0;
   config.comm_blocks = transport.options.comm_blocks;
   config.max_reduce_blocks = MostWaitingBlocks(transport, base.num_slots);
   return config;

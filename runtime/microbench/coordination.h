@@ -40,7 +40,7 @@ struct BenchParams {
   int comm_blocks = 24;         // of dispatch (prefill)
   int push_blocks = 0;          // of combine's push role (prefill); 0: divided by the shape
   int reduce_blocks = 0;        // of combine's reduce role (prefill); 0: likewise
-  int packet_tokens = 32;       // of a rank that travel as packets at most (decode)
+  int line_tokens = 128;        // of a rank that travel as lines at most (decode)
   std::uint64_t owner_pid = 0;  // Of the launcher; names the cluster of heaps.
 };
 

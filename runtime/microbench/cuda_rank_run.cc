@@ -64,7 +64,7 @@ class CudaBenchRank {
     config.max_element_bytes = static_cast<int>(DataTypeBytes(params_.dtype));
     config.comm_blocks = params_.comm_blocks;
     config.push_blocks = params_.push_blocks;
-    config.packet_tokens = params_.packet_tokens;
+    config.line_tokens = params_.line_tokens;
     config.reduce_blocks = params_.reduce_blocks;
     return config;
   }
@@ -83,6 +83,7 @@ class CudaBenchRank {
     // between phases are its too.
     CudaExchangeConfig plain = config_;
     absl::StrAppend(&plain.base.cluster_id, "-plain");
+    plain.line_tokens = 0;
     EPS_ASSIGN_OR_RETURN(plain_, CudaExchange::Create(plain));
     EPS_RETURN_IF_ERROR(OpenPeers(*exchange_));
     return OpenPeers(*plain_);

@@ -103,9 +103,9 @@ std::string FormatJson(const BenchReport& report) {
   if (p.backend != BenchBackend::kHost) {
     absl::StrAppendFormat(&json,
                           ",\"mode\":\"%s\",\"fp8\":%s,\"comm_blocks\":%d,\"push_blocks\":%d,"
-                          "\"reduce_blocks\":%d,\"packet_tokens\":%d",
+                          "\"reduce_blocks\":%d,\"line_tokens\":%d",
                           p.decode ? "decode" : "prefill", p.fp8 ? "true" : "false", p.comm_blocks,
-                          p.push_blocks, p.reduce_blocks, p.packet_tokens);
+                          p.push_blocks, p.reduce_blocks, p.line_tokens);
   }
   if (p.decode) {
     absl::StrAppendFormat(&json, ",\"pair_us_p50\":%.1f,\"pair_us_p99\":%.1f", report.pair.p50_us,

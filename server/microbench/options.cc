@@ -68,11 +68,11 @@ void AddCuda(CLI::App* app, BenchParams* p) {
       ->envname("EPSERVE_REDUCE_BLOCKS")
       ->check(CLI::Range(0, 128))
       ->capture_default_str();
-  app->add_option("--packet-tokens", p->packet_tokens,
-                  "Up to so many tokens of a rank travel as packets (cuda, decode); at most 64 of "
-                  "all ranks do")
-      ->envname("EPSERVE_PACKET_TOKENS")
-      ->check(CLI::Range(0, 32))
+  app->add_option("--line-tokens", p->line_tokens,
+                  "Up to so many tokens of a rank travel as lines of 128 bytes (cuda, decode), "
+                  "where its GPU reaches the others over NVLink")
+      ->envname("EPSERVE_LINE_TOKENS")
+      ->check(CLI::Range(0, 512))
       ->capture_default_str();
 }
 

@@ -35,7 +35,8 @@ struct Case {
   int comm_blocks = 6;
   int push_blocks = 0;
   int reduce_blocks = 4;
-  std::int64_t packet_tokens = 16;
+  std::int64_t line_tokens = 128;
+  std::int64_t decode_tokens = 256;  // most of a rank
   // The last rank comes so late to the first round's dispatch, and to the second one's combine.
   absl::Duration late;
   double limit = 1e-2;

@@ -118,11 +118,11 @@ class CudaExchangeTest : public ::testing::Test {
     config.base.max_topk = c.topk;
     config.base.placement = EvenPlacement(c.experts, c.num_ranks);
     config.base.peer_timeout = absl::Seconds(10);
-    config.max_decode_tokens = 256;
+    config.max_decode_tokens = c.decode_tokens;
     config.max_element_bytes = 4;
     config.comm_blocks = c.comm_blocks;
     config.push_blocks = c.push_blocks > 0 ? c.push_blocks : c.comm_blocks;
-    config.packet_tokens = c.packet_tokens;
+    config.line_tokens = c.line_tokens;
     // All ranks' blocks that wait must fit the device beside one that does not: several ranks
     // may share it.
     config.reduce_blocks = c.reduce_blocks;

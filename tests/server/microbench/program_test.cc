@@ -155,7 +155,7 @@ TEST(MicrobenchProgramTest, BadArgumentsAreRefusedWithExitCode2) {
                                 "alltoallv --dtype=int8",
                                 "alltoallv --tokens=x",
                                 "alltoallv --topk=17",
-                                "alltoallv --packet-tokens=33",
+                                "alltoallv --line-tokens=513",
                                 "alltoallv --push-blocks=-1",
                                 "alltoallv --unknown=1",
                                 "alltoallv --topk=8 --experts=7",
