@@ -19,7 +19,7 @@ build_packages=(
   libabsl-dev libcli11-dev libspdlog-dev nlohmann-json3-dev  # Abseil, flags, logs, JSON
   prometheus-cpp-dev libboost-dev libssl-dev                 # metrics, and their port
   libdnnl-dev                                                # matrix products
-  libmimalloc-dev                                            # malloc of the worker
+  libmimalloc-dev                                            # malloc of the programs
 )
 runtime_packages=(
   libgrpc++1.51 libprotobuf32 libabsl20220623 libspdlog1.10  # as above, and what they need

@@ -21,7 +21,7 @@ struct Config {
   std::int64_t max_batch_tokens = 4096;
   int num_slots = 2;
   std::int64_t queue_capacity = 1024;  // requests not yet in a batch
-  // Requests that wait in the queue when a slot is free share a batch where they can.
+  // Requests that wait in the queue when a batch starts share it where they can.
   bool merge_queued = false;
   std::int64_t batch_window_us = 0;  // how long one waits for others to come; above 0: merges, too
   TriggerMode trigger = TriggerMode::kTogether;
