@@ -39,8 +39,12 @@ TEST(ControlProtoConvertTest, SharedBatchesAreOfferedByTheWorkerAndToldWithTheSh
   EXPECT_FALSE(report->regions_reachable);
   ShardMessage shard;
   shard.shard_begin = {0, 3, 3, 5};
+  shard.row_block = 4;
+  shard.rows_follow = true;
   const v1::CoordinatorMessage message = ToProto(std::move(shard));
   EXPECT_THAT(message.shard().shard_begin(), testing::ElementsAre(0, 3, 3, 5));
+  EXPECT_EQ(message.shard().row_block(), 4);
+  EXPECT_TRUE(message.shard().rows_follow());
 }
 
 TEST(ControlProtoConvertTest, DeviceRowsTellTheirPlacesAndOnlyThose) {

@@ -76,9 +76,13 @@ TEST(FromProtoTest, SharedBatchIsTakenAndItsReaderSaysThatItTakesSuch) {
   v1::Shard& proto = *message.mutable_shard();
   proto.set_row_type(v1::ROW_TYPE_FP32);
   for (const std::int64_t begin : {0, 3, 3, 5}) proto.add_shard_begin(begin);
+  proto.set_row_block(4);
+  proto.set_rows_follow(true);
   const auto converted = FromProto(message);
   ASSERT_TRUE(converted.ok()) << converted.status();
   EXPECT_THAT(std::get<Shard>(*converted).shard_begin, ElementsAre(0, 3, 3, 5));
+  EXPECT_EQ(std::get<Shard>(*converted).row_block, 4);
+  EXPECT_TRUE(std::get<Shard>(*converted).rows_follow);
   EXPECT_TRUE(
       ToProto(HeapCreated{.takes_shared_batches = true}).heap_created().takes_shared_batches());
   EXPECT_FALSE(ToProto(HeapCreated{}).heap_created().takes_shared_batches());
