@@ -78,6 +78,7 @@ Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
   config.num_slots = options.num_slots;
   config.queue_capacity = options.queue_capacity;
   config.merge_queued = options.merge_queued;
+  config.input_is_told = true;  // by the server, see StartServer
   config.batch_window_us = options.batch_window_us;
   config.trigger = options.separate_triggers ? TriggerMode::kSeparate : TriggerMode::kTogether;
   config.count_exchange = CountExchangeModeOf(options.count_exchange);

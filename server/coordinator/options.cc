@@ -121,7 +121,7 @@ void AddBatchFlags(CLI::App& app, Options& options, std::string& trigger,
          "--merge",
          [&options](const std::string& when) { options.merge_queued = when == "queued"; },
          "When requests of one layer share a batch: never, or queued (those that wait in the queue "
-         "when a batch starts; none waits for others while nothing is in flight)")
+         "when a batch starts, which is once all that has come is taken in)")
       ->envname("EPSERVE_MERGE")
       ->check(CLI::IsMember({"never", "queued"}))
       ->default_str("never");

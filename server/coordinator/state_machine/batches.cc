@@ -14,6 +14,9 @@ namespace {
 // microseconds, which it runs in the thread that brings them.
 constexpr std::int64_t kSmallShardTokens = 16;
 
+// How long requests are taken in at most while nothing is in flight: what 64 small ones take.
+constexpr std::int64_t kMostGatherUs = 2000;
+
 // Codes that tell of a peer, a lease or a timeout rather than of this worker's own work: the epoch
 // cannot be trusted any more.
 bool EndsEpoch(absl::StatusCode code) {
@@ -209,15 +212,17 @@ bool StateMachine::Impl::SmallBatchRuns() const {
   });
 }
 
-// Requests that share a batch share what it costs, so that fewer and fuller ones do more. None
-// waits for company while nothing is in flight. Beside a small batch none is started: it is over
-// soon, and the workers would have to wake other threads for the second. Beside another, the next
-// one starts once all that has come for the host is in the queue, which it tells before it would
-// sleep.
+// Requests that share a batch share what it costs, so that fewer and fuller ones do more. So a
+// batch starts once all that has come for the host is in the queue, which it tells before it would
+// sleep; while nothing is in flight, no later than that the oldest has waited for a moment. Beside
+// a small batch none is started: it is over soon, and the workers would have to wake other threads
+// for the second.
 bool StateMachine::Impl::MayStartBatch() const {
   if (stage_ != Stage::kServing || hold_until_us_ != kNever) return false;
-  if (batches_.empty() || !queue_.merges_at_once()) return true;
-  return input_taken_ && !SmallBatchRuns();
+  if (!queue_.merges_at_once()) return true;
+  if (input_taken_) return !SmallBatchRuns();
+  if (!batches_.empty()) return false;
+  return !config_.input_is_told || now_us_ - queue_.NextPick() >= kMostGatherUs;
 }
 
 bool StateMachine::Impl::WantsInputTaken() const {

@@ -23,6 +23,8 @@ struct Config {
   std::int64_t queue_capacity = 1024;  // requests not yet in a batch
   // Requests that wait in the queue when a batch starts share it where they can.
   bool merge_queued = false;
+  // Whoever takes in requests applies InputTaken, where it is wanted, before it waits for more.
+  bool input_is_told = false;
   std::int64_t batch_window_us = 0;  // how long one waits for others to come; above 0: merges, too
   TriggerMode trigger = TriggerMode::kTogether;
   CountExchangeMode count_exchange = CountExchangeMode::kAuto;

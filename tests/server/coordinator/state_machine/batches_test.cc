@@ -158,6 +158,24 @@ TEST(BatchesTest, BesideABatchInFlightMergedRequestsWaitUntilAllInputIsTaken) {
   EXPECT_FALSE(cluster.machine.WantsInputTaken());
 }
 
+TEST(BatchesTest, WhereInputIsToldTheFirstMergedBatchWaitsForThatButNotForLong) {
+  Config config = TestConfig();
+  config.merge_queued = true;
+  config.input_is_told = true;
+  TestCluster cluster(config);
+  cluster.Serve();
+  EXPECT_TRUE(cluster.Request(1, 8).empty());
+  EXPECT_TRUE(cluster.machine.WantsInputTaken());
+  EXPECT_TRUE(cluster.Request(2, 8).empty());
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Do(InputTaken{}))->requests), ElementsAre(1, 2));
+  cluster.Finish(2);
+  EXPECT_TRUE(cluster.Request(3, 8).empty());
+  cluster.now_us += 1999;
+  EXPECT_TRUE(cluster.Request(4, 8).empty());
+  cluster.now_us += 1;
+  EXPECT_THAT(Ids(First<StartBatch>(cluster.Request(5, 8))->requests), ElementsAre(3, 4, 5));
+}
+
 TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
   for (const std::string backend : {"host", "cuda"}) {
     for (const std::int64_t tokens : {64, 65}) {

@@ -84,6 +84,7 @@ class Schedule {
     config_.queue_capacity = world_.Between(1, 6);
     config_.batch_window_us = world_.Chance(0.5) ? world_.Between(100, 5 * kMs) : 0;
     config_.merge_queued = world_.Chance(0.5);
+    config_.input_is_told = world_.Chance(0.5);
     world_.on_cpus = world_.Chance(0.5);
     config_.trigger = world_.Chance(0.5) ? TriggerMode::kSeparate : TriggerMode::kTogether;
     constexpr CountExchangeMode kModes[] = {
