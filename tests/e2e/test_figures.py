@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import time
 
 import pytest
 
 from checkpoints import Checkpoint, Spec
-from cluster import run_program
+from cluster import SLOWNESS, run_program
+from infer import infer, random_batch
 
 
 @pytest.fixture
@@ -100,3 +102,33 @@ def test_overhead_of_a_small_request_is_small(made, start_cluster):
         floor_us = tcp["unary"]["round_trip_us_p50"] + tcp["all_workers_us_p50"]
         print(f"floor {floor_us:.0f} us")
         assert 0 < figures["overhead_us"]["p50"] <= 25 * floor_us
+
+
+@pytest.mark.skipif(SLOWNESS != 1, reason="a sanitizer brings its own allocator")
+def test_coordinator_keeps_the_memory_of_one_large_message_for_the_next(
+    checkpoint, start_cluster, rng
+):
+    """Memory that is given back comes again page by page, which takes as long as the copying."""
+    served = checkpoint(hidden=1024, intermediate=32, num_moe_layers=1)
+    limit = ["--max-batch-tokens", 2048]
+    with start_cluster(
+        served, workers=2, coordinator_args=limit, worker_args=limit
+    ) as cluster:
+        batch = random_batch(served.spec, rng, 2048)
+
+        def page_faults():
+            stat = pathlib.Path(f"/proc/{cluster.coordinator.pid}/stat").read_text()
+            return int(stat.rsplit(")", 1)[1].split()[7])
+
+        def send(count):
+            for _ in range(count):
+                infer(cluster, *batch)
+                time.sleep(0.1)  # As callers do that have something else to do in between.
+
+        send(4)
+        before = page_faults()
+        send(10)
+        per_request = (page_faults() - before) / 10
+        pages = batch[0].nbytes / 4096
+        print(f"{per_request:.0f} page faults a request of {pages:.0f} pages")
+        assert per_request < 0.3 * pages
