@@ -79,7 +79,8 @@ std::string BenchTrace(const std::vector<Sample>& samples) {
   for (std::size_t i = 0; i < traced.size(); ++i) {
     const Sample& sample = *traced[i];
     const Json trace = Json::parse(sample.trace->workers, nullptr, /*allow_exceptions=*/false);
-    if (trace.is_discarded() || !trace.contains("workers") || !trace.contains("started_us")) {
+    if (trace.is_discarded() || !trace.contains("workers") || !trace.contains("started_us") ||
+        !trace.at("started_us").is_number_integer()) {
       continue;
     }
     const std::string name = absl::StrCat("request ", i);

@@ -23,13 +23,13 @@ int GrantedCores(const std::string& membership, const std::string& root);
 
 // Threads of a service of so many workers that look where they are told to: of each worker the one
 // that reads its stream and one a slot, and the coordinator's.
-constexpr int LookingThreads(int num_workers, int num_slots) {
+constexpr std::int64_t LookingThreads(std::int64_t num_workers, std::int64_t num_slots) {
   return num_workers * (num_slots + 1) + 1;
 }
 
 // How long each of so many threads looks before it sleeps, where nobody has said; 0: not at all,
 // unless two of `cores` remain for all else.
-constexpr std::int64_t DefaultBusyPollUs(int cores, int num_threads) {
+constexpr std::int64_t DefaultBusyPollUs(int cores, std::int64_t num_threads) {
   // Several times what a batch of a few hundred tokens takes, so that a thread still looks when the
   // next one comes; an idle service stops looking at once.
   constexpr std::int64_t kLookUs = 2000;

@@ -154,7 +154,7 @@ __device__ void StoreTail(const CudaDispatchArgs& args, const LineTail& tail, st
 // Takes in one source's lines, as one of `stride` warps that do; or waits for its arrivals, where
 // it sends none. Warps either put rows' vectors where they belong, four lines at a time and as many
 // times on their way together as a lane has parts, or what the tails of 32 lines have brought. Out
-// of line, because the kernel for many rows has all of its registers in use.
+// of line: the kernels that push before would else have fewer registers for that.
 template <RowPayload kPayload>
 __device__ __noinline__ void ReceiveFrom(const CudaDispatchArgs& args, AreaUse use, int source,
                                          int first, int stride) {

@@ -219,7 +219,10 @@ __global__ void __launch_bounds__(kThreads)
   const int num_blocks = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
   const bool pushes = block < push_blocks;
-  const bool keeps_books = block == num_blocks - 1;
+  // A block alone does both.
+  const int receive_blocks = max(num_blocks - push_blocks, 1);
+  // The first of those that wait for peers: whichever of them run, the peers hear of this rank.
+  const bool keeps_books = block == num_blocks - receive_blocks;
   const auto lines = LinesOf<kPayload>(args);
   const int num_units = CeilDivide(lines.count(), kUnitLines);
   const int num_pushes = pushes ? static_cast<int>(args.num_tokens) * num_units : 0;
@@ -241,8 +244,6 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (i < num_pushes) PushUnit<kPayload>(args, use, ranks, lines, unit, token, loaded);
   }
-  // A block alone does both.
-  const int receive_blocks = max(num_blocks - push_blocks, 1);
   if (block < num_blocks - receive_blocks) return;
   Receive<kPayload>(args, use, GridWarp(receive_blocks, num_blocks - receive_blocks),
                     receive_blocks * kWarps);

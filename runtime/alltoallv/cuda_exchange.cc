@@ -1,7 +1,5 @@
 #include "runtime/alltoallv/cuda_exchange.h"
 
-#include <spdlog/spdlog.h>
-
 #include <algorithm>
 #include <cstring>
 #include <thread>
@@ -14,6 +12,7 @@
 #include "runtime/alltoallv/shard_counts.h"
 #include "runtime/alltoallv/wait_report.h"
 #include "runtime/base/device_poll.h"
+#include "runtime/base/log.h"
 #include "runtime/base/status.h"
 #include "runtime/symmetric/nvlink.h"
 
@@ -122,8 +121,10 @@ absl::Status CudaExchange::Initialize() {
     const bool fabric = config_.handle_type == HandleType::kFabric;
     const absl::Status linked = fabric ? absl::OkStatus() : CheckNvLink();
     sends_lines_ = linked.ok();
-    if (!linked.ok())
-      spdlog::warn("decode: rows go with flags, not as lines: {}", linked.ToString());
+    if (!linked.ok()) {
+      LogWarning("decode_without_lines",
+                 {{"reason", linked}, {"effect", "decode's rows go with flags, which is slower"}});
+    }
   }
   EPS_RETURN_IF_ERROR(LoadDispatchKernels());
   EPS_RETURN_IF_ERROR(LoadCombineKernels());

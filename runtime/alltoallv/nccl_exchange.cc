@@ -42,8 +42,12 @@ absl::Status Validate(const NcclExchangeConfig& config) {
   return absl::OkStatus();
 }
 
+// Raised when what ranks send each other changes.
+constexpr std::int64_t kTransferProtocol = 2;
+
 std::uint64_t DigestOf(const NcclExchangeConfig& config) {
   return DigestOfDeviceConfig(config.base)
+      .Add(kTransferProtocol)
       .Add(config.max_decode_tokens)
       .Add(config.max_element_bytes)
       .Add(static_cast<std::int64_t>(config.settings_digest))

@@ -64,7 +64,7 @@ class CudaBenchRank {
     config.max_element_bytes = static_cast<int>(DataTypeBytes(params_.dtype));
     config.comm_blocks = params_.comm_blocks;
     config.push_blocks = params_.push_blocks;
-    config.line_tokens = params_.line_tokens;
+    config.line_tokens = params_.decode ? params_.line_tokens : 0;
     config.reduce_blocks = params_.reduce_blocks;
     return config;
   }

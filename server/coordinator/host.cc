@@ -61,7 +61,10 @@ void Host::Start() {
   machine_ = std::make_unique<StateMachine>(config_);
   batches_ = std::make_unique<BatchStore>(machine_->placement(), hidden_, config_.topk);
   UpdateGauges();
-  auto watch = ProcessWatch::Start([this](ProcessEnded ended) { Report({std::move(ended)}); });
+  auto watch = ProcessWatch::Start([this](ProcessEnded ended) {
+    Report({std::move(ended)});
+    TellInputTakenIfWanted();
+  });
   if (watch.ok()) {
     process_watch_ = *std::move(watch);
   } else {
@@ -176,7 +179,16 @@ void Host::DrainWorker(std::string worker_id, std::function<void(absl::Status)> 
   }));
 }
 
-void Host::DrainCluster() { Post(Drain{}); }
+void Host::DrainCluster() {
+  Post(Drain{});
+  TellInputTakenIfWanted();
+}
+
+// After a turn of a thread that takes in nothing: whoever does may be asleep by now, and knows
+// nothing of this turn.
+void Host::TellInputTakenIfWanted() {
+  if (wants_input_taken()) TellInputTaken();
+}
 
 // ---- in the turn
 
@@ -223,8 +235,7 @@ void Host::KeepTime() {
       turn_wanted_ = false;
       lock.unlock();
       RunTurn();
-      // Whoever takes in what comes may be asleep by now, and knows nothing of this turn.
-      if (wants_input_taken()) TellInputTaken();
+      TellInputTakenIfWanted();
       lock.lock();
     }
   }

@@ -42,6 +42,7 @@
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/metrics.h"
 #include "server/coordinator/process_watch.h"
+#include "server/coordinator/row_blocks.h"
 #include "server/coordinator/state_machine/state_machine.h"
 #include "server/coordinator/worker_stream.h"
 
@@ -122,6 +123,8 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   void TellInputTaken() { Post(InputTaken{}); }
 
  private:
+  void TellInputTakenIfWanted();
+
   struct NewStream {
     StreamId id = 0;
     std::shared_ptr<WorkerStream> stream;
@@ -221,6 +224,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   Config config_;
   const std::int64_t hidden_;
   const RowTransport row_transport_;
+  const std::shared_ptr<Lender> row_lender_ = std::make_shared<Lender>();  // of all epochs
   EpochId arena_epoch_ = 0;   // the last epoch that an arena was made for, or tried
   std::string arena_handle_;  // of arena_epoch_; empty: there is none
   Metrics* const metrics_;

@@ -90,7 +90,8 @@ void Host::OpenArena(EpochId epoch) {
     return;
   }
   arena_handle_ = (*arena)->handle();
-  batches_->OpenArena(epoch, std::make_shared<RowBlocks>(*std::move(arena), config_.num_slots));
+  batches_->OpenArena(
+      epoch, std::make_shared<RowBlocks>(*std::move(arena), config_.num_slots, row_lender_));
 }
 
 void Host::Execute(SendCreateHeap& command) {

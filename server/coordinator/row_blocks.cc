@@ -5,9 +5,11 @@
 
 namespace epserve::coordinator {
 
-RowBlocks::RowBlocks(std::shared_ptr<runtime::RowArena> arena, int num_slots)
+RowBlocks::RowBlocks(std::shared_ptr<runtime::RowArena> arena, int num_slots,
+                     std::shared_ptr<Lender> lender)
     : arena_(std::move(arena)),
       max_lent_pairs_(arena_->num_blocks() / 2 - num_slots),
+      lender_(std::move(lender)),
       states_(static_cast<std::size_t>(arena_->num_blocks()), State::kFree) {}
 
 bool RowBlocks::IsLent(int pair) const {
@@ -42,22 +44,28 @@ std::shared_ptr<RowBlocks::Held> RowBlocks::Take(std::uint64_t bytes) {
   return std::make_shared<Held>(shared_from_this(), first, count);
 }
 
+int RowBlocks::NumLentPairs() const {
+  int lent_pairs = 0;
+  for (int pair = 0; 2 * pair < static_cast<int>(states_.size()); ++pair) {
+    lent_pairs += IsLent(pair) ? 1 : 0;
+  }
+  return lent_pairs;
+}
+
 bool RowBlocks::Lend(int first, int count) {
   const std::lock_guard lock(mutex_);
-  if (!IsLent(first / 2)) {
-    int lent_pairs = 0;
-    for (int pair = 0; 2 * pair < static_cast<int>(states_.size()); ++pair) {
-      lent_pairs += IsLent(pair) ? 1 : 0;
-    }
-    if (lent_pairs >= max_lent_pairs_) return false;
-  }
+  if (!IsLent(first / 2) && NumLentPairs() >= max_lent_pairs_) return false;
+  const void* lender = nullptr;
+  if (!lender_->compare_exchange_strong(lender, this) && lender != this) return false;
   std::fill_n(states_.begin() + first, count, State::kLent);
   return true;
 }
 
 void RowBlocks::Set(int first, int count, State state) {
   const std::lock_guard lock(mutex_);
+  const bool was_lent = states_[static_cast<std::size_t>(first)] == State::kLent;
   std::fill_n(states_.begin() + first, count, state);
+  if (was_lent && NumLentPairs() == 0) lender_->store(nullptr);
 }
 
 }  // namespace epserve::coordinator

@@ -3,12 +3,14 @@
 //
 // Lent blocks never keep a batch waiting, however long a caller takes: all of them together are of
 // no more pairs than the arena has beyond its slots, so each slot finds a pair for the largest
-// batch. What cannot be lent is for its holder to copy.
+// batch. Of all epochs' arenas that share a Lender, only one has lent blocks at a time, so that no
+// more than one is kept beyond its epoch. What cannot be lent is for its holder to copy.
 //
 // Thread-safe. The arena stays mapped until the last of its blocks has been given back.
 #ifndef EPSERVE_SERVER_COORDINATOR_ROW_BLOCKS_H_
 #define EPSERVE_SERVER_COORDINATOR_ROW_BLOCKS_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -18,6 +20,9 @@
 #include "runtime/symmetric/row_arena.h"
 
 namespace epserve::coordinator {
+
+// The epoch that has lent blocks of its arena; null: none has. Only compared.
+using Lender = std::atomic<const void*>;
 
 class RowBlocks : public std::enable_shared_from_this<RowBlocks> {
  public:
@@ -42,7 +47,8 @@ class RowBlocks : public std::enable_shared_from_this<RowBlocks> {
     const int count_;
   };
 
-  RowBlocks(std::shared_ptr<runtime::RowArena> arena, int num_slots);
+  RowBlocks(std::shared_ptr<runtime::RowArena> arena, int num_slots,
+            std::shared_ptr<Lender> lender);
 
   // For a batch whose rows take so many bytes, no more than a pair has. Null: none is free, which
   // is never so while fewer batches are held than there are slots.
@@ -55,11 +61,13 @@ class RowBlocks : public std::enable_shared_from_this<RowBlocks> {
 
   bool IsLent(int pair) const;  // REQUIRES: mutex_ held
   int FindFree(int count) const;
+  int NumLentPairs() const;  // REQUIRES: mutex_ held
   bool Lend(int first, int count);
   void Set(int first, int count, State state);
 
   const std::shared_ptr<runtime::RowArena> arena_;
   const int max_lent_pairs_;
+  const std::shared_ptr<Lender> lender_;
   mutable std::mutex mutex_;
   std::vector<State> states_;  // of each block; guarded by mutex_
 };

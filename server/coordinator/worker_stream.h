@@ -53,7 +53,7 @@ struct ShardMessage {
   bool routed = true;
   std::string topk_ids;      // [T, K] int32 little-endian, empty unless routed
   std::string topk_weights;  // [T, K] fp32 little-endian, empty unless routed
-  // These three are empty where the rows are in the epoch's arena, from first_row on.
+  // These three are empty where the rows are in the epoch's arena, from row_block on.
   bool in_arena = false;
   int row_block = 0;
   std::int64_t first_row = 0;

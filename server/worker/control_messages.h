@@ -76,7 +76,7 @@ struct Shard {
   bool routed = false;
   std::string topk_ids;      // [T, K] i32, where routed
   std::string topk_weights;  // [T, K] fp32, where routed
-  // These three are empty where the rows are in the epoch's arena, from first_row on.
+  // These three are empty where the rows are in the epoch's arena, from row_block on.
   bool in_arena = false;
   int row_block = 0;
   std::int64_t first_row = 0;

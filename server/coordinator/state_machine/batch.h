@@ -40,6 +40,7 @@ struct Batch {
   TimeUs started_us = 0;
   bool probe = false;
   CountExchange exchange = CountExchange::kCoordinator;
+  RequestKind kind;                   // of its requests
   std::vector<RequestRows> requests;  // those not ended yet
   std::vector<ShardPlan> shards;      // [R]
 

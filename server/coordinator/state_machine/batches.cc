@@ -1,5 +1,6 @@
 // Requests and batches: the front door's side, and what workers say of a batch.
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,9 @@ namespace {
 // Rows of a rank's shard up to which a batch counts as small: those of which a worker's phases take
 // microseconds, which it runs in the thread that brings them.
 constexpr std::int64_t kSmallShardTokens = 16;
+
+// Longer ones are worth a second one beside them, however few their rows are.
+constexpr std::int64_t kShortBatchUs = 2000;
 
 // How long requests are taken in at most while nothing is in flight: what 64 small ones take.
 constexpr std::int64_t kMostGatherUs = 2000;
@@ -202,21 +206,24 @@ void StateMachine::Impl::StartProbeBatch() {
   batches_.emplace(batch.id, std::move(batch));
 }
 
-// A batch of few rows on CPUs, which is over in about the time that its messages take.
+// A batch of few rows on CPUs, of the kind that is next, which by the batches before is over in
+// about the time that its messages take.
 bool StateMachine::Impl::SmallBatchRuns() const {
-  if (membership_.AtRank(0)->backend != "host") return false;
+  if (membership_.AtRank(0)->backend != "host" || batch_us_ > kShortBatchUs) return false;
   const std::int64_t most_tokens = kSmallShardTokens * config_.num_workers;
+  const std::optional<RequestKind> next = queue_.NextKind();
   return std::any_of(batches_.begin(), batches_.end(), [&](const auto& entry) {
     const Batch& batch = entry.second;
-    return !batch.failed && batch.shards.back().rows.end <= most_tokens;
+    return !batch.failed && !batch.probe && batch.kind == next &&
+           batch.shards.back().rows.end <= most_tokens;
   });
 }
 
 // Requests that share a batch share what it costs, so that fewer and fuller ones do more. So a
 // batch starts once all that has come for the host is in the queue, which it tells before it would
-// sleep; while nothing is in flight, no later than that the oldest has waited for a moment. Beside
-// a small batch none is started: it is over soon, and the workers would have to wake other threads
-// for the second.
+// sleep; while nothing is in flight, also at the first event after the oldest has waited for a
+// moment. Beside a small batch none of its kind is started: it is over soon, and the workers would
+// have to wake other threads for the second.
 bool StateMachine::Impl::MayStartBatch() const {
   if (stage_ != Stage::kServing || hold_until_us_ != kNever) return false;
   if (!queue_.merges_at_once()) return true;
@@ -245,6 +252,7 @@ void StateMachine::Impl::PumpQueue() {
       batch.requests.push_back({id, {num_tokens, end}});
       num_tokens = end;
     }
+    batch.kind = KindOf(head);
     batch.exchange = ExchangeFor(head.routed && !head.ids_hidden);
     const bool lone = num_tokens == 1 && head.rank_of_most_experts >= 0 &&
                       head.rank_of_most_experts < config_.num_workers &&

@@ -145,6 +145,20 @@ struct RequestArrived {
   TimeUs deadline_us = kNever;
 };
 
+// Requests of one kind may share a batch.
+struct RequestKind {
+  std::int64_t layer = 0;
+  RowType row_type = RowType::kFp32;
+  bool routed = true;
+  bool ids_hidden = false;
+
+  friend bool operator==(const RequestKind&, const RequestKind&) = default;
+};
+
+inline RequestKind KindOf(const RequestArrived& request) {
+  return {request.layer, request.row_type, request.routed, request.ids_hidden};
+}
+
 // The caller went away or cancelled. Unknown or ended: nothing.
 struct RequestCancelled {
   RequestId request = 0;

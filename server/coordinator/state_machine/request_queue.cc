@@ -1,15 +1,6 @@
 #include "server/coordinator/state_machine/request_queue.h"
 
 namespace epserve::coordinator {
-namespace {
-
-bool Mergeable(const RequestArrived& a, const RequestArrived& b) {
-  return a.layer == b.layer && a.row_type == b.row_type && a.routed == b.routed &&
-         a.ids_hidden == b.ids_hidden;
-}
-
-}  // namespace
-
 void RequestQueue::Push(const RequestArrived& request, TimeUs now_us) {
   const auto place = queue_.insert(queue_.end(), request.request);
   const auto [found, is_new] = callers_.try_emplace(request.caller);
@@ -59,6 +50,11 @@ void RequestQueue::Remove(RequestId id) {
   entries_.erase(it);
 }
 
+std::optional<RequestKind> RequestQueue::NextKind() const {
+  if (queue_.empty()) return std::nullopt;
+  return KindOf(Get(callers_.at(turns_.front()).waiting.front()).request);
+}
+
 std::vector<RequestId> RequestQueue::Pick(BatchId batch, TimeUs now_us, bool flush) {
   std::vector<RequestId> picked;
   if (queue_.empty()) return picked;
@@ -72,7 +68,7 @@ std::vector<RequestId> RequestQueue::Pick(BatchId batch, TimeUs now_us, bool flu
     for (auto it = queue_.begin(); it != queue_.end() && !full; ++it) {
       if (*it == head_id) continue;
       const RequestArrived& other = Get(*it).request;
-      if (!Mergeable(head.request, other)) continue;
+      if (KindOf(other) != KindOf(head.request)) continue;
       if (other.num_tokens > max_batch_tokens_ - num_tokens) {
         full = true;  // Whoever does not fit is not overtaken by a smaller one of its kind.
         break;

@@ -62,6 +62,9 @@ class RequestQueue {
   // wait for company (never with `flush`).
   std::vector<RequestId> Pick(BatchId batch, TimeUs now_us, bool flush);
 
+  // Of the requests that Pick() would take next; nullopt: nothing is queued.
+  std::optional<RequestKind> NextKind() const;
+
   std::vector<RequestId> Queued() const { return {queue_.begin(), queue_.end()}; }
   std::vector<RequestId> Expired(TimeUs now_us) const;
   TimeUs NextRequestDeadline() const;  // kNever: none

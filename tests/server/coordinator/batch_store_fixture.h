@@ -85,7 +85,8 @@ class BatchStoreArenaTest : public BatchStoreTest {
     auto arena = runtime::RowArena::Create(spec);
     ASSERT_TRUE(arena.ok()) << arena.status();
     arena_ = *std::move(arena);
-    store_.OpenArena(5, std::make_shared<RowBlocks>(arena_, spec.num_slots));
+    store_.OpenArena(
+        5, std::make_shared<RowBlocks>(arena_, spec.num_slots, std::make_shared<Lender>()));
   }
 
   // The rows of the batch that was started.

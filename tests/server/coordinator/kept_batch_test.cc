@@ -29,7 +29,8 @@ class KeptBatchTest : public testing::Test {
     spec.topk = 1;
     auto arena = runtime::RowArena::Create(spec);
     ASSERT_TRUE(arena.ok()) << arena.status();
-    blocks_ = std::make_shared<RowBlocks>(*std::move(arena), spec.num_slots);
+    blocks_ =
+        std::make_shared<RowBlocks>(*std::move(arena), spec.num_slots, std::make_shared<Lender>());
     batch_.row_bytes = kRowBytes;
     batch_.shards = {{0, 11, {0, 300}}, {1, 12, {300, kTokens}}};
     batch_.outputs.resize(2);

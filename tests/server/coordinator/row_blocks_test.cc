@@ -29,15 +29,31 @@ class RowBlocksTest : public testing::Test {
     ASSERT_TRUE(arena.ok()) << arena.status();
     arena_ = *arena;
     block_bytes_ = arena_->block_bytes();
-    blocks_ = std::make_shared<RowBlocks>(*std::move(arena), kSlots);
+    blocks_ = std::make_shared<RowBlocks>(*std::move(arena), kSlots, lender_);
   }
 
   std::weak_ptr<runtime::RowArena> watched() { return std::exchange(arena_, nullptr); }
 
   std::shared_ptr<runtime::RowArena> arena_;
   std::uint64_t block_bytes_ = 0;
+  const std::shared_ptr<Lender> lender_ = std::make_shared<Lender>();
   std::shared_ptr<RowBlocks> blocks_;
 };
+
+TEST_F(RowBlocksTest, OnlyOneEpochHasLentRowsAtATime) {
+  const auto later = std::make_shared<RowBlocks>(arena_, kSlots, lender_);
+  auto held = blocks_->Take(block_bytes_);
+  auto beside = blocks_->Take(block_bytes_);
+  auto held_later = later->Take(block_bytes_);
+  ASSERT_TRUE(held->Lend());
+  EXPECT_TRUE(beside->Lend());
+  EXPECT_FALSE(held_later->Lend());
+  held.reset();
+  EXPECT_FALSE(held_later->Lend());
+  beside.reset();
+  EXPECT_TRUE(held_later->Lend());
+  EXPECT_FALSE(blocks_->Take(block_bytes_)->Lend());
+}
 
 TEST_F(RowBlocksTest, BatchTakesOneBlockOrAPairAndGivesThemBack) {
   auto small = blocks_->Take(block_bytes_);

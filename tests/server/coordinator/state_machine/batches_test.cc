@@ -196,6 +196,41 @@ TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
   }
 }
 
+class MergingOnCpus : public TestCluster {
+ public:
+  MergingOnCpus() : TestCluster(MergeQueued()) {
+    for (int i = 0; i < 4; ++i) Join("w" + std::to_string(i), {.backend = "host"});
+    for (int i = 0; i < 4; ++i) Load(i, i);
+    FormAndProbe();
+  }
+
+ private:
+  static Config MergeQueued() {
+    Config config = TestConfig();
+    config.merge_queued = true;
+    return config;
+  }
+};
+
+TEST(BatchesTest, MergedBatchStartsBesideASmallOneOfAnotherKind) {
+  MergingOnCpus cluster;
+  EXPECT_TRUE(Has<StartBatch>(cluster.Request(1)));
+  RequestArrived other;
+  other.row_type = RowType::kBf16;
+  cluster.Request(2, 8, other);
+  EXPECT_TRUE(Has<StartBatch>(cluster.Do(InputTaken{})));
+}
+
+TEST(BatchesTest, MergedBatchStartsBesideASmallOneThatWillTakeLong) {
+  MergingOnCpus cluster;
+  EXPECT_TRUE(Has<StartBatch>(cluster.Request(1)));
+  cluster.Sleep(20'000);
+  cluster.Finish(2);
+  EXPECT_TRUE(Has<StartBatch>(cluster.Request(2)));
+  cluster.Request(3);
+  EXPECT_TRUE(Has<StartBatch>(cluster.Do(InputTaken{})));
+}
+
 TEST(BatchesTest, InputTakenIsNotWaitedForWithoutMergingOrWithAWindow) {
   TestCluster cluster;
   cluster.Serve();
