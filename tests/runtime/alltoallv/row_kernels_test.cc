@@ -93,7 +93,11 @@ TEST(SumRowsBf16Test, EveryBitPatternIsRoundedAsOneByOne) {
       for (std::size_t i = 0; i < kPatterns; ++i) {
         float sum = Bf16ToFloat(all[i + odd]);
         for (std::size_t r = 1; r < num_rows; ++r) sum += Bf16ToFloat(others[r - 1][i + odd]);
-        ASSERT_EQ(out[i], FloatToBf16(sum)) << i << " of " << num_rows << " rows";
+        if (std::isnan(sum)) {  // Which of several NaNs it is, the compiler's order says.
+          ASSERT_TRUE(std::isnan(Bf16ToFloat(out[i]))) << i << " of " << num_rows << " rows";
+        } else {
+          ASSERT_EQ(out[i], FloatToBf16(sum)) << i << " of " << num_rows << " rows";
+        }
       }
     }
   }
