@@ -7,8 +7,8 @@
 #include "absl/strings/str_cat.h"
 #include "client/cpp/plain_reply.h"
 #include "client/cpp/status.h"
-#include "client/cpp/wire_text.h"
 #include "inference/grpc_service.pb.h"
+#include "proto/wire/wire_text.h"
 
 namespace epserve::client {
 namespace {
@@ -22,26 +22,26 @@ void AppendParameter(int field, std::string_view name, const std::string& value,
   constexpr int kName = 1;  // as in every entry of a map
   constexpr int kValue = 2;
   std::string entry;
-  AppendBytesField(kName, name, entry);
-  AppendBytesField(kValue, value, entry);
-  AppendBytesField(field, entry, text);
+  wire::AppendBytesField(kName, name, entry);
+  wire::AppendBytesField(kValue, value, entry);
+  wire::AppendBytesField(field, entry, text);
 }
 
 std::string IntValue(std::int64_t number) {
   std::string value;
-  AppendIntField(InferParameter::kInt64ParamFieldNumber, number, value);
+  wire::AppendIntField(InferParameter::kInt64ParamFieldNumber, number, value);
   return value;
 }
 
 std::string BoolValue(bool flag) {
   std::string value;
-  AppendIntField(InferParameter::kBoolParamFieldNumber, flag ? 1 : 0, value);
+  wire::AppendIntField(InferParameter::kBoolParamFieldNumber, flag ? 1 : 0, value);
   return value;
 }
 
 void AppendPlace(int field, const RegionPlace& place, std::uint64_t size_bytes, std::string& text) {
   std::string region;
-  AppendBytesField(InferParameter::kStringParamFieldNumber, place.region, region);
+  wire::AppendBytesField(InferParameter::kStringParamFieldNumber, place.region, region);
   AppendParameter(field, "shared_memory_region", region, text);
   AppendParameter(field, "shared_memory_byte_size", IntValue(static_cast<std::int64_t>(size_bytes)),
                   text);
@@ -68,18 +68,18 @@ absl::Status AddInput(const char* name, const Tensor& tensor, RequestParts& part
   using Input = ModelInferRequest::InferInputTensor;
   std::string shape;
   for (const std::int64_t size : tensor.shape) {
-    AppendVarint(static_cast<std::uint64_t>(size), shape);
+    wire::AppendVarint(static_cast<std::uint64_t>(size), shape);
   }
   std::string input;
-  AppendBytesField(Input::kNameFieldNumber, name, input);
-  AppendBytesField(Input::kDatatypeFieldNumber, datatype, input);
-  AppendBytesField(Input::kShapeFieldNumber, shape, input);
+  wire::AppendBytesField(Input::kNameFieldNumber, name, input);
+  wire::AppendBytesField(Input::kDatatypeFieldNumber, datatype, input);
+  wire::AppendBytesField(Input::kShapeFieldNumber, shape, input);
   if (placed) {
     AppendPlace(Input::kParametersFieldNumber, *tensor.place, SizeBytes(tensor), input);
   } else {
     parts.raw.push_back(tensor.bytes);
   }
-  AppendBytesField(ModelInferRequest::kInputsFieldNumber, input, parts.head);
+  wire::AppendBytesField(ModelInferRequest::kInputsFieldNumber, input, parts.head);
   return absl::OkStatus();
 }
 
@@ -99,9 +99,9 @@ absl::StatusOr<RequestParts> ToMessage(const InferRequest& request) {
   RequestParts parts;
   std::string& head = parts.head;
   head.reserve(kUsualBytes);
-  AppendBytesField(ModelInferRequest::kModelNameFieldNumber, request.model, head);
+  wire::AppendBytesField(ModelInferRequest::kModelNameFieldNumber, request.model, head);
   if (!request.id.empty()) {
-    AppendBytesField(ModelInferRequest::kIdFieldNumber, request.id, head);
+    wire::AppendBytesField(ModelInferRequest::kIdFieldNumber, request.id, head);
   }
   constexpr int kParameters = ModelInferRequest::kParametersFieldNumber;
   if (request.layer) AppendParameter(kParameters, "layer", IntValue(*request.layer), head);
@@ -112,12 +112,12 @@ absl::StatusOr<RequestParts> ToMessage(const InferRequest& request) {
     EPC_RETURN_IF_ERROR(AddInput("topk_weights", *request.topk_weights, parts));
   }
   std::string output;
-  AppendBytesField(Output::kNameFieldNumber, kHiddenStates, output);
+  wire::AppendBytesField(Output::kNameFieldNumber, kHiddenStates, output);
   if (request.output_place) {
     AppendPlace(Output::kParametersFieldNumber, *request.output_place,
                 SizeBytes(request.hidden_states), output);
   }
-  AppendBytesField(ModelInferRequest::kOutputsFieldNumber, output, head);
+  wire::AppendBytesField(ModelInferRequest::kOutputsFieldNumber, output, head);
   return parts;
 }
 

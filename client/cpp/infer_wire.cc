@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "client/cpp/wire_text.h"
+#include "proto/wire/wire_text.h"
 
 namespace epserve::client {
 namespace {
@@ -138,7 +138,7 @@ grpc::ByteBuffer Serialize(const RequestParts& request) {
   text = request.head;
   std::vector<grpc::Slice> slices;
   for (const TensorBytes& entry : request.raw) {
-    AppendFieldHead(ModelInferRequest::kRawInputContentsFieldNumber, entry.size(), text);
+    wire::AppendFieldHead(ModelInferRequest::kRawInputContentsFieldNumber, entry.size(), text);
     if (entry.size() <= kCopiedBytes) {
       text += std::string_view(entry);
     } else {

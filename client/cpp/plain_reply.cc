@@ -13,6 +13,7 @@
 
 #include "client/cpp/element_type.h"
 #include "inference/grpc_service.pb.h"
+#include "proto/wire/plain_fields.h"
 
 namespace epserve::client {
 namespace {
@@ -25,69 +26,31 @@ using Output = ModelInferResponse::InferOutputTensor;
 // Longer ones go where their output is not copied twice.
 constexpr std::size_t kMostReplyBytes = 16 << 10;
 
-// A message's bytes, from its next field on. Once something was not plain, `failed` stays.
-class ReplyFields {
+// As PlainFields, of messages whose fields are all strings or messages, but for a parameter's
+// value.
+class ReplyFields : public wire::PlainFields {
  public:
-  explicit ReplyFields(std::string_view bytes) : at_(bytes.data()), end_(at_ + bytes.size()) {}
-
-  bool failed() const { return failed_; }
-  bool done() const { return failed_ || at_ == end_; }
-  void Fail() { failed_ = true; }
+  using PlainFields::PlainFields;
 
   // Numbers up to 15, each at most once but for `repeated`; 0: none. REQUIRES: !done().
   int BytesField(int repeated) {
-    const auto tag = static_cast<unsigned char>(*at_++);
+    const std::uint8_t tag = Tag();
     const int field = tag >> 3;
     if ((tag & 0x87) != 2) return Fail(), 0;
     if (field != repeated && (std::exchange(seen_, seen_ | 1u << field) & 1u << field) != 0) Fail();
     return field;
   }
 
-  std::uint64_t Varint() {
-    std::uint64_t number = 0;
-    for (int shift = 0; shift < 64 && at_ != end_; shift += 7) {
-      const auto byte = static_cast<unsigned char>(*at_++);
-      if (shift == 63 && byte > 1) break;
-      number |= std::uint64_t{byte & 0x7fu} << shift;
-      if (byte < 0x80) return number;
-    }
-    return Fail(), 0;
-  }
-
-  std::string_view Bytes() {
-    const char* const begin = at_;
-    const std::uint64_t size = Varint();
-    // Protobuf takes lengths of five bytes at most; these are shorter, and plain.
-    if (failed_ || at_ - begin > 4 || size > static_cast<std::uint64_t>(end_ - at_))
-      return Fail(), std::string_view();
-    at_ += size;
-    return {at_ - size, static_cast<std::size_t>(size)};
-  }
-
-  // Protobuf looks for valid UTF-8, which ASCII is.
-  std::string_view Text() {
-    const std::string_view text = Bytes();
-    if (!std::all_of(text.begin(), text.end(),
-                     [](char c) { return static_cast<unsigned char>(c) < 0x80; })) {
-      Fail();
-    }
-    return text;
-  }
-
   // One integer parameter's tag and number, and nothing else.
   std::int64_t IntParameter() {
-    constexpr auto kTag = static_cast<char>(InferParameter::kInt64ParamFieldNumber << 3);
-    if (done() || *at_++ != kTag) Fail();
-    const auto number = static_cast<std::int64_t>(failed_ ? 0 : Varint());
-    if (at_ != end_) Fail();
+    if (done() || Tag() != wire::VarintTag(InferParameter::kInt64ParamFieldNumber)) Fail();
+    const auto number = static_cast<std::int64_t>(failed() ? 0 : Varint());
+    if (!done()) Fail();
     return number;
   }
 
  private:
-  const char* at_;
-  const char* const end_;
   std::uint32_t seen_ = 0;  // a bit for each field's number
-  bool failed_ = false;
 };
 
 // What is wanted of a reply whose shape and type are right.

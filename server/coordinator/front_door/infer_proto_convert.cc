@@ -14,13 +14,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "inference/grpc_service.pb.h"
+#include "proto/wire/wire_text.h"
 #include "runtime/base/status.h"
 #include "server/common/grpc_status.h"
 #include "server/coordinator/front_door/message_split.h"
 #include "server/coordinator/front_door/plain_request.h"
 #include "server/coordinator/front_door/request_validation.h"
 #include "server/coordinator/front_door/shm_registry.h"
-#include "server/coordinator/front_door/wire_text.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -255,27 +255,28 @@ constexpr int kEntryValue = 2;
 
 // Begins an entry of the map that is the field `field`; a value of `value_bytes` is to follow.
 void AppendEntryHead(int field, std::string_view name, std::size_t value_bytes, std::string& text) {
-  AppendFieldHead(
-      field, FieldHeadBytes(name.size()) + name.size() + FieldHeadBytes(value_bytes) + value_bytes,
-      text);
-  AppendBytesField(kEntryName, name, text);
-  AppendFieldHead(kEntryValue, value_bytes, text);
+  wire::AppendFieldHead(field,
+                        wire::FieldHeadBytes(name.size()) + name.size() +
+                            wire::FieldHeadBytes(value_bytes) + value_bytes,
+                        text);
+  wire::AppendBytesField(kEntryName, name, text);
+  wire::AppendFieldHead(kEntryValue, value_bytes, text);
 }
 
 void AppendParameter(int field, std::string_view name, std::int64_t value, std::string& text) {
-  AppendEntryHead(field, name, 1 + VarintBytes(static_cast<std::uint64_t>(value)), text);
-  AppendIntField(kIntValue, value, text);
+  AppendEntryHead(field, name, 1 + wire::VarintBytes(static_cast<std::uint64_t>(value)), text);
+  wire::AppendIntField(kIntValue, value, text);
 }
 
 void AppendParameter(int field, std::string_view name, std::string_view value, std::string& text) {
-  AppendEntryHead(field, name, FieldHeadBytes(value.size()) + value.size(), text);
-  AppendBytesField(kTextValue, value, text);
+  AppendEntryHead(field, name, wire::FieldHeadBytes(value.size()) + value.size(), text);
+  wire::AppendBytesField(kTextValue, value, text);
 }
 
 void AppendHead(const ServedModel& model, std::string_view id, std::string& text) {
-  AppendBytesField(ModelInferResponse::kModelNameFieldNumber, model.name, text);
-  AppendBytesField(ModelInferResponse::kModelVersionFieldNumber, model.version, text);
-  AppendBytesField(ModelInferResponse::kIdFieldNumber, id, text);
+  wire::AppendBytesField(ModelInferResponse::kModelNameFieldNumber, model.name, text);
+  wire::AppendBytesField(ModelInferResponse::kModelVersionFieldNumber, model.version, text);
+  wire::AppendBytesField(ModelInferResponse::kIdFieldNumber, id, text);
 }
 
 void AppendParameters(const InferReply& reply, std::string& text) {
@@ -297,13 +298,14 @@ void AppendParameters(const InferReply& reply, std::string& text) {
 void AppendOutput(const ServedModel& model, const ValidatedRequest& request, std::string& text) {
   using Output = ModelInferResponse::InferOutputTensor;
   std::string output;
-  AppendBytesField(Output::kNameFieldNumber, kHiddenStates, output);
-  AppendBytesField(Output::kDatatypeFieldNumber, WireDataType(request.dtype), output);
+  wire::AppendBytesField(Output::kNameFieldNumber, kHiddenStates, output);
+  wire::AppendBytesField(Output::kDatatypeFieldNumber, WireDataType(request.dtype), output);
   const auto rows = static_cast<std::uint64_t>(request.num_tokens);
   const auto columns = static_cast<std::uint64_t>(model.hidden);
-  AppendFieldHead(Output::kShapeFieldNumber, VarintBytes(rows) + VarintBytes(columns), output);
-  AppendVarint(rows, output);
-  AppendVarint(columns, output);
+  wire::AppendFieldHead(Output::kShapeFieldNumber,
+                        wire::VarintBytes(rows) + wire::VarintBytes(columns), output);
+  wire::AppendVarint(rows, output);
+  wire::AppendVarint(columns, output);
   if (const RegionWindow& window = request.output; window.region != nullptr) {
     const auto append = [&output](std::string_view name, auto value) {
       AppendParameter(Output::kParametersFieldNumber, name, value, output);
@@ -312,7 +314,7 @@ void AppendOutput(const ServedModel& model, const ValidatedRequest& request, std
     append("shared_memory_byte_size", static_cast<std::int64_t>(request.output_bytes));
     append("shared_memory_offset", static_cast<std::int64_t>(window.offset_bytes));
   }
-  AppendBytesField(ModelInferResponse::kOutputsFieldNumber, output, text);
+  wire::AppendBytesField(ModelInferResponse::kOutputsFieldNumber, output, text);
 }
 
 // One slice of these bytes, one piece after another.
@@ -331,7 +333,7 @@ grpc::Slice Joined(std::initializer_list<std::string_view> pieces) {
 // The response `text` with `output` as its raw entry, which stays where it is if it is large. The
 // raw entries are a response's last field, and the response a stream's message's only one.
 absl::StatusOr<ReplyBytes> WithOutput(std::string text, InferForm form, OutputBytes output) {
-  AppendFieldHead(ModelInferResponse::kRawOutputContentsFieldNumber, output.size(), text);
+  wire::AppendFieldHead(ModelInferResponse::kRawOutputContentsFieldNumber, output.size(), text);
   const std::uint64_t response_bytes = std::uint64_t{text.size()} + output.size();
   if (response_bytes > std::numeric_limits<std::int32_t>::max()) {
     return absl::InternalError(absl::StrCat("infer: the reply of ", output.size(),
@@ -339,8 +341,8 @@ absl::StatusOr<ReplyBytes> WithOutput(std::string text, InferForm form, OutputBy
   }
   std::string outer;
   if (form == InferForm::kStream) {
-    AppendFieldHead(inference::ModelStreamInferResponse::kInferResponseFieldNumber, response_bytes,
-                    outer);
+    wire::AppendFieldHead(inference::ModelStreamInferResponse::kInferResponseFieldNumber,
+                          response_bytes, outer);
   }
   if (output.size() <= kCopiedOutputBytes) {
     const grpc::Slice slice =
@@ -407,9 +409,9 @@ ReplyBytes SerializeStreamError(const ServedModel& model, std::string_view id,
   AppendParameter(ModelInferResponse::kParametersFieldNumber, "epserve_error_code",
                   static_cast<std::int64_t>(status.code()), response);
   std::string text;
-  AppendBytesField(Response::kErrorMessageFieldNumber, server::ToGrpcStatus(status).error_message(),
-                   text);
-  AppendBytesField(Response::kInferResponseFieldNumber, response, text);
+  wire::AppendBytesField(Response::kErrorMessageFieldNumber,
+                         server::ToGrpcStatus(status).error_message(), text);
+  wire::AppendBytesField(Response::kInferResponseFieldNumber, response, text);
   const grpc::Slice slice(text);
   return std::make_unique<const grpc::ByteBuffer>(&slice, 1);
 }

@@ -1,76 +1,23 @@
 #include "server/coordinator/front_door/plain_request.h"
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
+#include <utility>
+
+#include "proto/wire/plain_fields.h"
 
 namespace epserve::coordinator {
 namespace {
 
-// Tags of one byte: a field's number and how its value is written.
-constexpr std::uint8_t VarintTag(int field) { return static_cast<std::uint8_t>(field << 3); }
-constexpr std::uint8_t Fixed64Tag(int field) { return static_cast<std::uint8_t>(field << 3 | 1); }
-constexpr std::uint8_t BytesTag(int field) { return static_cast<std::uint8_t>(field << 3 | 2); }
+using wire::BytesTag;
+using wire::Fixed64Tag;
+using wire::PlainFields;
+using wire::VarintTag;
 
-// A message's bytes, from its next field on. Once something was not plain, `failed` stays.
-class PlainFields {
- public:
-  explicit PlainFields(std::string_view bytes) : at_(bytes.data()), end_(at_ + bytes.size()) {}
-
-  bool failed() const { return failed_; }
-  bool done() const { return failed_ || at_ == end_; }
-
-  std::uint8_t Tag() { return static_cast<std::uint8_t>(*at_++); }  // REQUIRES: !done()
-
-  std::uint64_t Varint() {
-    std::uint64_t number = 0;
-    for (int shift = 0; shift < 64 && at_ != end_; shift += 7) {
-      const auto byte = static_cast<std::uint8_t>(*at_++);
-      if (shift == 63 && byte > 1) break;
-      number |= std::uint64_t{byte & 0x7fu} << shift;
-      if (byte < 0x80) return number;
-    }
-    Fail();
-    return 0;
-  }
-
-  double Fixed64AsDouble() {
-    static_assert(std::endian::native == std::endian::little);
-    double value = 0;
-    if (end_ - at_ < static_cast<std::ptrdiff_t>(sizeof(value))) return Fail(), value;
-    std::memcpy(&value, at_, sizeof(value));
-    at_ += sizeof(value);
-    return value;
-  }
-
-  std::string_view Bytes() {
-    const char* const begin = at_;
-    const std::uint64_t size = Varint();
-    // The library takes lengths of five bytes at most; these are shorter, and plain.
-    if (failed_ || at_ - begin > 4 || size > static_cast<std::uint64_t>(end_ - at_)) {
-      return Fail(), std::string_view();
-    }
-    at_ += size;
-    return {at_ - size, static_cast<std::size_t>(size)};
-  }
-
-  // Text of a field that may be there once, told by `seen`. The library looks for valid UTF-8,
-  // which ASCII is.
-  void Text(std::string_view& text, bool& seen) {
-    text = Bytes();
-    const bool ascii = std::all_of(text.begin(), text.end(),
-                                   [](char c) { return static_cast<unsigned char>(c) < 0x80; });
-    if (seen || !ascii) Fail();
-    seen = true;
-  }
-
-  void Fail() { failed_ = true; }
-
- private:
-  const char* at_;
-  const char* const end_;
-  bool failed_ = false;
-};
+// Text of a field that may be there once, told by `seen`.
+void ReadText(PlainFields& fields, std::string_view& text, bool& seen) {
+  text = fields.Text();
+  if (std::exchange(seen, true)) fields.Fail();
+}
 
 bool ReadPlainValue(std::string_view bytes, ParameterView::Value& value) {
   PlainFields fields(bytes);
@@ -82,13 +29,9 @@ bool ReadPlainValue(std::string_view bytes, ParameterView::Value& value) {
     case VarintTag(2):
       value = static_cast<std::int64_t>(fields.Varint());
       break;
-    case BytesTag(3): {
-      bool seen = false;
-      std::string_view text;
-      fields.Text(text, seen);
-      value = text;
+    case BytesTag(3):
+      value = fields.Text();
       break;
-    }
     case Fixed64Tag(4):
       value = fields.Fixed64AsDouble();
       break;
@@ -110,7 +53,7 @@ bool ReadPlainParameter(std::string_view bytes, std::vector<ParameterView>& para
   while (!fields.done()) {
     switch (fields.Tag()) {
       case BytesTag(1):
-        fields.Text(parameter.name, has_name);
+        ReadText(fields, parameter.name, has_name);
         break;
       case BytesTag(2):
         if (has_value || !ReadPlainValue(fields.Bytes(), parameter.value)) return false;
@@ -149,10 +92,10 @@ bool ReadPlainInput(std::string_view bytes, const RequestLimits& limits,
   while (!fields.done()) {
     switch (fields.Tag()) {
       case BytesTag(1):
-        fields.Text(input.name, has_name);
+        ReadText(fields, input.name, has_name);
         break;
       case BytesTag(2):
-        fields.Text(input.datatype, has_type);
+        ReadText(fields, input.datatype, has_type);
         break;
       case BytesTag(3):
         if (has_shape || !ReadPlainShape(fields.Bytes(), shapes, input.shape)) return false;
@@ -176,7 +119,7 @@ bool ReadPlainOutput(std::string_view bytes, const RequestLimits& limits,
   while (!fields.done()) {
     switch (fields.Tag()) {
       case BytesTag(1):
-        fields.Text(output.name, has_name);
+        ReadText(fields, output.name, has_name);
         break;
       case BytesTag(2):
         if (++num_parameters > limits.max_parameters) return false;
@@ -204,13 +147,13 @@ bool ReadPlainRequest(std::string_view bytes, const RequestLimits& limits, Plain
   while (!fields.done()) {
     switch (fields.Tag()) {
       case BytesTag(1):
-        fields.Text(view.model_name, has_name);
+        ReadText(fields, view.model_name, has_name);
         break;
       case BytesTag(2):
-        fields.Text(view.model_version, has_version);
+        ReadText(fields, view.model_version, has_version);
         break;
       case BytesTag(3):
-        fields.Text(id, has_id);
+        ReadText(fields, id, has_id);
         break;
       case BytesTag(4):
         if (view.parameters.size() == limits.max_parameters) return false;

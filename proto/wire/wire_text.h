@@ -1,7 +1,8 @@
-// Fields of a Protobuf message, written one after another as they go over the wire: for replies,
-// whose parameters the library would put into a hash map each time. Field numbers up to 15.
-#ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_WIRE_TEXT_H_
-#define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_WIRE_TEXT_H_
+// Fields of a Protobuf message, written one after another as they go over the wire: for requests,
+// whose messages the library would build from some twenty small allocations each time, and for
+// replies, whose parameters it would put into a hash map. Field numbers up to 15.
+#ifndef EPSERVE_PROTO_WIRE_WIRE_TEXT_H_
+#define EPSERVE_PROTO_WIRE_WIRE_TEXT_H_
 
 #include <bit>
 #include <cstddef>
@@ -9,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-namespace epserve::coordinator {
+namespace epserve::wire {
 
 inline std::size_t VarintBytes(std::uint64_t number) {
   return (static_cast<std::size_t>(std::bit_width(number | 1)) + 6) / 7;
@@ -37,6 +38,6 @@ inline void AppendBytesField(int field, std::string_view bytes, std::string& tex
   text += bytes;
 }
 
-}  // namespace epserve::coordinator
+}  // namespace epserve::wire
 
-#endif  // EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_WIRE_TEXT_H_
+#endif  // EPSERVE_PROTO_WIRE_WIRE_TEXT_H_
