@@ -13,6 +13,7 @@
 // The one for many rows is in cuda_combine_stream.cu; all add in the same order, so that the bits
 // are the same.
 #include <algorithm>
+#include <type_traits>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/alltoallv/cuda_combine_device.cuh"
@@ -27,7 +28,10 @@ namespace epserve::runtime {
 namespace {
 
 // How this rank's own tokens went to the peers, and their sums come back. A peer's may differ.
-enum class OwnWay { kRows, kLines };
+enum class OwnWay { kRows, kLines, kFewLines };
+
+template <OwnWay kWay>
+using UnitsOf = std::conditional_t<kWay == OwnWay::kFewLines, NarrowUnits, WideUnits>;
 
 // Sixteen 16-byte loads a thread are on their way at a time, and two blocks of rows fit a
 // multiprocessor.
@@ -213,7 +217,7 @@ __device__ __noinline__ void PushRowsToo(const CudaCombineArgs& args, AreaUse us
 template <typename Element>
 __device__ __noinline__ void PushLinesToo(const CudaCombineArgs& args, AreaUse use,
                                           std::int64_t num_vectors, const CombineShared& shared) {
-  const LinePushes<Element> lines(args, use, num_vectors);
+  const LinePushes<Element, WideUnits> lines(args, use, num_vectors);
   lines.Push(shared.lines_from);
 }
 
@@ -239,7 +243,7 @@ __device__ bool PushAll(const CudaCombineArgs& args, const AreaUse& use, std::in
       PushLinesToo<Element>(args, use, num_vectors, *shared);
     }
   } else {
-    const LinePushes<Element> lines(args, use, num_vectors);
+    const LinePushes<Element, UnitsOf<kWay>> lines(args, use, num_vectors);
     if (!look()) return false;
     lines.Push(shared->lines_from);
     int some = 0;
@@ -252,7 +256,7 @@ __device__ bool PushAll(const CudaCombineArgs& args, const AreaUse& use, std::in
 }
 
 template <typename Element, OwnWay kWay>
-__global__ void __launch_bounds__(kThreadsOf<kWay>, kWay == OwnWay::kLines ? 1 : 2)
+__global__ void __launch_bounds__(kThreadsOf<kWay>, kWay == OwnWay::kRows ? 2 : 1)
     CombineKernel(const __grid_constant__ CudaCombineArgs args) {
   __shared__ CombineShared shared;
   const AreaUse use = CurrentUse(args.area, 1);
@@ -266,9 +270,10 @@ __global__ void __launch_bounds__(kThreadsOf<kWay>, kWay == OwnWay::kLines ? 1 :
   }
   if (!args.merged_roles && block < args.push_blocks) return;
   const int first_reducer = args.merged_roles ? 0 : args.push_blocks;
-  if constexpr (kWay == OwnWay::kLines) {
-    ReduceLines<Element>(args, use, num_vectors, GridWarp(args.reduce_blocks, first_reducer),
-                         args.reduce_blocks * kThreadsOf<kWay> / kWarpSize);
+  if constexpr (kWay != OwnWay::kRows) {
+    ReduceLines<Element, UnitsOf<kWay>>(args, use, num_vectors,
+                                        GridWarp(args.reduce_blocks, first_reducer),
+                                        args.reduce_blocks * kThreadsOf<kWay> / kWarpSize);
   } else {
     // With both roles, the blocks that push least reduce first.
     const int reducer =
@@ -295,22 +300,8 @@ cudaError_t ResidentBlocks(Kernel kernel, int threads, int* blocks) {
 }
 
 template <typename Element, OwnWay kWay>
-cudaError_t LaunchFew(CudaCombineArgs args, cudaStream_t stream) {
-  const auto kernel = CombineKernel<Element, kWay>;
-  int blocks = args.push_blocks + args.reduce_blocks;
-  if (args.merged_roles) {
-    int resident = 0;
-    const cudaError_t error = ResidentBlocks(kernel, kThreadsOf<kWay>, &resident);
-    if (error != cudaSuccess) return error;
-    blocks = std::min(args.push_blocks, resident);
-    args.push_blocks = args.reduce_blocks = blocks;
-    if (kWay == OwnWay::kLines && blocks > 1) {
-      // Those that add up look for lines where no stores stand before their looks.
-      args.merged_roles = false;
-      args.push_blocks = std::max(blocks * kPushShare / 8, 1);
-      args.reduce_blocks = blocks - args.push_blocks;
-    }
-  }
+cudaError_t LaunchFew(const CudaCombineArgs& args, cudaStream_t stream) {
+  const int blocks = args.merged_roles ? args.push_blocks : args.push_blocks + args.reduce_blocks;
   // Few rows: the launch takes as long as the work, and may overlap with the kernel before. Counted
   // on the device, where dispatch, which does not start early, stands between two of the counter's
   // uses.
@@ -323,7 +314,44 @@ cudaError_t LaunchFew(CudaCombineArgs args, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = args.area.device_sequence != nullptr ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return cudaLaunchKernelEx(&config, CombineKernel<Element, kWay>, args);
+}
+
+template <typename Element>
+cudaError_t LaunchRows(CudaCombineArgs args, cudaStream_t stream) {
+  if (args.merged_roles) {
+    int resident = 0;
+    const cudaError_t error =
+        ResidentBlocks(CombineKernel<Element, OwnWay::kRows>, kThreadsOf<OwnWay::kRows>, &resident);
+    if (error != cudaSuccess) return error;
+    args.push_blocks = args.reduce_blocks = std::min(args.push_blocks, resident);
+  }
+  return LaunchFew<Element, OwnWay::kRows>(args, stream);
+}
+
+// `pushed`: about how many rows go to peers.
+template <typename Element>
+cudaError_t LaunchLines(CudaCombineArgs args, std::int64_t pushed, cudaStream_t stream) {
+  constexpr int kWarps = kThreadsOf<OwnWay::kLines> / kWarpSize;
+  if (args.merged_roles) {
+    int resident = 0;
+    const cudaError_t error = ResidentBlocks(CombineKernel<Element, OwnWay::kLines>,
+                                             kThreadsOf<OwnWay::kLines>, &resident);
+    if (error != cudaSuccess) return error;
+    const int blocks = std::min(args.push_blocks, resident);
+    args.push_blocks = args.reduce_blocks = blocks;
+    if (blocks > 1) {
+      // Those that add up look for lines where no stores stand before their looks.
+      args.merged_roles = false;
+      args.push_blocks = std::max(blocks * kPushShare / 8, 1);
+      args.reduce_blocks = blocks - args.push_blocks;
+    }
+  }
+  const PlainLines lines(static_cast<int>(args.hidden / Vector16<Element>::kElements), 0);
+  const int num_units = CeilDivide(lines.count(), kLinesOf<NarrowUnits>);
+  return pushed * num_units <= std::int64_t{args.push_blocks} * kWarps
+             ? LaunchFew<Element, OwnWay::kFewLines>(args, stream)
+             : LaunchFew<Element, OwnWay::kLines>(args, stream);
 }
 
 template <typename Element>
@@ -338,10 +366,8 @@ cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
   }
   const bool few =
       args.num_tokens <= kFewRows * args.reduce_blocks && pushed <= kFewRows * args.push_blocks;
-  if (SendsLines(args.area, args.num_tokens)) {
-    return LaunchFew<Element, OwnWay::kLines>(args, stream);
-  }
-  return few || args.merged_roles ? LaunchFew<Element, OwnWay::kRows>(args, stream)
+  if (SendsLines(args.area, args.num_tokens)) return LaunchLines<Element>(args, pushed, stream);
+  return few || args.merged_roles ? LaunchRows<Element>(args, stream)
                                   : LaunchStreamCombine<Element>(args, stream);
 }
 
@@ -350,6 +376,7 @@ cudaError_t Launch(const CudaCombineArgs& args, cudaStream_t stream) {
 template <typename Element>
 absl::Status LoadFew() {
   EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<Element, OwnWay::kRows>));
+  EPS_RETURN_IF_ERROR(LoadKernel(CombineKernel<Element, OwnWay::kFewLines>));
   return LoadKernel(CombineKernel<Element, OwnWay::kLines>);
 }
 
