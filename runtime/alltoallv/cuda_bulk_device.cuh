@@ -80,6 +80,12 @@ class BulkBarrier {
   std::uint64_t word_;
 };
 
+// What came before of ordinary reads and writes of the block's shared memory, this thread's or
+// acquired by it, comes before the copy engine's later writes to it.
+__device__ inline void FenceSharedForBulk() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // What this thread has acquired as ordinary global memory is there for the copy engine's later
 // reads.
 __device__ inline void FenceGlobalForBulk() {

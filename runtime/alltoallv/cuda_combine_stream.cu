@@ -115,29 +115,28 @@ class Feed {
   }
 
   // Puts the pieces at `offset` of the rows of the lanes in `present`, if any, in the lanes' order;
-  // of those not in `with_data`, nothing. The slots that are free are filled at once, by the lanes
-  // together.
+  // of those not in `with_data`, nothing. Where enough slots are free, they are filled at once, by
+  // the lanes together; else one by one.
   __device__ void Put(const LaneRow& mine, unsigned present, unsigned with_data, int offset,
                       bool ends_sum) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const int place = __popc(present & ((1u << lane) - 1u));
     const int count = __popc(present);
     for (int done = 0; done < count;) {
-      const int ahead = place - done;
-      const bool waits = ((present >> lane) & 1u) != 0 && ahead >= 0 && ahead < pieces_.num_slots;
-      const Place slot = waits ? slot_.After(ahead, pieces_.num_slots) : slot_;
-      const bool free = waits && ring_->freed[slot.index].Test(slot.parity ^ 1);
-      const unsigned blocked = __ballot_sync(0xffffffffu, waits && !free);
-      const unsigned before_blocked = blocked == 0 ? 0xffffffffu : (blocked & -blocked) - 1;
-      const unsigned filling = __ballot_sync(0xffffffffu, free) & before_blocked;
-      if (((filling >> lane) & 1u) != 0) {
-        const bool has_data = ((with_data >> lane) & 1u) != 0;
-        Fill(slot.index, has_data ? mine.row + offset : nullptr, mine.weight,
-             ends_sum && place + 1 == count);
+      int filled = min(count - done, pieces_.num_slots);
+      // Adders free slots in turn: when the last one is free, so are those before it.
+      const Place last = slot_.After(filled - 1, pieces_.num_slots);
+      if (!ring_->freed[last.index].Test(last.parity ^ 1)) {
+        filled = 1;
+        ring_->freed[slot_.index].Wait(slot_.parity ^ 1);
       }
-      const int filled = __popc(filling);
+      const int ahead = place - done;
+      if (((present >> lane) & 1u) != 0 && ahead >= 0 && ahead < filled) {
+        const bool has_data = ((with_data >> lane) & 1u) != 0;
+        Fill(slot_.After(ahead, pieces_.num_slots).index, has_data ? mine.row + offset : nullptr,
+             mine.weight, ends_sum && place + 1 == count);
+      }
       done += filled;
-      if (filled == 0) ring_->freed[slot_.index].Wait(slot_.parity ^ 1);
       slot_ = slot_.After(filled, pieces_.num_slots);
     }
     if (ends_sum && count > 0) sum_ = sum_.After(1, kMaxSums);
@@ -282,6 +281,7 @@ __device__ void AddSlots(const Pieces& pieces, bool pushes, int adder, const uin
       AddPiece<Element>(piece, note.vectors, adder, note.weight, sum);
     }
     uint4* const out = note.ends_sum ? ring->sum[sum_place.index].out : nullptr;
+    FenceSharedForBulk();
     ring->freed[slot.index].Arrive();  // Slot and notes have been read.
     if (!note.ends_sum) continue;
     const int left = note.vectors - adder;

@@ -15,8 +15,8 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxChunks = 512;
-constexpr int kChunksAtOnce = 4;         // of a warp's that it counts
-constexpr int kMaxListedExperts = 1024;  // those beyond are looked for each time
+constexpr int kChunksAtOnce = 4;  // of a warp's that it counts
+constexpr int kMaxListedExperts = 1024;
 constexpr std::int64_t kShortestTokens = std::int64_t{kMaxChunks} * kWarpSize;
 
 struct ManyShared {
@@ -44,27 +44,61 @@ __device__ void ListExperts(const CudaDispatchArgs& args, ManyShared* shared) {
   }
 }
 
-// As RankMask(), by the list.
-__device__ unsigned ListedRanks(const CudaDispatchArgs& args, std::int64_t token,
-                                const ManyShared& shared) {
-  unsigned mask = 0;
-  const auto add = [&](int expert) {
-    if (expert < 0) return;
-    mask |= expert < kMaxListedExperts ? shared.ranks_of[expert] : 1u << OwnerOf(expert, args);
-  };
-  const std::int32_t* ids = args.topk_ids + token * args.topk;
-  if (args.topk % 4 == 0) {
-    for (int k = 0; k < args.topk; k += 4) {
-      const int4 four = *reinterpret_cast<const int4*>(ids + k);
-      add(four.x);
-      add(four.y);
-      add(four.z);
-      add(four.w);
+// Ids [k, k + N) of a token; -1 where there are none.
+template <bool kByFour, int kN>
+__device__ void LoadIds(const CudaDispatchArgs& args, std::int64_t token, int k, int (&ids)[kN]) {
+  const int left = token < args.num_tokens ? args.topk - k : 0;
+  const std::int32_t* from = args.topk_ids + token * args.topk + k;
+#pragma unroll
+  for (int i = 0; i < kN; i += kByFour ? 4 : 1) {
+    if constexpr (kByFour) {
+      const int4 four =
+          i < left ? *reinterpret_cast<const int4*>(from + i) : make_int4(-1, -1, -1, -1);
+      ids[i] = four.x;
+      ids[i + 1] = four.y;
+      ids[i + 2] = four.z;
+      ids[i + 3] = four.w;
+    } else {
+      ids[i] = i < left ? from[i] : -1;
     }
-  } else {
-    for (int k = 0; k < args.topk; ++k) add(ids[k]);
   }
-  return mask;
+}
+
+template <bool kByFour, int kIds, int kTokens>
+__device__ void AddListedRanks(const CudaDispatchArgs& args, const std::int64_t (&token)[kTokens],
+                               const ManyShared& shared, unsigned (&mask)[kTokens]) {
+#pragma unroll 1
+  for (int k = 0; k < args.topk; k += kIds) {
+    int ids[kTokens][kIds];
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) LoadIds<kByFour>(args, token[u], k, ids[u]);
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+#pragma unroll
+      for (const int expert : ids[u]) {
+        if (expert >= 0) mask[u] |= shared.ranks_of[expert];
+      }
+    }
+  }
+}
+
+// As RankMask() of several tokens, none from T on. Where the list has all experts, kIds ids of each
+// token are on their way together.
+template <int kIds, int kTokens>
+__device__ void RankMasks(const CudaDispatchArgs& args, const std::int64_t (&token)[kTokens],
+                          const ManyShared& shared, unsigned (&mask)[kTokens]) {
+#pragma unroll
+  for (int u = 0; u < kTokens; ++u) mask[u] = 0;
+  if (args.first_expert[args.area.num_ranks] > kMaxListedExperts) {
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      if (token[u] < args.num_tokens) mask[u] = RankMask(args, token[u]);
+    }
+  } else if (args.topk % 4 == 0) {
+    AddListedRanks<true, kIds>(args, token, shared, mask);
+  } else {
+    AddListedRanks<false, kIds / 4>(args, token, shared, mask);
+  }
 }
 
 // Bit i: lane i's token goes to the rank that this lane asks for.
@@ -81,8 +115,10 @@ __device__ unsigned TokensTo(int rank, unsigned mask) {
 // The lane's mask of the token `first` + lane.
 __device__ unsigned MaskFrom(const CudaDispatchArgs& args, std::int64_t first,
                              const ManyShared& shared) {
-  const std::int64_t token = first + threadIdx.x % kWarpSize;
-  return token < args.num_tokens ? ListedRanks(args, token, shared) : 0u;
+  const std::int64_t token[1] = {first + threadIdx.x % kWarpSize};
+  unsigned mask[1];
+  RankMasks<8>(args, token, shared, mask);
+  return mask[0];
 }
 
 __device__ void CountChunks(const CudaDispatchArgs& args, const Chunks& chunks,
@@ -95,11 +131,13 @@ __device__ void CountChunks(const CudaDispatchArgs& args, const Chunks& chunks,
   for (int first = warp; first < chunks.count; first += kChunksAtOnce * kWarps) {
     int rows[kChunksAtOnce] = {};
     for (std::int64_t offset = 0; offset < chunks.tokens; offset += kWarpSize) {
+      std::int64_t token[kChunksAtOnce];
       unsigned mask[kChunksAtOnce];
 #pragma unroll
       for (int u = 0; u < kChunksAtOnce; ++u) {
-        mask[u] = MaskFrom(args, (first + u * kWarps) * chunks.tokens + offset, *shared);
+        token[u] = (first + u * kWarps) * chunks.tokens + offset + lane;
       }
+      RankMasks<8>(args, token, *shared, mask);
 #pragma unroll
       for (int u = 0; u < kChunksAtOnce; ++u) rows[u] += __popc(TokensTo(lane, mask[u]));
     }
@@ -253,11 +291,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int piece = turn % pieces.count;
     const uint4* row = bytes.Row(args, token);
     const LoadedSteps<kPayload> loaded(row, pieces.Begin(piece), pieces.End(piece));
+    TokenNote note{};
+    if (piece == 0) note = TokenNote::Load(args, token);
     const int position = PositionOf(args, chunks, token, peer, shared);
     const RowPlace place = PlaceOf(args, use, position);
     ListDestinations<kPayload>(args, place, &destinations);
     if (piece == 0) {
-      StoreNotes(args, token, TokenNote::Load(args, token), place);
+      StoreNotes(args, token, note, place);
       if (peer < kMaxCudaRanks) {
         args.send_position[std::int64_t{token} * args.area.num_ranks + peer] = position;
       }
