@@ -1,5 +1,6 @@
 #include "server/coordinator/device_regions.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -39,7 +40,15 @@ void DeviceRegions::Close(std::vector<std::uint64_t> regions, Done done) {
   Operation operation;
   operation.ids = std::move(regions);
   operation.done = std::move(done);
+  if (operation.ids.empty() && unclosed_.empty() && !IsClosingAsked()) {
+    return operation.done(absl::OkStatus());
+  }
   Begin(std::move(operation));
+}
+
+bool DeviceRegions::IsClosingAsked() const {
+  const auto closes = [](const Operation& operation) { return operation.region == nullptr; };
+  return (current_.has_value() && closes(*current_)) || std::ranges::any_of(waiting_, closes);
 }
 
 void DeviceRegions::Begin(Operation operation) {
@@ -75,6 +84,8 @@ void DeviceRegions::BeginOpening() {
 
 void DeviceRegions::BeginClosing() {
   current_->phase = Phase::kClosing;
+  current_->ids.insert(current_->ids.end(), unclosed_.begin(), unclosed_.end());
+  unclosed_.clear();
   for (const std::uint64_t id : current_->ids) {
     regions_.erase(id);
     unusable_.erase(id);
@@ -140,14 +151,22 @@ void DeviceRegions::OnHoldExpired() {
       who.empty() ? "the batches in flight have not ended" : absl::StrCat(who, " did not answer"),
       " in time; retry, and see the workers' logs"));
   Operation ended = *std::exchange(current_, std::nullopt);
-  if (opening && ended.phase != Phase::kHolding) {
-    // Whatever becomes of it there: nobody is to keep it.
-    Operation undo;
-    undo.ids = ended.ids;
-    undo.done = [](const absl::Status&) {};
-    waiting_.push_front(std::move(undo));
+  const bool holding = ended.phase == Phase::kHolding;
+  if (!opening || !holding) unclosed_.insert(ended.ids.begin(), ended.ids.end());
+  // What workers were not told to close is closed whether anybody asks again or not: nobody is to
+  // keep it. After those that wait, who else might wait for ever.
+  if (opening != holding && !IsClosingAsked()) {
+    Operation close;
+    close.done = [](const absl::Status&) {};
+    waiting_.push_back(std::move(close));
   }
   End(std::move(ended), late);
+}
+
+bool DeviceRegions::HasAnyOpen(StreamId stream, const std::vector<std::uint64_t>& ids) const {
+  const auto member = members_.find(stream);
+  if (member == members_.end()) return false;
+  return std::ranges::any_of(ids, [&](std::uint64_t id) { return member->second.contains(id); });
 }
 
 void DeviceRegions::OnAnswer(const DeviceRegionAnswer& answer) {
@@ -164,8 +183,8 @@ void DeviceRegions::OnAnswer(const DeviceRegionAnswer& answer) {
       current_->refusals.emplace(actions_->NameOf(answer.stream), answer.opened->status);
       if (member != members_.end()) member->second.erase(answer.opened->region);
     }
-  } else if (current_->phase != Phase::kClosing) {
-    return;
+  } else if (current_->phase != Phase::kClosing || HasAnyOpen(answer.stream, current_->ids)) {
+    return;  // Of a closing that was given up.
   }
   current_->awaited.erase(answer.stream);
   Advance();

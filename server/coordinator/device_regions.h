@@ -6,6 +6,10 @@
 //   Close: hold batches ─► CloseDeviceRegions to all that may have it ─► all have answered ─►
 //   answer
 //
+// Where batches do not end in time, or a worker does not answer, the caller is told so, and what
+// may still be open goes with the next closing; where workers were not told, that follows by
+// itself.
+//
 // Unmapping waits for the device and holds up the worker's other calls into it: beside a kernel of
 // one second, a launch on another stream took as long. And kernels there may wait for peers that
 // are held up likewise: so no batch is in flight meanwhile. Mapping was not seen to wait; it may
@@ -57,6 +61,8 @@ class DeviceRegions {
   explicit DeviceRegions(DeviceRegionActions* actions) : actions_(actions) {}
 
   void Open(std::shared_ptr<const ShmRegion> region, Done done);
+  // Also answers for what was asked for before: whoever was told that a closing took too long may
+  // ask again, without the regions, which have no name any more.
   void Close(std::vector<std::uint64_t> regions, Done done);
 
   // What a member of `epoch` opens with its heap. A new epoch has no members yet.
@@ -90,6 +96,8 @@ class DeviceRegions {
 
   static DeviceRegionInfo InfoOf(const ShmRegion& region);
   absl::Status CheckServing() const;
+  bool IsClosingAsked() const;  // current, or waiting
+  bool HasAnyOpen(StreamId stream, const std::vector<std::uint64_t>& ids) const;
   void Begin(Operation operation);
   void BeginOpening();
   void BeginClosing();
@@ -105,6 +113,8 @@ class DeviceRegions {
   // Members of the epoch, and what each may have open.
   std::map<StreamId, std::set<std::uint64_t>> members_;
   std::map<std::uint64_t, absl::Status> unusable_;  // in this epoch
+  // Of operations that were given up: for the next closing, whoever asks for it.
+  std::set<std::uint64_t> unclosed_;
   std::deque<Operation> waiting_;
   std::optional<Operation> current_;
 };

@@ -24,7 +24,9 @@ class DeviceRegionHost {
   // UNAVAILABLE: the service does not serve, or ceased to meanwhile.
   virtual void OpenDeviceRegion(std::shared_ptr<const ShmRegion> region, Done done) = 0;
 
-  // Answers once no worker has any of them mapped. Nobody may use them any more.
+  // Answers once no worker has any of them mapped, nor any region of a closing that was asked for
+  // before. Nobody may use them any more. May be empty. DEADLINE_EXCEEDED: batches in flight or a
+  // worker take too long.
   virtual void CloseDeviceRegions(std::vector<std::uint64_t> regions, Done done) = 0;
 };
 

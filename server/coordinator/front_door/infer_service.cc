@@ -193,7 +193,6 @@ void InferService::Parts::UnregisterCuda(UnaryCall call, const grpc::ByteBuffer&
   if (!regions.allowed() && request.name().empty()) return answer(absl::OkStatus());
   const absl::Status status = regions.Unregister(
       ShmKind::kCuda, request.name(), [this, answer](const std::vector<std::uint64_t>& ids) {
-        if (ids.empty()) return answer(absl::OkStatus());
         devices.CloseDeviceRegions(ids, answer);
       });
   if (!status.ok()) held->Fail(status);

@@ -226,6 +226,82 @@ TEST_F(DeviceRegionsTest, WorkerThatDoesNotAnswerInTimeFailsTheOpeningAndIsToldT
   EXPECT_THAT(TakeSent<CloseDeviceRegionsMessage>(), ElementsAre(10, 11));
 }
 
+TEST_F(DeviceRegionsTest, CloseThatCouldNotHoldBatchesIsMadeUpForAfterThoseThatWait) {
+  auto one = OpenEverywhere(1);
+  one = nullptr;
+  regions_.Close({1}, Into(answers_));
+  regions_.Open(MakeRegion(2), Into(answers_));
+  regions_.OnHoldExpired();
+  ASSERT_EQ(answers_.size(), 1u);
+  EXPECT_EQ(answers_[0].code(), StatusCode::kDeadlineExceeded);
+  regions_.OnBatchesHeld();
+  EXPECT_THAT(TakeSent<OpenDeviceRegionMessage>(), ElementsAre(10, 11));
+  regions_.OnAnswer(Opened(10, 2));
+  regions_.OnAnswer(Opened(11, 2));
+  ASSERT_EQ(answers_.size(), 2u);
+  regions_.OnHoldExpired();  // And once more.
+  regions_.OnBatchesHeld();
+  EXPECT_THAT(TakeSent<CloseDeviceRegionsMessage>(), ElementsAre(10, 11));
+  regions_.OnAnswer(Closed(10, {1}));
+  regions_.OnAnswer(Closed(11, {1}));
+  EXPECT_EQ(answers_.size(), 2u);
+  actions_.holds.clear();
+  regions_.OnBatchesHeld();
+  EXPECT_THAT(actions_.sent, IsEmpty());
+  EXPECT_THAT(actions_.holds, IsEmpty()) << "nothing is left to do";
+}
+
+TEST_F(DeviceRegionsTest, CloseThatIsAskedForAgainAnswersOnceNobodyHasTheRegion) {
+  auto one = OpenEverywhere(1);
+  one = nullptr;
+  regions_.Close({1}, Into(answers_));
+  regions_.OnHoldExpired();
+  regions_.Close({}, Into(answers_));  // The name is gone.
+  EXPECT_EQ(answers_.size(), 1u);
+  regions_.OnHoldExpired();
+  EXPECT_EQ(answers_.size(), 1u) << "that was the one that follows by itself";
+  regions_.OnHoldExpired();
+  ASSERT_EQ(answers_.size(), 2u);
+  EXPECT_EQ(answers_[1].code(), StatusCode::kDeadlineExceeded);
+  regions_.Close({}, Into(answers_));
+  regions_.OnBatchesHeld();
+  EXPECT_THAT(TakeSent<CloseDeviceRegionsMessage>(), ElementsAre(10, 11));
+  regions_.OnAnswer(Closed(10, {1}));
+  regions_.OnAnswer(Closed(11, {1}));
+  regions_.OnBatchesHeld();
+  ASSERT_EQ(answers_.size(), 3u);
+  EXPECT_TRUE(answers_[2].ok());
+  EXPECT_THAT(actions_.sent, IsEmpty());
+  actions_.holds.clear();
+  regions_.Close({}, Into(answers_));
+  ASSERT_EQ(answers_.size(), 4u) << "there is nothing to wait for";
+  EXPECT_TRUE(answers_[3].ok());
+  EXPECT_THAT(actions_.holds, IsEmpty());
+}
+
+TEST_F(DeviceRegionsTest, WorkerThatDoesNotAnswerAClosingIsAskedAgainByTheNextAlone) {
+  auto one = OpenEverywhere(1);
+  auto two = OpenEverywhere(2);
+  one = two = nullptr;
+  regions_.Close({1}, Into(answers_));
+  regions_.OnBatchesHeld();
+  TakeSent<CloseDeviceRegionsMessage>();
+  regions_.OnAnswer(Closed(10, {1}));
+  regions_.OnHoldExpired();
+  ASSERT_EQ(answers_.size(), 1u);
+  EXPECT_THAT(std::string(answers_[0].message()), HasSubstr("rank 1 did not answer"));
+  EXPECT_THAT(actions_.holds, ElementsAre(true, false)) << "it has been told";
+  regions_.Close({2}, Into(answers_));
+  regions_.OnBatchesHeld();
+  EXPECT_THAT(TakeSent<CloseDeviceRegionsMessage>(), ElementsAre(10, 11));
+  regions_.OnAnswer(Closed(10, {2}));
+  regions_.OnAnswer(Closed(11, {1})) /* late */;
+  EXPECT_EQ(answers_.size(), 1u) << "rank 1 still has the second one";
+  regions_.OnAnswer(Closed(11, {2, 1}));
+  ASSERT_EQ(answers_.size(), 2u);
+  EXPECT_TRUE(answers_[1].ok());
+}
+
 TEST_F(DeviceRegionsTest, StopAnswersWhatIsLeft) {
   regions_.Open(MakeRegion(1), Into(answers_));
   regions_.Close({7}, Into(answers_));
