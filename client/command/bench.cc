@@ -13,6 +13,7 @@
 #include "client/command/bench_report.h"
 #include "client/command/bench_trace.h"
 #include "client/command/format.h"
+#include "client/command/interruption.h"
 #include "client/command/load_generator.h"
 #include "client/command/progress.h"
 #include "client/command/random_batch.h"
@@ -138,6 +139,7 @@ std::int64_t BusyPollUs(const BenchOptions& options, int num_workers, int async_
 
 absl::Status RunBench(const BenchOptions& options) {
   if (!options.trace_path.empty()) EPC_RETURN_IF_ERROR(CheckBenchTrace(options.trace_path));
+  EPC_ASSIGN_OR_RETURN(const auto interruption, Interruption::Create());
   ClientOptions client_options{.target = options.server, .security = options.security};
   EPC_ASSIGN_OR_RETURN(const Served served, [&] {
     InferenceClient client(client_options);
@@ -150,12 +152,11 @@ absl::Status RunBench(const BenchOptions& options) {
   client_options.busy_poll = absl::Microseconds(busy_poll_us);
   InferenceClient client(client_options);
   std::vector<InferRequest> inputs = MakeInputs(options, served);
-  std::unique_ptr<SharedRegion> region;  // until every request has ended
-  std::vector<std::unique_ptr<CudaRegion>> cuda_regions;
+  BenchRegions regions(interruption.get());  // until every request has ended
   if (options.memory == BenchMemory::kSystem) {
-    EPC_ASSIGN_OR_RETURN(region, MoveToRegion(&client, options.shm_key_prefix, &inputs));
+    EPC_RETURN_IF_ERROR(regions.MoveToSystem(&client, options.shm_key_prefix, &inputs));
   } else if (options.memory == BenchMemory::kCuda) {
-    EPC_ASSIGN_OR_RETURN(cuda_regions, MoveToCudaRegions(&client, options.cuda_device, &inputs));
+    EPC_RETURN_IF_ERROR(regions.MoveToCuda(&client, options.cuda_device, &inputs));
   }
   // One request first: what is wrong with all of them is said once, and at once.
   const auto first = client.Infer(inputs.front());

@@ -46,7 +46,9 @@ absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemory::Create(std::uint64_t
     const std::string key = absl::StrCat(key_prefix, ::getpid(), "-", absl::Hex(random()));
     fd = ::shm_open(absl::StrCat("/", key).c_str(), O_RDWR | O_CREAT | O_EXCL, 0600);
     if (fd < 0 && errno != EEXIST) break;
-    if (fd >= 0) memory->key_ = key;
+    if (fd < 0) continue;
+    memory->key_ = key;
+    memory->named_ = true;
   }
   if (fd < 0) return Failed("shm_open", bytes, errno);
   // Reserved now: touching a page that the file system has no room for would end the process.
@@ -64,7 +66,11 @@ absl::StatusOr<std::unique_ptr<SharedMemory>> SharedMemory::Create(std::uint64_t
 
 SharedMemory::~SharedMemory() {
   if (!bytes_.empty()) ::munmap(bytes_.data(), bytes_.size());
-  if (!key_.empty()) ::shm_unlink(absl::StrCat("/", key_).c_str());
+  RemoveName();
+}
+
+void SharedMemory::RemoveName() {
+  if (std::exchange(named_, false)) ::shm_unlink(absl::StrCat("/", key_).c_str());
 }
 
 SharedRegion::SharedRegion(InferenceClient* client, std::string name, absl::Duration timeout,
@@ -78,6 +84,7 @@ absl::StatusOr<std::unique_ptr<SharedRegion>> SharedRegion::Create(
                        SharedMemory::Create(bytes, options.key_prefix));
   EPC_RETURN_IF_ERROR(
       client->RegisterRegion({name, memory->key(), /*offset_bytes=*/0, bytes}, options.timeout));
+  memory->RemoveName();
   return std::unique_ptr<SharedRegion>(
       new SharedRegion(client, name, options.timeout, std::move(memory)));
 }

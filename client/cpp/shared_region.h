@@ -27,8 +27,8 @@
 
 namespace epserve::client {
 
-// A POSIX shared-memory object of this process, mapped, all of it backed by memory. Removed with
-// this.
+// A POSIX shared-memory object of this process, mapped, all of it backed by memory. Its name goes
+// with this at the latest, its memory once nobody holds it any more.
 class SharedMemory {
  public:
   // `key_prefix` as the service asks for (--shm-key-prefix); a part that makes the key unique
@@ -43,10 +43,15 @@ class SharedMemory {
   const std::string& key() const { return key_; }
   std::span<std::byte> bytes() const { return bytes_; }
 
+  // Nobody can open it by its key any more; those who have it open keep it. So nothing is left of
+  // it, however this process ends, once they let go.
+  void RemoveName();
+
  private:
   SharedMemory() = default;
 
-  std::string key_;             // empty: nothing to remove
+  std::string key_;
+  bool named_ = false;
   std::span<std::byte> bytes_;  // empty: nothing to unmap
 };
 
@@ -55,7 +60,8 @@ struct SharedRegionOptions {
   absl::Duration timeout = absl::Seconds(30);  // of registering, and of the destructor's Unregister
 };
 
-// Shared memory that is registered with a service.
+// Shared memory that is registered with a service, which opens it by its key then: the key is gone
+// afterwards.
 class SharedRegion {
  public:
   // `client` outlives the region. As SharedMemory::Create and InferenceClient::RegisterRegion.

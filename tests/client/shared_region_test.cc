@@ -14,6 +14,7 @@
 #include <mutex>
 #include <string>
 
+#include "client/cpp/file_handle.h"
 #include "tests/client/fake_service.h"
 
 namespace epserve::client {
@@ -38,9 +39,12 @@ class RegionService : public FakeService {
       grpc::ServerContext*, const inference::SystemSharedMemoryRegisterRequest* request,
       inference::SystemSharedMemoryRegisterResponse*) override {
     const std::lock_guard lock(mutex_);
-    if (!regions_.emplace(request->name(), *request).second) {
+    if (regions_.contains(request->name())) {
       return {grpc::StatusCode::ALREADY_EXISTS, "register: it is registered"};
     }
+    FileHandle object(::shm_open(("/" + request->key()).c_str(), O_RDWR, 0));
+    EXPECT_GE(object.get(), 0);
+    regions_.emplace(request->name(), Region{*request, std::move(object)});
     return grpc::Status::OK;
   }
   grpc::Status SystemSharedMemoryUnregister(
@@ -58,9 +62,9 @@ class RegionService : public FakeService {
     for (const auto& [name, region] : regions_) {
       auto& status = (*response->mutable_regions())[name];
       status.set_name(name);
-      status.set_key(region.key());
-      status.set_offset(region.offset());
-      status.set_byte_size(region.byte_size());
+      status.set_key(region.asked.key());
+      status.set_offset(region.asked.offset());
+      status.set_byte_size(region.asked.byte_size());
     }
     return grpc::Status::OK;
   }
@@ -88,22 +92,24 @@ class RegionService : public FakeService {
   bool Copy(const Parameters& parameters, std::string& bytes, bool write) {
     const auto name = parameters.find("shared_memory_region");
     if (name == parameters.end()) return false;
-    const auto& region = regions_.at(name->second.string_param());
+    const int fd = regions_.at(name->second.string_param()).object.get();
     const auto size =
         static_cast<std::size_t>(parameters.at("shared_memory_byte_size").int64_param());
     const auto offset = static_cast<off_t>(parameters.at("shared_memory_offset").int64_param());
-    const int fd = ::shm_open(("/" + region.key()).c_str(), O_RDWR, 0);
-    EXPECT_GE(fd, 0);
     if (!write) bytes.resize(size);
     EXPECT_EQ(
         write ? ::pwrite(fd, bytes.data(), size, offset) : ::pread(fd, bytes.data(), size, offset),
         static_cast<ssize_t>(size));
-    ::close(fd);
     return true;
   }
 
+  struct Region {
+    inference::SystemSharedMemoryRegisterRequest asked;
+    FileHandle object;  // opened by its key at the registration, and never again
+  };
+
   std::mutex mutex_;
-  std::map<std::string, inference::SystemSharedMemoryRegisterRequest> regions_;
+  std::map<std::string, Region> regions_;
 };
 
 bool ObjectExists(const std::string& key) {
@@ -149,8 +155,7 @@ class SharedRegionTest : public testing::Test {
   InferenceClient client_;
 };
 
-TEST_F(SharedRegionTest, RegionIsRegisteredWhileItLivesAndItsMemoryGoesWithIt) {
-  std::string key;
+TEST_F(SharedRegionTest, RegionIsRegisteredWhileItLivesAndItsObjectHasNoNameAnyMore) {
   {
     const auto region = SharedRegion::Create(&client_, "r", 100, {.key_prefix = "test-"});
     ASSERT_TRUE(region.ok()) << region.status();
@@ -159,12 +164,24 @@ TEST_F(SharedRegionTest, RegionIsRegisteredWhileItLivesAndItsMemoryGoesWithIt) {
     ASSERT_EQ(registered.size(), 1u);
     EXPECT_EQ(registered[0].name, "r");
     EXPECT_EQ(registered[0].size_bytes, 100u);
-    key = registered[0].key;
-    EXPECT_THAT(key, StartsWith("test-"));
-    EXPECT_TRUE(ObjectExists(key));
+    EXPECT_THAT(registered[0].key, StartsWith("test-"));
+    EXPECT_FALSE(ObjectExists(registered[0].key));
   }
   EXPECT_THAT(Registered(), IsEmpty());
-  EXPECT_FALSE(ObjectExists(key));
+}
+
+TEST_F(SharedRegionTest, MemoryHasItsNameUntilThatIsRemoved) {
+  auto memory = SharedMemory::Create(100, "test-").value();
+  const std::string first = memory->key();
+  EXPECT_TRUE(ObjectExists(first));
+  memory->RemoveName();
+  EXPECT_FALSE(ObjectExists(first));
+  memory->bytes()[99] = std::byte{1};
+  memory = SharedMemory::Create(100, "test-").value();
+  const std::string second = memory->key();
+  EXPECT_TRUE(ObjectExists(second));
+  memory = nullptr;
+  EXPECT_FALSE(ObjectExists(second));
 }
 
 TEST_F(SharedRegionTest, NameInUseIsAnErrorAndLeavesNoMemory) {
