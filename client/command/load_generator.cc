@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <deque>
+#include <map>
 #include <memory>
 #include <utility>
 
@@ -17,7 +17,8 @@ namespace epserve::client {
 namespace {
 
 constexpr absl::Duration kProgressInterval = absl::Milliseconds(50);
-// A service that refuses at once must not be asked as fast as it refuses.
+// A service that refuses at once must not be asked as fast as it refuses, nor before it wants to
+// be.
 constexpr absl::Duration kPauseAfterFailure = absl::Milliseconds(20);
 
 PhaseTimes PhasesOf(const InferResult& result) {
@@ -152,8 +153,10 @@ class ClosedLoop {
   void Ended(Line& line, absl::Time began, const absl::Status& status, InferResult* result) {
     recorder_.Record(began, status, result);
     if (status.ok()) return Next(line);
+    const absl::Duration pause =
+        std::max(kPauseAfterFailure, RetryPushback(status).value_or(absl::ZeroDuration()));
     absl::MutexLock lock(&mutex_);
-    pausing_.emplace_back(std::min(absl::Now() + kPauseAfterFailure, until_), &line);
+    pausing_.emplace(std::min(absl::Now() + pause, until_), &line);
   }
 
  private:
@@ -175,17 +178,17 @@ class ClosedLoop {
   bool Await(absl::Time report_at, Line** line) {
     *line = nullptr;
     absl::MutexLock lock(&mutex_);
-    // Pauses are of one length: the first to begin is the first to end.
-    const auto due = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-      return running_ == 0 || (!pausing_.empty() && pausing_.front().first < report_at);
+    absl::Time wake = report_at;
+    const auto has_earlier = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+      return running_ == 0 || (!pausing_.empty() && pausing_.begin()->first < wake);
     };
-    mutex_.AwaitWithDeadline(absl::Condition(&due), report_at);
-    if (running_ == 0) return false;
-    if (pausing_.empty() || pausing_.front().first >= report_at) return true;
-    const auto never = []() { return false; };
-    mutex_.AwaitWithDeadline(absl::Condition(&never), pausing_.front().first);
-    *line = pausing_.front().second;
-    pausing_.pop_front();
+    while (mutex_.AwaitWithDeadline(absl::Condition(&has_earlier), wake)) {
+      if (running_ == 0) return false;
+      wake = pausing_.begin()->first;
+    }
+    if (wake == report_at) return true;
+    *line = pausing_.begin()->second;
+    pausing_.erase(pausing_.begin());
     return true;
   }
 
@@ -197,8 +200,8 @@ class ClosedLoop {
   std::atomic<std::int64_t> next_{0};
   absl::Mutex mutex_;
   int running_ ABSL_GUARDED_BY(mutex_);  // lines that have requests to come
-  // After a failure, with when they go on; oldest first.
-  std::deque<std::pair<absl::Time, Line*>> pausing_ ABSL_GUARDED_BY(mutex_);
+  // After a failure, by when they go on.
+  std::multimap<absl::Time, Line*> pausing_ ABSL_GUARDED_BY(mutex_);
 };
 
 void Line::Start(const InferRequest& request) {

@@ -1,9 +1,10 @@
 // Drives load at a service and records how each request went.
 //
 // Closed loop: `concurrency` requests are under way at once; the next starts when one ends, and a
-// little later where it failed. Open loop: requests start at a fixed rate whatever the service
-// does, and their time counts from when they were due, so that a stall shows in every request that
-// it delayed. A request that finds no room before the duration is over does not start at all.
+// little later where it failed, or when the service has asked for it (RetryPushback). Open loop:
+// requests start at a fixed rate whatever the service does, and their time counts from when they
+// were due, so that a stall shows in every request that it delayed. A request that finds no room
+// before the duration is over does not start at all.
 //
 // What is under way ends on the client's own threads (ClientOptions::async_threads), and in a
 // closed loop the next request starts there: however many are under way, few threads take part.

@@ -32,6 +32,11 @@ void PrepareAttempt(const InferRequest& request, absl::Time deadline,
   for (const auto& [key, value] : request.metadata) context.AddMetadata(key, value);
 }
 
+absl::Status OutcomeOf(const grpc::Status& status, const grpc::ClientContext& context) {
+  if (status.ok()) return absl::OkStatus();
+  return WithPushback(FromGrpcStatus(status), Pushback(context));
+}
+
 std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, int attempt,
                                          const absl::Status& status,
                                          const grpc::ClientContext& context, absl::Time deadline) {
@@ -124,7 +129,7 @@ std::optional<absl::Status> AsyncCall::Proceed() {
     return std::nullopt;
   }
   rpc_.reset();
-  const absl::Status status = FromGrpcStatus(status_);
+  const absl::Status status = OutcomeOf(status_, *context_);
   if (status.ok()) return status;
   const auto delay = RetryDelay(retry_, attempt_, status, *context_, deadline_);
   context_.reset();

@@ -23,6 +23,9 @@ namespace epserve::client {
 // The deadline, if there is one, and the request's metadata.
 void PrepareAttempt(const InferRequest& request, absl::Time deadline, grpc::ClientContext& context);
 
+// How the attempt has ended; an error with the server's pushback (see RetryPushback).
+absl::Status OutcomeOf(const grpc::Status& status, const grpc::ClientContext& context);
+
 // The wait before the next attempt, or nullopt if the status stands. A wait that the deadline would
 // cut short is not begun: the caller learns the server's reason now.
 std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, int attempt,

@@ -41,8 +41,9 @@ absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request, 
     AwaitReconnect(*core_->channel, deadline);
     grpc::ByteBuffer reply;
     const absl::Status status =
-        FromGrpcStatus(grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer>(
-            core_->channel.get(), method, &context, bytes, &reply));
+        OutcomeOf(grpc::internal::BlockingUnaryCall<grpc::ByteBuffer, grpc::ByteBuffer>(
+                      core_->channel.get(), method, &context, bytes, &reply),
+                  context);
     if (status.ok()) {
       EPC_ASSIGN_OR_RETURN(InferResult result,
                            ResultOf(ExpectedOf(request), std::move(reply), std::move(spare)));

@@ -6,7 +6,9 @@
 // Errors come as absl::Status with the server's code and message:
 //   INVALID_ARGUMENT    the request is wrong, whoever retries; the message names value and limit
 //   NOT_FOUND           no such model or layer
-//   RESOURCE_EXHAUSTED  the server's queue is full; retried as RetryPolicy says
+//   RESOURCE_EXHAUSTED  the server's queue is full; retried as RetryPolicy says.
+//   RetryPushback(status)
+//                       is when the server wants to see the request again
 //   UNAVAILABLE         no server, or experts without a live worker; retried as RetryPolicy says
 //   DEADLINE_EXCEEDED   the timeout has passed, over all attempts
 //   CANCELLED           PendingInfer::Cancel was called
@@ -108,7 +110,8 @@ struct StreamOptions {
 
 // One stream of requests, several under way at once, whose results come in the requests' order:
 // the cheapest way to send many. Nothing is retried: a request that fails is an error in its place,
-// and the stream goes on; a stream that breaks is UNAVAILABLE for all that it still owes.
+// with RetryPushback() for whoever sends it again, and the stream goes on; a stream that breaks is
+// UNAVAILABLE for all that it still owes.
 //
 // Thread safety: Send and Receive may be called by two threads at once, each by one; Cancel by any.
 // Both block: Send while the service takes no more (it bounds what one stream may have under way,

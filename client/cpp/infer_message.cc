@@ -1,11 +1,13 @@
 #include "client/cpp/infer_message.h"
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "client/cpp/plain_reply.h"
+#include "client/cpp/retry.h"
 #include "client/cpp/status.h"
 #include "inference/grpc_service.pb.h"
 #include "proto/wire/wire_text.h"
@@ -170,8 +172,14 @@ absl::Status StreamError(const inference::ModelStreamInferResponse& message) {
   const auto found = parameters.find("epserve_error_code");
   const std::int64_t code = found == parameters.end() ? 0 : found->second.int64_param();
   const bool known = code > 0 && code <= static_cast<int>(absl::StatusCode::kUnauthenticated);
-  return absl::Status(known ? static_cast<absl::StatusCode>(code) : absl::StatusCode::kUnknown,
-                      message.error_message());
+  std::optional<std::string> pushback_ms;
+  if (const auto given = parameters.find(kStreamPushbackKey); given != parameters.end()) {
+    pushback_ms = absl::StrCat(given->second.int64_param());
+  }
+  return WithPushback(
+      absl::Status(known ? static_cast<absl::StatusCode>(code) : absl::StatusCode::kUnknown,
+                   message.error_message()),
+      pushback_ms);
 }
 
 }  // namespace

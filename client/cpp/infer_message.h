@@ -20,7 +20,8 @@ absl::StatusOr<InferResult> ResultOf(const ExpectedOutput& expected, grpc::ByteB
                                      TensorBytes spare);
 
 // As above, from a message of ModelStreamInfer; or the error that it carries in place of an answer,
-// UNKNOWN where the server does not say which code it is (parameter epserve_error_code).
+// UNKNOWN where the server does not say which code it is (parameter epserve_error_code), with the
+// server's pushback (see RetryPushback).
 absl::StatusOr<InferResult> StreamedResultOf(const ExpectedOutput& expected,
                                              grpc::ByteBuffer&& reply, TensorBytes spare);
 

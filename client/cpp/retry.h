@@ -21,8 +21,17 @@ struct RetryPolicy {
   absl::Duration max_backoff = absl::Seconds(2);
 };
 
-// The server's word on when to come back, in trailing metadata.
+// The server's word on when to come back, in trailing metadata; for a request on a stream, which
+// has none of its own, a parameter of the error in its place.
 inline constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
+inline constexpr char kStreamPushbackKey[] = "epserve_retry_pushback_ms";
+
+// That word on the request that failed with `status`, which this library did not retry, or no more;
+// nullopt where there is none, or it is "do not".
+std::optional<absl::Duration> RetryPushback(const absl::Status& status);
+
+// `status`, which is not OK, with that word, if there is one. Internal to client/cpp.
+absl::Status WithPushback(absl::Status status, const std::optional<std::string>& pushback_ms);
 
 // After attempt number `attempt` (from 1) failed with `code`: the time to wait before the next one,
 // or nullopt if there is none to be.

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <future>
 #include <memory>
 #include <string>
 #include <thread>
@@ -59,6 +60,26 @@ TEST_F(InferStreamTest, FailedRequestIsAnErrorInItsPlaceAndTheStreamGoesOn) {
   EXPECT_EQ(failed.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(std::string(failed.message()), "queue full");
   EXPECT_EQ(stream->Receive()->id, "r2");
+}
+
+TEST_F(InferStreamTest, FailedRequestSaysWhenToSendItAgainOnAStreamAndInACallOfItsOwn) {
+  service_.set_handler([](grpc::ServerContext& context, const auto& request, auto& response) {
+    if (request.id() == "r1") return grpc::Status(grpc::StatusCode::UNAVAILABLE, "away");
+    (*response.mutable_parameters())["epserve_retry_pushback_ms"].set_int64_param(70);
+    context.AddTrailingMetadata("grpc-retry-pushback-ms", "80");
+    return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "full");
+  });
+  const auto stream = client_.OpenStream();
+  for (int i = 0; i < 2; ++i) ASSERT_TRUE(stream->Send(Numbered(i)).ok());
+  const absl::Status full = stream->Receive().status();
+  EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(RetryPushback(full), absl::Milliseconds(70));
+  EXPECT_EQ(RetryPushback(stream->Receive().status()), std::nullopt);
+  EXPECT_EQ(RetryPushback(client_.Infer(Numbered(2)).status()), absl::Milliseconds(80));
+  std::promise<absl::Status> ended;
+  client_.InferAsync(Numbered(3),
+                     [&](absl::StatusOr<InferResult> result) { ended.set_value(result.status()); });
+  EXPECT_EQ(RetryPushback(ended.get_future().get()), absl::Milliseconds(80));
 }
 
 TEST_F(InferStreamTest, StreamThatBreaksSaysWhyForAllThatItOwes) {

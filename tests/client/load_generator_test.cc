@@ -32,6 +32,42 @@ TEST(LoadGeneratorTest, ClosedLoopPausesAfterAFailure) {
   EXPECT_EQ(result.first_message.at("UNAVAILABLE"), "no worker");
 }
 
+TEST(LoadGeneratorTest, ClosedLoopComesBackWhenTheServiceHasAskedForIt) {
+  for (const bool streaming : {false, true}) {
+    FakeService service;
+    service.set_handler([](grpc::ServerContext& context, const inference::ModelInferRequest&,
+                           inference::ModelInferResponse& response) {
+      (*response.mutable_parameters())["epserve_retry_pushback_ms"].set_int64_param(200);
+      context.AddTrailingMetadata("grpc-retry-pushback-ms", "200");
+      return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "full");
+    });
+    InferenceClient client({.target = service.target()});
+    LoadPlan plan;
+    plan.streaming = streaming;
+    plan.requests = 3;
+    const absl::Time started = absl::Now();
+    RunLoad(client, Inputs(absl::Seconds(30)), plan, [](std::int64_t, double) {});
+    EXPECT_GE(absl::Now() - started, absl::Milliseconds(400)) << streaming;
+  }
+}
+
+TEST(LoadGeneratorTest, PauseThatBeginsLaterMayEndEarlier) {
+  FakeService service;
+  std::atomic<int> number{0};
+  service.set_handler([&](grpc::ServerContext& context, const auto&, auto&) {
+    // The first is away for longer than the test may take in all, the others for a moment.
+    if (number++ == 0) context.AddTrailingMetadata("grpc-retry-pushback-ms", "600");
+    return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "full");
+  });
+  InferenceClient client({.target = service.target()});
+  LoadPlan plan;
+  plan.concurrency = 2;
+  plan.duration = absl::Milliseconds(500);
+  const LoadResult result =
+      RunLoad(client, Inputs(absl::Seconds(30)), plan, [](std::int64_t, double) {});
+  EXPECT_GE(result.samples.size(), 4u);
+}
+
 TEST(LoadGeneratorTest, ClosedLoopDoesNotPauseAfterAnAnswer) {
   FakeService service;
   InferenceClient client({.target = service.target()});

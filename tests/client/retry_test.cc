@@ -45,6 +45,15 @@ TEST(RetryTest, NegativeOrMalformedPushbackMeansDoNotRetry) {
   }
 }
 
+TEST(RetryTest, StatusHasThePushbackThatItWasGivenUnlessThatIsNever) {
+  const absl::Status full = absl::ResourceExhaustedError("full");
+  EXPECT_EQ(RetryPushback(WithPushback(full, "250")), absl::Milliseconds(250));
+  EXPECT_EQ(RetryPushback(WithPushback(full, "-1")), std::nullopt);
+  EXPECT_EQ(RetryPushback(WithPushback(full, std::nullopt)), std::nullopt);
+  EXPECT_EQ(WithPushback(full, std::nullopt), full);
+  EXPECT_EQ(RetryPushback(absl::OkStatus()), std::nullopt);
+}
+
 TEST(RetryTest, OtherCodesAreNotRetried) {
   const RetryPolicy policy{.max_attempts = 2};
   for (int code = 1; code <= 16; ++code) {
