@@ -135,7 +135,16 @@ absl::StatusOr<ReplyBytes> InferCall::MakeReply(const InferTimes& times,
   reply.server_us =
       std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - arrival_).count();
   reply.output = std::move(output);
-  return SerializeInferReply(shared_.options.model, form_, std::move(reply));
+  EPS_ASSIGN_OR_RETURN(ReplyBytes bytes,
+                       SerializeInferReply(shared_.options.model, form_, std::move(reply)));
+  // Validation has left room for the usual; a long id or a trace of many workers may pass it.
+  const std::uint64_t most_bytes = shared_.options.limits.max_message_bytes;
+  if (bytes->Length() <= most_bytes) return bytes;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "infer: the reply has ", bytes->Length(), " bytes, ", expected,
+      " of them output, more than --max-message-bytes ", most_bytes,
+      "; give the output a shared_memory_region, split the request, use a shorter id, ask for no "
+      "epserve_trace, or raise the flag"));
 }
 
 void InferCall::FinishWith(const absl::Status& status, ReplyBytes reply, const InferTimes& times,
@@ -148,7 +157,8 @@ void InferCall::FinishWith(const absl::Status& status, ReplyBytes reply, const I
         retry_pushback_ms > 0 ? retry_pushback_ms : shared_.options.retry_pushback_ms;
   }
   if (!status.ok() && form_ == InferForm::kStream) {
-    answer.message = SerializeStreamError(shared_.options.model, message_.id, status);
+    answer.message =
+        SerializeStreamError(shared_.options.model, message_.id, status, answer.retry_pushback_ms);
   }
   const auto server_time = Clock::now() - arrival_;
   shared_.statistics.Add(status.ok(), server_time, times);

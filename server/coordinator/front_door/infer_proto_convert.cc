@@ -401,13 +401,17 @@ absl::StatusOr<ReplyBytes> SerializeInferReply(const ServedModel& model, InferFo
 }
 
 ReplyBytes SerializeStreamError(const ServedModel& model, std::string_view id,
-                                const absl::Status& status) {
+                                const absl::Status& status, std::int64_t retry_pushback_ms) {
   using Response = inference::ModelStreamInferResponse;
   std::string response;
   AppendHead(model, id, response);
   // A stream's errors are text alone in this protocol; callers that know us get the code too.
   AppendParameter(ModelInferResponse::kParametersFieldNumber, "epserve_error_code",
                   static_cast<std::int64_t>(status.code()), response);
+  if (retry_pushback_ms > 0) {
+    AppendParameter(ModelInferResponse::kParametersFieldNumber, "epserve_retry_pushback_ms",
+                    retry_pushback_ms, response);
+  }
   std::string text;
   wire::AppendBytesField(Response::kErrorMessageFieldNumber,
                          server::ToGrpcStatus(status).error_message(), text);

@@ -54,9 +54,11 @@ absl::StatusOr<ReplyBytes> SerializeInferReply(const ServedModel& model, InferFo
                                                InferReply reply);
 
 // A ModelStreamInferResponse with `status`, which is not OK, as its error_message, never empty, and
-// the request's id, so that the caller knows which of its requests that was.
+// the request's id, so that the caller knows which of its requests that was. The pushback, which a
+// call of its own has in its trailing metadata, is the parameter epserve_retry_pushback_ms; 0:
+// none.
 ReplyBytes SerializeStreamError(const ServedModel& model, std::string_view id,
-                                const absl::Status& status);
+                                const absl::Status& status, std::int64_t retry_pushback_ms);
 
 }  // namespace epserve::coordinator
 

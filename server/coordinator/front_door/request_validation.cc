@@ -247,6 +247,16 @@ absl::Status LocateContents(const RequestView& view, const RequestLimits& limits
   return absl::OkStatus();
 }
 
+// gRPC sends no larger message, and ends the call, or the whole stream, that tries to.
+absl::Status CheckReplyFits(const RequestLimits& limits, const ValidatedRequest& request) {
+  if (request.output.region != nullptr) return absl::OkStatus();
+  if (request.output_bytes + kReplyRestBytes <= limits.max_message_bytes) return absl::OkStatus();
+  return Invalid("output hidden_states has ", request.output_bytes,
+                 " bytes, more than a reply has room for: --max-message-bytes ",
+                 limits.max_message_bytes, " less ", kReplyRestBytes,
+                 "; give it a shared_memory_region, split the request, or raise the flag");
+}
+
 absl::Status CheckOutputs(const RequestView& view, const RequestLimits& limits,
                           const ShmRegistry& regions, ValidatedRequest& request) {
   if (view.outputs.size() > limits.max_outputs) {
@@ -271,7 +281,7 @@ absl::Status CheckOutputs(const RequestView& view, const RequestLimits& limits,
         request.output.region->CheckWindow(window->offset_bytes, window->size_bytes));
     request.output.offset_bytes = window->offset_bytes;
   }
-  return absl::OkStatus();
+  return CheckReplyFits(limits, request);
 }
 
 // Copies a tensor's bytes to private memory, [destination, + size_bytes of the tensor).

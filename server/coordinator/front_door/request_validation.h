@@ -7,6 +7,7 @@
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_VALIDATION_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_VALIDATION_H_
 
+#include <cstdint>
 #include <string_view>
 
 #include "absl/status/status.h"
@@ -22,6 +23,10 @@ namespace epserve::coordinator {
 inline constexpr char kHiddenStates[] = "hidden_states";  // input and output
 inline constexpr char kTopkIds[] = "topk_ids";
 inline constexpr char kTopkWeights[] = "topk_weights";
+
+// What an ordinary reply may have beside its output: names, parameters and a trace of some workers
+// come to less.
+inline constexpr std::uint64_t kReplyRestBytes = 4096;
 
 // NOT_FOUND unless `name` is the served model and `version` its version or empty.
 absl::Status CheckModel(std::string_view operation, std::string_view name, std::string_view version,

@@ -189,6 +189,7 @@ class InferServiceTest : public testing::Test {
   explicit InferServiceTest(ShmOptions shm = Allowed()) : regions_(std::move(shm)) {
     FrontDoorOptions options;
     options.model = TestModel();
+    options.limits.max_message_bytes = kMaxMessageBytes;
     options.max_held_bytes = kMaxHeldBytes;
     service_ = std::make_unique<InferService>(options, &regions_, &sink_, &devices_);
     service_->AddTo(&server_);

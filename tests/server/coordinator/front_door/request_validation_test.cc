@@ -218,6 +218,25 @@ TEST_F(RequestValidationTest, OutputWindowMayBeLargerThanNeededAndHoldsItsRegion
   EXPECT_TRUE(released);
 }
 
+TEST_F(RequestValidationTest, OutputThatNoReplyHasRoomForIsRefusedUnlessItGoesToARegion) {
+  TestRequest request = ValidRequest();
+  RequestLimits limits;
+  const auto validate = [&] { return ValidateRequest(request.View(), model_, limits, regions_); };
+  limits.max_message_bytes = kReplyRestBytes + 48;
+  EXPECT_TRUE(validate().ok());
+  limits.max_message_bytes = kReplyRestBytes + 47;
+  for (const bool named : {false, true}) {
+    if (named) request.outputs = {{"hidden_states", {}}};
+    const auto result = validate();
+    EXPECT_EQ(result.status().code(), StatusCode::kInvalidArgument);
+    for (const char* part : {"48 bytes", "--max-message-bytes 4143", "shared_memory_region"}) {
+      EXPECT_THAT(std::string(result.status().message()), HasSubstr(part));
+    }
+  }
+  request.outputs = {{"hidden_states", Window(48)}};
+  EXPECT_TRUE(validate().ok());
+}
+
 TEST_F(RequestValidationTest, SharedMemoryIsUnimplementedWhereSwitchedOff) {
   const ShmRegistry off((ShmOptions()));
   TestRequest request = ValidRequest();
@@ -244,5 +263,6 @@ TEST_F(RequestValidationTest, ClientsNamesAreEscapedAndCutInMessages) {
   EXPECT_THAT(message, HasSubstr("'bad\\nxxx"));
   EXPECT_LT(message.size(), 200u);
 }
+
 }  // namespace
 }  // namespace epserve::coordinator

@@ -85,6 +85,31 @@ TEST_F(StreamInferTest, BadRequestIsAnErrorInItsPlaceAndTheStreamGoesOn) {
   EXPECT_TRUE(stream->Finish().ok());
 }
 
+TEST_F(StreamInferTest, FullQueueTellsWhenToRetryInTheReply) {
+  constexpr char kPushback[] = "epserve_retry_pushback_ms";
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
+    Completion full{absl::ResourceExhaustedError("full"), {}};
+    if (request->request.layer == 4) full.retry_pushback_ms = 777;
+    if (request->request.layer == 5) full.status = absl::UnavailableError("away");
+    request->Complete(full);
+  });
+  const auto stream = Open();
+  for (const int layer : {3, 4, 5}) {
+    ModelInferRequest request = Numbered(layer);
+    (*request.mutable_parameters())["layer"].set_int64_param(layer);
+    ASSERT_TRUE(stream->Write(request));
+  }
+  ModelStreamInferResponse responses[3];
+  for (auto& response : responses) ASSERT_TRUE(stream->Read(&response));
+  EXPECT_EQ(responses[0].error_message(), "full");
+  EXPECT_EQ(responses[0].infer_response().parameters().at(kPushback).int64_param(), 50);
+  EXPECT_EQ(responses[1].infer_response().parameters().at(kPushback).int64_param(), 777);
+  EXPECT_EQ(responses[2].error_message(), "away");
+  EXPECT_FALSE(responses[2].infer_response().parameters().contains(kPushback));
+  stream->WritesDone();
+  EXPECT_TRUE(stream->Finish().ok());
+}
+
 TEST_F(StreamInferTest, ErrorWithoutAMessageStillSaysSomething) {
   sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
     request->Complete({absl::UnavailableError(""), {}});
