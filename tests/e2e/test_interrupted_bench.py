@@ -1,4 +1,4 @@
-"""What `epserve bench` leaves where it is interrupted with its tensors in shared memory: nothing."""
+"""What `epserve bench` leaves where it is interrupted with tensors in shared memory: nothing."""
 
 import contextlib
 import signal
