@@ -103,7 +103,7 @@ FrontDoorOptions MakeFrontDoorOptions(const Options& options, const runtime::Mod
   out.model.layers = model.layers;
   out.model.has_router = model.has_router;
   out.model.max_batch_tokens = options.max_batch_tokens;
-  out.limits.max_message_bytes = static_cast<std::uint64_t>(options.max_message_bytes);
+  out.model.max_message_bytes = static_cast<std::uint64_t>(options.max_message_bytes);
   out.max_held_bytes = options.max_held_bytes;
   return out;
 }

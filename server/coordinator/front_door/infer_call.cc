@@ -137,8 +137,8 @@ absl::StatusOr<ReplyBytes> InferCall::MakeReply(const InferTimes& times,
   reply.output = std::move(output);
   EPS_ASSIGN_OR_RETURN(ReplyBytes bytes,
                        SerializeInferReply(shared_.options.model, form_, std::move(reply)));
-  // Validation has left room for the usual; a long id or a trace of many workers may pass it.
-  const std::uint64_t most_bytes = shared_.options.limits.max_message_bytes;
+  // Validation has left room for the usual; a long id, or a trace of many workers, may need more.
+  const std::uint64_t most_bytes = shared_.options.model.max_message_bytes;
   if (bytes->Length() <= most_bytes) return bytes;
   return absl::InvalidArgumentError(absl::StrCat(
       "infer: the reply has ", bytes->Length(), " bytes, ", expected,

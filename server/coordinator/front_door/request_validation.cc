@@ -248,12 +248,12 @@ absl::Status LocateContents(const RequestView& view, const RequestLimits& limits
 }
 
 // gRPC sends no larger message, and ends the call, or the whole stream, that tries to.
-absl::Status CheckReplyFits(const RequestLimits& limits, const ValidatedRequest& request) {
+absl::Status CheckReplyFits(const ServedModel& model, const ValidatedRequest& request) {
   if (request.output.region != nullptr) return absl::OkStatus();
-  if (request.output_bytes + kReplyRestBytes <= limits.max_message_bytes) return absl::OkStatus();
+  if (request.output_bytes + kReplyRestBytes <= model.max_message_bytes) return absl::OkStatus();
   return Invalid("output hidden_states has ", request.output_bytes,
                  " bytes, more than a reply has room for: --max-message-bytes ",
-                 limits.max_message_bytes, " less ", kReplyRestBytes,
+                 model.max_message_bytes, " less ", kReplyRestBytes,
                  "; give it a shared_memory_region, split the request, or raise the flag");
 }
 
@@ -281,7 +281,7 @@ absl::Status CheckOutputs(const RequestView& view, const RequestLimits& limits,
         request.output.region->CheckWindow(window->offset_bytes, window->size_bytes));
     request.output.offset_bytes = window->offset_bytes;
   }
-  return CheckReplyFits(limits, request);
+  return absl::OkStatus();
 }
 
 // Copies a tensor's bytes to private memory, [destination, + size_bytes of the tensor).
@@ -426,6 +426,7 @@ absl::StatusOr<ValidatedRequest> ValidateRequest(const RequestView& view, const 
   request.output_bytes = tensors[kHidden].size_bytes;
   EPS_RETURN_IF_ERROR(LocateContents(view, limits, regions, tensors));
   EPS_RETURN_IF_ERROR(CheckOutputs(view, limits, regions, request));
+  EPS_RETURN_IF_ERROR(CheckReplyFits(model, request));
 
   // Everything that can be told without the values has been told; now the values.
   EPS_RETURN_IF_ERROR(TakeRouting(tensors, model, request));

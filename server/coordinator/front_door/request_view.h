@@ -112,8 +112,6 @@ struct RequestLimits {
   std::size_t max_parameters = 64;  // of the request, and of each tensor
   // Raw entries of so many bytes stay in the pieces that they came in.
   std::size_t large_entry_bytes = 64 << 10;
-  // Of a message, the reply's too (--max-message-bytes).
-  std::uint64_t max_message_bytes = 256 << 20;
 };
 
 }  // namespace epserve::coordinator

@@ -21,6 +21,7 @@ struct ServedModel {
   std::vector<std::int64_t> layers;  // model layer numbers that have experts, ascending
   bool has_router = false;           // ids and weights may be left out
   std::int64_t max_batch_tokens = 0;
+  std::uint64_t max_message_bytes = 256 << 20;  // a reply's, too
 };
 
 }  // namespace epserve::coordinator

@@ -196,6 +196,19 @@ TEST_F(CudaRegionTest, BothKindsShareOneNamespaceAndEachIsUnregisteredAsWhatItIs
   EXPECT_EQ(devices_.closed().size(), 1u);
 }
 
+TEST_F(CudaRegionTest, UnregisterThatCameTooLateGoesToTheWorkersAgainThoughTheNameIsGone) {
+  ASSERT_TRUE(RegisterCuda(Region("gpu")).ok());
+  devices_.CloseWith(absl::DeadlineExceededError("unregister: too late; retry"));
+  for (const int closings : {1, 2}) {
+    EXPECT_EQ(UnregisterCuda("gpu").error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+    EXPECT_EQ(devices_.num_closings(), closings);
+    EXPECT_EQ(List().regions_size(), 0);
+  }
+  devices_.CloseWith(absl::OkStatus());
+  EXPECT_TRUE(UnregisterCuda("gpu").ok());
+  EXPECT_EQ(devices_.closed().size(), 1u);
+}
+
 TEST_F(CudaRegionTest, WindowPastTheRegionOrOutputThatShiftsTheInputIsRefused) {
   ASSERT_TRUE(RegisterCuda(Region("gpu")).ok());
   ASSERT_TRUE(RegisterCuda(Region("alias")).ok()) << "the same handle by another name";

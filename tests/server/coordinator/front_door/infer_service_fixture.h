@@ -111,13 +111,15 @@ class FakeDeviceHost final : public DeviceRegionHost {
   void CloseDeviceRegions(std::vector<std::uint64_t> regions, Done done) override {
     {
       const std::lock_guard lock(mutex_);
+      ++closings_;
       closed_.insert(closed_.end(), regions.begin(), regions.end());
     }
-    done(absl::OkStatus());
+    done(closing_answer_);
   }
 
-  void AnswerWith(absl::Status answer) { answer_ = std::move(answer); }  // before any call
-  void Keep() { keeps_ = true; }                                         // before any call
+  void AnswerWith(absl::Status answer) { answer_ = std::move(answer); }         // before any call
+  void CloseWith(absl::Status answer) { closing_answer_ = std::move(answer); }  // between calls
+  void Keep() { keeps_ = true; }                                                // before any call
   // What was kept is answered.
   void Answer(const absl::Status& status) {
     Done done;
@@ -137,6 +139,10 @@ class FakeDeviceHost final : public DeviceRegionHost {
     const std::lock_guard lock(mutex_);
     return opened_;
   }
+  int num_closings() {
+    const std::lock_guard lock(mutex_);
+    return closings_;
+  }
   std::vector<std::uint64_t> closed() {
     const std::lock_guard lock(mutex_);
     return closed_;
@@ -145,10 +151,12 @@ class FakeDeviceHost final : public DeviceRegionHost {
  private:
   std::mutex mutex_;
   absl::Status answer_;
+  absl::Status closing_answer_;
   bool keeps_ = false;
   std::shared_ptr<const ShmRegion> region_;
   Done done_;
   int opened_ = 0;
+  int closings_ = 0;
   std::vector<std::uint64_t> closed_;
 };
 
@@ -189,7 +197,6 @@ class InferServiceTest : public testing::Test {
   explicit InferServiceTest(ShmOptions shm = Allowed()) : regions_(std::move(shm)) {
     FrontDoorOptions options;
     options.model = TestModel();
-    options.limits.max_message_bytes = kMaxMessageBytes;
     options.max_held_bytes = kMaxHeldBytes;
     service_ = std::make_unique<InferService>(options, &regions_, &sink_, &devices_);
     service_->AddTo(&server_);

@@ -304,21 +304,6 @@ TEST_F(InferServiceTest, MessagePastTheLimitIsRefused) {
   EXPECT_EQ(Infer(request).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
 }
 
-TEST_F(InferServiceTest, ReplyThatItsIdMakesTooLargeIsRefusedSayingSo) {
-  sink_.HandleBy(Echo);
-  ModelInferRequest request = ValidMessage();
-  constexpr int kReplyBeyondRequest = 64;
-  request.set_id(std::string(
-      static_cast<std::size_t>(kMaxMessageBytes - kReplyBeyondRequest) - request.ByteSizeLong(),
-      'i'));
-  const grpc::Status status = Infer(request);
-  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  EXPECT_THAT(status.error_message(), HasSubstr("--max-message-bytes 1048576"));
-  EXPECT_THAT(status.error_message(), HasSubstr("use a shorter id"));
-  request.mutable_id()->resize(kMaxMessageBytes / 2);
-  EXPECT_TRUE(Infer(request).ok());
-}
-
 TEST_F(InferServiceTest, CompressedMessageIsRefusedBeforeItIsUnpacked) {
   ModelInferRequest request = ValidMessage();
   request.set_raw_input_contents(0, std::string(16 << 20, 'x'));

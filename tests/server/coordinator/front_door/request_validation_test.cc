@@ -220,21 +220,19 @@ TEST_F(RequestValidationTest, OutputWindowMayBeLargerThanNeededAndHoldsItsRegion
 
 TEST_F(RequestValidationTest, OutputThatNoReplyHasRoomForIsRefusedUnlessItGoesToARegion) {
   TestRequest request = ValidRequest();
-  RequestLimits limits;
-  const auto validate = [&] { return ValidateRequest(request.View(), model_, limits, regions_); };
-  limits.max_message_bytes = kReplyRestBytes + 48;
-  EXPECT_TRUE(validate().ok());
-  limits.max_message_bytes = kReplyRestBytes + 47;
+  model_.max_message_bytes = kReplyRestBytes + 48;
+  EXPECT_TRUE(Validate(request).ok());
+  model_.max_message_bytes = kReplyRestBytes + 47;
   for (const bool named : {false, true}) {
     if (named) request.outputs = {{"hidden_states", {}}};
-    const auto result = validate();
+    const auto result = Validate(request);
     EXPECT_EQ(result.status().code(), StatusCode::kInvalidArgument);
     for (const char* part : {"48 bytes", "--max-message-bytes 4143", "shared_memory_region"}) {
       EXPECT_THAT(std::string(result.status().message()), HasSubstr(part));
     }
   }
   request.outputs = {{"hidden_states", Window(48)}};
-  EXPECT_TRUE(validate().ok());
+  EXPECT_TRUE(Validate(request).ok());
 }
 
 TEST_F(RequestValidationTest, SharedMemoryIsUnimplementedWhereSwitchedOff) {

@@ -85,6 +85,34 @@ TEST_F(StreamInferTest, BadRequestIsAnErrorInItsPlaceAndTheStreamGoesOn) {
   EXPECT_TRUE(stream->Finish().ok());
 }
 
+TEST_F(StreamInferTest, ReplyThatItsTraceMakesTooLargeIsAnErrorInItsPlace) {
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
+    if (!request->request.trace) return Echo(std::move(request));
+    const auto output = request->MutableOutput();
+    std::fill(output.begin(), output.end(), '\0');
+    Completion completion = Ok();
+    completion.times.ranks.resize(20000);
+    request->Complete(completion);
+  });
+  ModelInferRequest traced = Numbered(0);
+  (*traced.mutable_parameters())["epserve_trace"].set_bool_param(true);
+  const grpc::Status status = Infer(traced);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("--max-message-bytes 1048576"));
+  EXPECT_THAT(status.error_message(), HasSubstr("ask for no epserve_trace"));
+  const auto stream = Open();
+  ASSERT_TRUE(stream->Write(traced));
+  ASSERT_TRUE(stream->Write(Numbered(1)));
+  ModelStreamInferResponse responses[2];
+  for (auto& response : responses) ASSERT_TRUE(stream->Read(&response));
+  EXPECT_EQ(responses[0].infer_response().id(), "r0");
+  EXPECT_THAT(responses[0].error_message(), HasSubstr("ask for no epserve_trace"));
+  EXPECT_EQ(responses[1].infer_response().id(), "r1");
+  EXPECT_EQ(responses[1].error_message(), "");
+  stream->WritesDone();
+  EXPECT_TRUE(stream->Finish().ok());
+}
+
 TEST_F(StreamInferTest, FullQueueTellsWhenToRetryInTheReply) {
   constexpr char kPushback[] = "epserve_retry_pushback_ms";
   sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {

@@ -21,7 +21,7 @@
 
 namespace epserve::coordinator {
 
-// H 4, E 8, K 2, layers 3..5 and 7, at most 16 tokens.
+// H 4, E 8, K 2, layers 3..5 and 7, at most 16 tokens, messages of at most 1 MiB.
 inline ServedModel TestModel() {
   ServedModel model;
   model.name = "tiny";
@@ -32,6 +32,7 @@ inline ServedModel TestModel() {
   model.layers = {3, 4, 5, 7};
   model.has_router = false;
   model.max_batch_tokens = 16;
+  model.max_message_bytes = 1 << 20;
   return model;
 }
 
