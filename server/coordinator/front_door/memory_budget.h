@@ -43,7 +43,9 @@ class MemoryBudget {
       return absl::OkStatus();
     }
 
-    void Release() { budget_.GiveBack(std::exchange(bytes_, 0)); }
+    void Release() {
+      if (bytes_ > 0) budget_.GiveBack(std::exchange(bytes_, 0));
+    }
 
     // A part of it, to be given back by itself. REQUIRES: it has so many.
     Share Split(std::int64_t bytes) {
