@@ -45,6 +45,10 @@ inline constexpr PassThrough kPassThrough[] = {
      "Longest that a caller's stream may bring no message, milliseconds (default: the "
      "coordinator's own)",
      true, false, true},
+    {"--reply-timeout-ms",
+     "Longest that a caller may take to read a reply, milliseconds (default: the coordinator's "
+     "own)",
+     true, false, true},
     {"--formation-timeout-ms",
      "Longest that an epoch may take to form, milliseconds (default: the coordinator's own)", true,
      false, true},

@@ -53,9 +53,13 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
       EndReading();
       return;
     }
-    absl::Status status = server::ParseMessage(received_, &incoming_);
+    // This flag is written by this callback alone; others read it under the lock. Who has not
+    // joined may be anybody.
+    const bool fits = joined_ || received_.Length() <= server::kSmallMessageBytes;
+    absl::Status status = fits ? server::ParseMessage(received_, &incoming_)
+                               : server::MessageTooLarge("control: Hello", received_.Length(),
+                                                         server::kSmallMessageBytes);
     received_.Clear();
-    // This flag is written by this callback alone; others read it under the lock.
     if (status.ok()) status = joined_ ? Take() : Join();
     if (!status.ok()) {
       Close(std::move(status), /*flush=*/true);
@@ -236,7 +240,7 @@ void AddControlService(Host* host, HelloPolicy policy, server::RpcServer* server
         return begun;
       },
       // However many callers there are, a worker that comes back finds its place.
-      server::RpcServer::Places::kFree);
+      server::RpcServer::Places::kFree, server::kAnyMessageBytes);
 }
 
 }  // namespace epserve::coordinator

@@ -210,7 +210,8 @@ struct Coordinator::Parts {
          }});
     server.SetOnNoPlace([this](const std::string& peer) { refusals->OnMaxConnections(peer); });
     server.SetCallLimits({std::chrono::milliseconds(options.message_timeout_ms),
-                          std::chrono::milliseconds(options.stream_idle_timeout_ms)});
+                          std::chrono::milliseconds(options.stream_idle_timeout_ms),
+                          std::chrono::milliseconds(options.reply_timeout_ms)});
     server.SetOnInputTaken(&host->wants_input_taken(), [this] { host->TellInputTaken(); });
     server.SetBusyPoll(std::chrono::microseconds(options.busy_poll_us));
     const bool started = server.Start(&builder, kIoThreads);

@@ -180,6 +180,8 @@ void AddTimeFlags(CLI::App& app, Options& options) {
   add("--stream-idle-timeout-ms", options.stream_idle_timeout_ms, 10,
       "EPSERVE_STREAM_IDLE_TIMEOUT_MS",
       "Longest that a caller's stream may bring no message while none is answered, milliseconds");
+  add("--reply-timeout-ms", options.reply_timeout_ms, 10, "EPSERVE_REPLY_TIMEOUT_MS",
+      "Longest that a caller may take to read a reply that is there, milliseconds");
   add("--drain-timeout-ms", options.drain_timeout_ms, 0, "EPSERVE_DRAIN_TIMEOUT_MS",
       "Longest that SIGTERM waits for queued and running requests, milliseconds");
 }

@@ -36,6 +36,7 @@ struct Options {
   int busy_poll_us = 0;
   std::int64_t message_timeout_ms = 60'000;
   std::int64_t stream_idle_timeout_ms = 3'600'000;
+  std::int64_t reply_timeout_ms = 60'000;
   std::int64_t max_message_bytes = 256 << 20;
   std::int64_t max_held_bytes = std::int64_t{4} << 30;
   bool allow_client_shm = false;

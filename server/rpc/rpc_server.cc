@@ -1,5 +1,6 @@
 #include "server/rpc/rpc_server.h"
 
+#include <grpc/grpc.h>
 #include <grpcpp/alarm.h>
 
 #include <algorithm>
@@ -55,6 +56,7 @@ struct RpcServer::State {
   struct Method {
     MakeHandler make_handler;
     Places places = Places::kCounted;
+    std::size_t max_message_bytes = kSmallMessageBytes;
   };
   std::unordered_map<std::string, Method> methods;
   CallLimits limits;
@@ -173,6 +175,7 @@ class RpcServer::Call final : public ServerCall {
   }
   void StartWrite(const grpc::ByteBuffer& message) override {
     Hold();
+    writing_.store(true, std::memory_order_relaxed);
     stream_.Write(message, &written_);
   }
   void WriteAndFinish(const grpc::ByteBuffer& message) override {
@@ -181,13 +184,27 @@ class RpcServer::Call final : public ServerCall {
   }
   void Finish(const grpc::Status& status) override {
     finishing_.store(true, std::memory_order_relaxed);
-    stream_.Finish(status, &finished_);
+    const std::size_t refused_bytes = refused_bytes_.load(std::memory_order_relaxed);
+    if (refused_bytes == 0) return stream_.Finish(status, &finished_);
+    stream_.Finish(
+        ToGrpcStatus(MessageTooLarge(context_.method(), refused_bytes, max_message_bytes_)),
+        &finished_);
   }
   void TryCancel() override { context_.TryCancel(); }
   grpc::ServerContext& context() override { return context_; }
   std::uint64_t connection() const override { return connection_; }
   const CallLimits& limits() const override { return loop_->state()->limits; }
-  void Tick(WaitClock::TimePoint now) { handler_->OnTick(now); }
+  void Tick(WaitClock::TimePoint now) {
+    handler_->OnTick(now);
+    const bool replying = writing_.load(std::memory_order_relaxed) ||
+                          (finishing_.load(std::memory_order_relaxed) && !has_finished_);
+    if (!replying || !replies_.Exceeds(limits().reply_timeout, now)) return;
+    replies_.Reset();  // Once is enough; the next look is a whole timeout away.
+    const grpc::Status status = ToGrpcStatus(ReplyNotTaken(limits()));
+    grpc_call_cancel_with_status(context_.c_call(),
+                                 static_cast<grpc_status_code>(status.error_code()),
+                                 status.error_message().c_str(), nullptr);
+  }
 
   std::chrono::steady_clock::time_point due() const { return due_; }
   // The read that was put off. REQUIRES: there is one.
@@ -224,6 +241,7 @@ class RpcServer::Call final : public ServerCall {
       if (loop_->state()->buffer_guard) {
         buffered_.emplace(loop_->state()->buffer_guard.get(), peer_);
       }
+      max_message_bytes_ = found->second.max_message_bytes;
       handler_ = found->second.make_handler(this);
       place_ = loop_->calls().insert(loop_->calls().end(), this);
     }
@@ -244,10 +262,17 @@ class RpcServer::Call final : public ServerCall {
   }
   void Read(bool ok) {
     if (ok && buffered_) buffered_->OnMessage(reading_->Length());
+    if (ok && max_message_bytes_ != kAnyMessageBytes && reading_->Length() > max_message_bytes_) {
+      refused_bytes_.store(reading_->Length(), std::memory_order_relaxed);
+      reading_->Clear();
+      ok = false;
+    }
     handler_->OnReadDone(ok);
     Release();
   }
   void Written(bool ok) {
+    writing_.store(false, std::memory_order_relaxed);
+    replies_.Reset();
     handler_->OnWriteDone(ok);
     if (delayed_message_ != nullptr) StartDelayedRead();
     Release();
@@ -257,7 +282,10 @@ class RpcServer::Call final : public ServerCall {
     if (gone && handler_ != nullptr) handler_->OnCancel();
     Release();
   }
-  void Finished(bool) { Release(); }
+  void Finished(bool) {
+    has_finished_ = true;
+    Release();
+  }
 
   void Hold() { shares_.fetch_add(1, std::memory_order_relaxed); }
   void Release() {
@@ -283,6 +311,7 @@ class RpcServer::Call final : public ServerCall {
   std::uint64_t connection_ = 0;
   bool taken_ = false;
   bool counted_ = false;  // has a place among the connections
+  std::size_t max_message_bytes_ = kSmallMessageBytes;
   std::optional<BufferGuard::Call> buffered_;
   grpc::ByteBuffer* reading_ = nullptr;  // what the read in flight fills
   CallHandler* handler_ = nullptr;       // null where there is none for it
@@ -292,6 +321,10 @@ class RpcServer::Call final : public ServerCall {
   std::chrono::steady_clock::time_point due_;    // these two where one is
   std::list<Call*>::iterator delayed_place_;
   int prompt_reads_ = 0;
+  WaitClock replies_;  // while writing_, or finishing_ and not has_finished_
+  bool has_finished_ = false;
+  std::atomic<std::size_t> refused_bytes_{0};  // of a message that was too large; 0: none was
+  std::atomic<bool> writing_{false};
   std::atomic<bool> finishing_{false};
   std::atomic<int> shares_{2};  // for accepted_ and finished_
   MemberTag<Call, &Call::Accepted> accepted_{this};
@@ -347,8 +380,9 @@ void RpcServer::Loop::StartDueReads() {
 void RpcServer::Loop::SetAlarm() {
   const CallLimits& limits = state_->limits;
   // A limit may be exceeded by a quarter, or by two seconds.
-  const auto period = std::clamp(std::min(limits.message_timeout, limits.stream_idle_timeout) / 4,
-                                 kShortestTick, kLongestTick);
+  const auto shortest =
+      std::min({limits.message_timeout, limits.stream_idle_timeout, limits.reply_timeout});
+  const auto period = std::clamp(shortest / 4, kShortestTick, kLongestTick);
   const std::lock_guard lock(mutex_);
   if (!shut_down_) alarm_.Set(queue_.get(), std::chrono::system_clock::now() + period, &tick_);
 }
@@ -371,8 +405,9 @@ RpcServer::RpcServer() : state_(std::make_unique<State>()) {}
 
 RpcServer::~RpcServer() { Stop(std::chrono::milliseconds(0)); }
 
-void RpcServer::Handle(const std::string& method, MakeHandler make_handler, Places places) {
-  state_->methods[method] = {std::move(make_handler), places};
+void RpcServer::Handle(const std::string& method, MakeHandler make_handler, Places places,
+                       std::size_t max_message_bytes) {
+  state_->methods[method] = {std::move(make_handler), places, max_message_bytes};
 }
 
 void RpcServer::SetAuthorizer(Authorize authorize) { state_->authorize = std::move(authorize); }

@@ -30,29 +30,9 @@
 
 #include "absl/status/status.h"
 #include "server/rpc/buffer_guard.h"
+#include "server/rpc/call_limits.h"
 
 namespace epserve::server {
-
-// How long a call waits for its caller, with nothing else under way.
-struct CallLimits {
-  std::chrono::milliseconds message_timeout{60'000};         // one message, of a call that has one
-  std::chrono::milliseconds stream_idle_timeout{3'600'000};  // the next message of a stream
-};
-
-// Time that a handler waits for its caller, as far as ticks can tell. Costs nothing between them.
-class WaitClock {
- public:
-  using TimePoint = std::chrono::steady_clock::time_point;
-
-  void Reset() { since_.reset(); }  // something came, or nothing is waited for
-  bool Exceeds(std::chrono::milliseconds limit, TimePoint now) {
-    if (!since_.has_value()) since_ = now;
-    return now - *since_ >= limit;
-  }
-
- private:
-  std::optional<TimePoint> since_;  // the first tick that found it waiting
-};
 
 // What one call's handler is told. Calls come one after another, from the thread of the call's
 // queue; they must not block. The handler lives until OnDone, the last of them.
@@ -108,9 +88,11 @@ class RpcServer {
   // Whether a method's calls take a place among the connections of SetMaxConnections.
   enum class Places { kCounted, kFree };
 
-  // `method` as on the wire: "/package.Service/Method".
-  void Handle(const std::string& method, MakeHandler make_handler,
-              Places places = Places::kCounted);
+  // `method` as on the wire: "/package.Service/Method". A message of more than `max_message_bytes`
+  // is dropped unread: its handler is told that none will follow, and whatever status it then
+  // finishes with, the caller gets INVALID_ARGUMENT.
+  void Handle(const std::string& method, MakeHandler make_handler, Places places = Places::kCounted,
+              std::size_t max_message_bytes = kSmallMessageBytes);
   // Asked before a call of a method that there is takes its place and its handler is made; what is
   // not OK ends the call. Must not block.
   using Authorize = std::function<absl::Status(const std::string& method, grpc::ServerContext&)>;

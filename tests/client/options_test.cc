@@ -196,9 +196,11 @@ TEST(OptionsTest, UnknownFlagIsNamedBeforeOneThatIsMissing) {
 TEST(OptionsTest, UpHandsTheCoordinatorsLimitsOn) {
   const auto up =
       ParseAs<UpOptions>({"up", "--checkpoint=x", "--max-held-bytes=100000", "--max-connections=7",
-                          "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"});
+                          "--message-timeout-ms=20", "--stream-idle-timeout-ms=30",
+                          "--reply-timeout-ms=40"});
   for (const char* flag : {"--max-held-bytes=100000", "--max-connections=7",
-                           "--message-timeout-ms=20", "--stream-idle-timeout-ms=30"}) {
+                           "--message-timeout-ms=20", "--stream-idle-timeout-ms=30",
+                           "--reply-timeout-ms=40"}) {
     EXPECT_THAT(up.coordinator_args, ::testing::Contains(flag));
     EXPECT_THAT(up.worker_args, ::testing::Not(::testing::Contains(flag)));
   }

@@ -9,15 +9,18 @@ import pytest
 import protos
 from cluster import wait_until
 from infer import infer, make_request, random_batch
-from raw_calls import HalfCall
+from raw_calls import FRONT_DOOR, HalfCall, UnreadCall
 
 TIMEOUT_MS = 500
+LARGE = 4096  # tokens: a megabyte each way
+HELD_BYTES = 3 << 20  # Beside a reply of so many there is no room for another such request.
 
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint, start_cluster):
     arguments = [
         *("--message-timeout-ms", TIMEOUT_MS, "--stream-idle-timeout-ms", TIMEOUT_MS),
+        *("--reply-timeout-ms", TIMEOUT_MS, "--max-held-bytes", HELD_BYTES),
         *("--lease-ms", 6000),
     ]
     with start_cluster(checkpoint(), workers=2, coordinator_args=arguments) as running:
@@ -97,3 +100,43 @@ def test_stream_without_requests_is_ended(cluster):
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     finally:
         ended.append(True)
+
+
+def message_of(cluster, rng, num_tokens):
+    batch = random_batch(cluster.checkpoint.spec, rng, num_tokens)
+    return make_request(cluster.checkpoint.name, *batch).SerializeToString()
+
+
+def test_reply_that_is_not_read_is_given_up_after_its_time(cluster, rng):
+    start = time.monotonic()
+    call = UnreadCall(cluster.port, FRONT_DOOR + "ModelInfer", message_of(cluster, rng, LARGE))
+    try:
+        call.wait_begun()
+        trailers = call.wait_end()
+    finally:
+        call.close()
+    assert time.monotonic() - start >= TIMEOUT_MS / 1000
+    assert b"--reply-timeout-ms" in trailers, "the flag that it may be raised with"
+
+
+def test_caller_that_reads_nothing_holds_memory_for_a_while_only(cluster, rng):
+    """Its connection is well and stays so: nothing but the call's own time ends it."""
+    batch = random_batch(cluster.checkpoint.spec, rng, LARGE)
+
+    def is_served():
+        try:
+            infer(cluster, *batch)
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "--max-held-bytes" in error.details()
+            return False
+        return True
+
+    assert is_served()
+    call = UnreadCall(cluster.port, FRONT_DOOR + "ModelInfer", message_of(cluster, rng, LARGE))
+    try:
+        call.wait_begun()
+        assert not is_served()
+        wait_until(is_served, 10, "others are served")
+    finally:
+        call.close()

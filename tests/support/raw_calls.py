@@ -157,6 +157,7 @@ class UnreadCall(FillingCall):
         super().__init__(port, method, len(message))
         self.head += message
         self.answer = b""
+        self.trailers = b""
         self.fill(len(self.head))
         assert not self.head, "the server takes no more of the message"
         self.socket.sendall(frame(DATA, END_STREAM, 1))
@@ -177,7 +178,15 @@ class UnreadCall(FillingCall):
         assert self.answer[0] == 0 and len(self.answer) == 5 + size
         return self.answer[5:]
 
+    def wait_end(self):
+        """The trailers, once the server has ended the call, with the answer unread."""
+        while not self.ended:
+            self._read()
+        return self.trailers
+
     def _take(self, kind, flags, stream, payload):
         super()._take(kind, flags, stream, payload)
         if kind == DATA and stream == 1:
             self.answer += payload
+        if kind == HEADERS and flags & END_STREAM:
+            self.trailers = payload

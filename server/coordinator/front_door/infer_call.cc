@@ -29,9 +29,12 @@ absl::Status TooLate() {
 class InferCall::Pending final : public PendingRequest {
  public:
   Pending(std::uint64_t request_id, Clock::time_point arrived_at, Clock::time_point ends_at,
-          ValidatedRequest validated, std::shared_ptr<InferCall> call)
+          ValidatedRequest validated, InferRequestMessage message, MemoryBudget::Share memory,
+          std::shared_ptr<InferCall> call)
       : PendingRequest(request_id, arrived_at, ends_at, std::move(validated)),
-        call_(std::move(call)) {
+        call_(std::move(call)),
+        message_(std::move(message)),
+        memory_(std::move(memory)) {
     caller = call_->connection_;
   }
 
@@ -57,7 +60,9 @@ class InferCall::Pending final : public PendingRequest {
 
  private:
   const std::shared_ptr<InferCall> call_;
-  OutputBytes output_;  // becomes the reply's raw entry without another copy
+  const InferRequestMessage message_;  // what `request` points into
+  const MemoryBudget::Share memory_;   // of that, and of what was copied beside it
+  OutputBytes output_;                 // becomes the reply's raw entry without another copy
   bool completed_ = false;
 };
 
@@ -82,7 +87,9 @@ void InferCall::Start(const grpc::ByteBuffer& bytes, Clock::time_point deadline,
                       bool message_came) {
   deadline_ = deadline;
   const absl::Status status = Submit(bytes, message_came);
-  if (!status.ok()) Fail(status);
+  if (status.ok()) return;
+  memory_.Release();  // The message has gone; its refusal is small.
+  Fail(status);
 }
 
 void InferCall::Fail(const absl::Status& status) { Answer({status, {}}, nullptr, {}); }
@@ -93,18 +100,20 @@ absl::Status InferCall::Submit(const grpc::ByteBuffer& bytes, bool message_came)
     return absl::CancelledError("infer: the caller cancelled the request before it had arrived");
   }
   EPS_RETURN_IF_ERROR(memory_.Grow(static_cast<std::int64_t>(bytes.Length())));
-  EPS_ASSIGN_OR_RETURN(message_, ParseInferRequest(bytes, shared_.options.limits));
-  EPS_ASSIGN_OR_RETURN(ValidatedRequest request,
-                       ValidateRequest(message_.view, shared_.options.model, shared_.options.limits,
-                                       shared_.regions));
+  EPS_ASSIGN_OR_RETURN(InferRequestMessage message, ParseInferRequest(bytes, shared_.limits));
+  caller_id_ = message.id;
+  EPS_ASSIGN_OR_RETURN(
+      ValidatedRequest request,
+      ValidateRequest(message.view, shared_.options.model, shared_.limits, shared_.regions));
   const std::size_t copied_bytes = request.hidden_copy != nullptr ? request.hidden.size() : 0;
   const std::size_t output_bytes = request.output.region == nullptr ? request.output_bytes : 0;
   EPS_RETURN_IF_ERROR(memory_.Grow(static_cast<std::int64_t>(output_bytes + copied_bytes)));
   deadline_ = EarlierOf(deadline_, arrival_, request.timeout_us);
   if (deadline_ <= Clock::now()) return TooLate();
   id_ = shared_.next_id.fetch_add(1, std::memory_order_relaxed);
-  shared_.sink.Submit(
-      std::make_unique<Pending>(id_, arrival_, deadline_, std::move(request), shared_from_this()));
+  shared_.sink.Submit(std::make_unique<Pending>(
+      id_, arrival_, deadline_, std::move(request), std::move(message),
+      memory_.Split(static_cast<std::int64_t>(bytes.Length() + copied_bytes)), shared_from_this()));
   return absl::OkStatus();
 }
 
@@ -129,7 +138,7 @@ absl::StatusOr<ReplyBytes> InferCall::MakeReply(const InferTimes& times,
         absl::StrCat("infer: the batch gave ", output.size(), " output bytes, not ", expected));
   }
   InferReply reply;
-  reply.id = message_.id;
+  reply.id = caller_id_;
   reply.request = &request;
   reply.times = times;
   reply.server_us =
@@ -158,7 +167,7 @@ void InferCall::FinishWith(const absl::Status& status, ReplyBytes reply, const I
   }
   if (!status.ok() && form_ == InferForm::kStream) {
     answer.message =
-        SerializeStreamError(shared_.options.model, message_.id, status, answer.retry_pushback_ms);
+        SerializeStreamError(shared_.options.model, caller_id_, status, answer.retry_pushback_ms);
   }
   const auto server_time = Clock::now() - arrival_;
   shared_.statistics.Add(status.ok(), server_time, times);

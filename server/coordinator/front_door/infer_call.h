@@ -1,8 +1,8 @@
 // One inference request, of a ModelInfer call or of a stream: parse, validate, submit, and answer
 // exactly once, whoever comes first of the sink's completion and the caller's going away.
 //
-// Memory: the request, the parsed message and the output are held by whoever started it and by the
-// sink's PendingRequest until that is destroyed, so neither outlives what the other uses.
+// Memory: the sink's PendingRequest has the parsed message, which goes with it; an unread reply
+// does not keep it.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_CALL_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_INFER_CALL_H_
 
@@ -20,6 +20,7 @@
 #include "server/coordinator/front_door/infer_statistics.h"
 #include "server/coordinator/front_door/memory_budget.h"
 #include "server/coordinator/front_door/output_bytes.h"
+#include "server/coordinator/front_door/request_bounds.h"
 #include "server/coordinator/front_door/request_sink.h"
 #include "server/coordinator/front_door/request_view.h"
 #include "server/coordinator/front_door/served_model.h"
@@ -29,7 +30,6 @@ namespace epserve::coordinator {
 
 struct FrontDoorOptions {
   ServedModel model;
-  RequestLimits limits;
   // With RESOURCE_EXHAUSTED, unless the sink says otherwise: a few batches' time.
   std::int64_t retry_pushback_ms = 50;
   // See MemoryBudget.
@@ -41,6 +41,7 @@ struct InferContext {
   const FrontDoorOptions& options;
   const ShmRegistry& regions;
   RequestSink& sink;
+  RequestLimits limits = RequestLimitsOf(options.model);
   MemoryBudget memory{options.max_held_bytes};
   InferStatistics statistics;
   std::atomic<std::uint64_t> next_id{1};
@@ -85,8 +86,8 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
                   std::int64_t retry_pushback_ms);
 
   InferContext& shared_;
-  // Of the message, the output and the reply: whoever sends the reply keeps this object until the
-  // caller has taken it.
+  // Of the output and the reply, and at first of the message: whoever sends the reply keeps this
+  // object until the caller has taken it.
   MemoryBudget::Share memory_{shared_.memory};
   const InferForm form_;
   const std::uint64_t connection_;
@@ -94,7 +95,7 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
   OnAnswer on_answer_;  // for whoever has won `answered_`
 
   // Written in Start(), before any other thread knows of the request.
-  InferRequestMessage message_;
+  std::string caller_id_;  // what the caller calls it
   std::uint64_t id_ = 0;
   Clock::time_point deadline_ = Clock::time_point::max();
 

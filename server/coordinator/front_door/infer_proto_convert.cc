@@ -1,8 +1,7 @@
 #include "server/coordinator/front_door/infer_proto_convert.h"
 
-#include <google/protobuf/io/coded_stream.h>
 #include <google/protobuf/repeated_field.h>
-#include <google/protobuf/wire_format_lite.h>
+#include <grpcpp/support/proto_buffer_reader.h>
 #include <grpcpp/support/slice.h>
 
 #include <cstring>
@@ -19,14 +18,13 @@
 #include "server/common/grpc_status.h"
 #include "server/coordinator/front_door/message_split.h"
 #include "server/coordinator/front_door/plain_request.h"
+#include "server/coordinator/front_door/request_bounds.h"
 #include "server/coordinator/front_door/request_validation.h"
 #include "server/coordinator/front_door/shm_registry.h"
 
 namespace epserve::coordinator {
 namespace {
 
-using google::protobuf::internal::WireFormatLite;
-using google::protobuf::io::CodedInputStream;
 using inference::ModelInferRequest;
 using inference::ModelInferResponse;
 
@@ -36,100 +34,6 @@ constexpr std::size_t kCopiedOutputBytes = 16 << 10;
 
 absl::Status Malformed() {
   return absl::InvalidArgumentError("infer: the message is not a ModelInferRequest");
-}
-
-// What a message holds, counted before anything is allocated for it.
-struct FieldCounts {
-  std::size_t inputs = 0;
-  std::size_t outputs = 0;
-  std::size_t raw_contents = 0;
-  std::size_t request_parameters = 0;
-  std::size_t tensor_parameters = 0;  // over all tensors
-  std::size_t strings = 0;            // elements of bytes_contents, over all tensors
-};
-
-// Calls on_field(number, stream) for each length-delimited field up to the stream's limit; on_field
-// need not read the field to its end. False for bytes that are no message.
-template <typename OnField>
-bool ForEachDelimited(CodedInputStream* stream, const OnField& on_field) {
-  while (const std::uint32_t tag = stream->ReadTag()) {
-    if (WireFormatLite::GetTagWireType(tag) != WireFormatLite::WIRETYPE_LENGTH_DELIMITED) {
-      if (!WireFormatLite::SkipField(stream, tag)) return false;
-      continue;
-    }
-    int length = 0;
-    if (!stream->ReadVarintSizeAsInt(&length)) return false;
-    const int outer = stream->BytesUntilLimit();
-    if (outer >= 0 && length > outer) return false;
-    const auto limit = stream->PushLimit(length);
-    if (!on_field(WireFormatLite::GetTagFieldNumber(tag), stream)) return false;
-    if (!stream->Skip(stream->BytesUntilLimit())) return false;
-    stream->PopLimit(limit);
-  }
-  return stream->ConsumedEntireMessage();
-}
-
-bool CountFields(CodedInputStream* stream, FieldCounts& counts) {
-  const auto leave = [](int, CodedInputStream*) { return true; };
-  const auto count_strings = [&](int field, CodedInputStream*) {
-    counts.strings += field == inference::InferTensorContents::kBytesContentsFieldNumber;
-    return true;
-  };
-  const auto count_input = [&](int field, CodedInputStream* nested) {
-    counts.tensor_parameters +=
-        field == ModelInferRequest::InferInputTensor::kParametersFieldNumber;
-    if (field != ModelInferRequest::InferInputTensor::kContentsFieldNumber) return true;
-    return ForEachDelimited(nested, count_strings);
-  };
-  const auto count_output = [&](int field, CodedInputStream*) {
-    counts.tensor_parameters +=
-        field == ModelInferRequest::InferRequestedOutputTensor::kParametersFieldNumber;
-    return true;
-  };
-  return ForEachDelimited(stream, [&](int field, CodedInputStream* nested) {
-    switch (field) {
-      case ModelInferRequest::kParametersFieldNumber:
-        ++counts.request_parameters;
-        return leave(field, nested);
-      case ModelInferRequest::kInputsFieldNumber:
-        ++counts.inputs;
-        return ForEachDelimited(nested, count_input);
-      case ModelInferRequest::kOutputsFieldNumber:
-        ++counts.outputs;
-        return ForEachDelimited(nested, count_output);
-      case ModelInferRequest::kRawInputContentsFieldNumber:
-        ++counts.raw_contents;
-        return leave(field, nested);
-      default:
-        return leave(field, nested);
-    }
-  });
-}
-
-absl::Status CheckCounts(CodedInputStream& stream, const RequestLimits& limits) {
-  FieldCounts counts;
-  if (!CountFields(&stream, counts)) return Malformed();
-  struct Bound {
-    const char* what;
-    std::size_t got;
-    std::size_t limit;
-  };
-  const Bound bounds[] = {
-      {"inputs", counts.inputs, limits.max_inputs},
-      {"outputs", counts.outputs, limits.max_outputs},
-      {"raw_input_contents entries", counts.raw_contents, limits.max_inputs},
-      {"parameters", counts.request_parameters, limits.max_parameters},
-      {"tensor parameters", counts.tensor_parameters, limits.max_parameters},
-      {"bytes_contents entries", counts.strings, limits.max_inputs},
-  };
-  for (const Bound& bound : bounds) {
-    if (bound.got > bound.limit) {
-      return absl::InvalidArgumentError(absl::StrCat("infer: request has ", bound.got, " ",
-                                                     bound.what, ", more than the limit of ",
-                                                     bound.limit));
-    }
-  }
-  return absl::OkStatus();
 }
 
 ParameterView ViewOf(std::string_view name, const inference::InferParameter& parameter) {
@@ -212,12 +116,12 @@ struct RequestParts {
   std::optional<ModelInferRequest> message;  // of the rest, where it is not
 };
 
-absl::Status ParseRest(const std::string& bytes, const RequestLimits& limits,
-                       ModelInferRequest* message) {
-  CodedInputStream stream(reinterpret_cast<const std::uint8_t*>(bytes.data()),
-                          static_cast<int>(bytes.size()));
-  EPS_RETURN_IF_ERROR(CheckCounts(stream, limits));
-  return message->ParseFromString(bytes) ? absl::OkStatus() : Malformed();
+absl::StatusOr<InferRequestMessage> ParseWhole(const grpc::ByteBuffer& bytes) {
+  const auto message = std::make_shared<ModelInferRequest>();
+  grpc::ByteBuffer shared(bytes);  // Counts references; copies no bytes.
+  grpc::ProtoBufferReader reader(&shared);
+  if (!message->ParseFromZeroCopyStream(&reader)) return Malformed();
+  return InferRequestMessage{message, message->id(), ViewOf(*message)};
 }
 
 const char* WireDataType(runtime::DataType type) {
@@ -358,10 +262,16 @@ absl::StatusOr<ReplyBytes> WithOutput(std::string text, InferForm form, OutputBy
 absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
                                                       const RequestLimits& limits) {
   if (!bytes.Valid()) return Malformed();
+  const bool large = bytes.Length() >= limits.large_entry_bytes;
   const auto parts = std::make_shared<RequestParts>();
+  if (large) {
+    EPS_ASSIGN_OR_RETURN(const RequestCounts counts, CheckRequestBounds(bytes, limits));
+    // Most of it is elements, then, and the parser takes them from where they are.
+    if (counts.raw_contents == 0) return ParseWhole(bytes);
+  }
   if (!bytes.Dump(&parts->slices).ok()) return Malformed();
   SplitMessage split;
-  if (bytes.Length() >= limits.large_entry_bytes) {
+  if (large) {
     split = SplitLargeEntries(parts->slices, limits.large_entry_bytes);
   } else {
     split.rest.reserve(bytes.Length());
@@ -375,7 +285,8 @@ absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& by
   InferRequestMessage result;
   parts->bytes = std::move(split.rest);
   if (!ReadPlainRequest(parts->bytes, limits, parts->shapes, result.view, result.id)) {
-    EPS_RETURN_IF_ERROR(ParseRest(parts->bytes, limits, &parts->message.emplace()));
+    if (!large) EPS_RETURN_IF_ERROR(CheckRequestBounds(bytes, limits).status());
+    if (!parts->message.emplace().ParseFromString(parts->bytes)) return Malformed();
     parts->bytes = std::string();
     result.view = ViewOf(*parts->message);
     result.id = parts->message->id();

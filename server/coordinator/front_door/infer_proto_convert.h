@@ -28,9 +28,8 @@ struct InferRequestMessage {
   RequestView view;
 };
 
-// INVALID_ARGUMENT for bytes that are no ModelInferRequest, and for a message of more tensors,
-// parameters or strings than `limits` allow; these are counted on the wire, before the parser
-// allocates an object for each.
+// INVALID_ARGUMENT for bytes that are no ModelInferRequest, and for a message of more than `limits`
+// allow: see CheckRequestBounds.
 absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& bytes,
                                                       const RequestLimits& limits);
 

@@ -118,10 +118,14 @@ void InferService::Parts::AddModelMethods(RpcServer* server) {
             FillModelStatistics(options.model, infer.statistics.Snapshot(), reply);
             return absl::OkStatus();
           }));
-  server->Handle(Method("ModelInfer"),
-                 [this](ServerCall* call) { return StartUnaryInfer(call, infer); });
-  server->Handle(Method("ModelStreamInfer"),
-                 [this](ServerCall* call) { return StartStreamInfer(call, infer); });
+  // These have tensors; CheckRequestBounds sees to the rest.
+  server->Handle(
+      Method("ModelInfer"), [this](ServerCall* call) { return StartUnaryInfer(call, infer); },
+      RpcServer::Places::kCounted, server::kAnyMessageBytes);
+  server->Handle(
+      Method("ModelStreamInfer"),
+      [this](ServerCall* call) { return StartStreamInfer(call, infer); },
+      RpcServer::Places::kCounted, server::kAnyMessageBytes);
 }
 
 void InferService::Parts::AddSystemShmMethods(RpcServer* server) {

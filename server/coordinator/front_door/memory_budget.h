@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -21,9 +22,10 @@ class MemoryBudget {
   class Share {
    public:
     explicit Share(MemoryBudget& budget) : budget_(budget) {}
-    ~Share() { budget_.GiveBack(bytes_); }
-    Share(const Share&) = delete;
-    Share& operator=(const Share&) = delete;
+    Share(Share&& other) noexcept
+        : budget_(other.budget_), bytes_(std::exchange(other.bytes_, 0)) {}
+    Share& operator=(Share&&) = delete;
+    ~Share() { Release(); }
 
     // RESOURCE_EXHAUSTED: the others hold too much for so many bytes more. What nobody else holds
     // anything beside is let through, so that no request is refused for ever.
@@ -39,6 +41,18 @@ class MemoryBudget {
       bytes_ += bytes;
       budget_.held_bytes_ += bytes;
       return absl::OkStatus();
+    }
+
+    void Release() {
+      if (bytes_ > 0) budget_.GiveBack(std::exchange(bytes_, 0));
+    }
+
+    // A part of it, to be given back by itself. REQUIRES: it has so many.
+    Share Split(std::int64_t bytes) {
+      Share part(budget_);
+      part.bytes_ = bytes;
+      bytes_ -= bytes;
+      return part;
     }
 
    private:

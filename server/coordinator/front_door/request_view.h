@@ -110,6 +110,13 @@ struct RequestLimits {
   std::size_t max_inputs = 16;
   std::size_t max_outputs = 16;
   std::size_t max_parameters = 64;  // of the request, and of each tensor
+  std::size_t max_fields = 1024;    // in all; an element that is not packed is one
+  // Beside raw entries and elements.
+  std::size_t max_other_bytes = std::size_t{64} << 10;
+  // Of packed elements, over all tensors: what the largest batch of the served model has. See
+  // RequestLimitsOf.
+  std::size_t max_int_bytes = std::size_t{1} << 20;
+  std::size_t max_fp32_bytes = std::size_t{1} << 20;
   // Raw entries of so many bytes stay in the pieces that they came in.
   std::size_t large_entry_bytes = 64 << 10;
 };

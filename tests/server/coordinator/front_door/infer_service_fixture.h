@@ -194,10 +194,11 @@ inline ShmOptions Allowed() {
 
 class InferServiceTest : public testing::Test {
  protected:
-  explicit InferServiceTest(ShmOptions shm = Allowed()) : regions_(std::move(shm)) {
+  explicit InferServiceTest(ShmOptions shm = Allowed(), std::int64_t max_held = kMaxHeldBytes)
+      : regions_(std::move(shm)) {
     FrontDoorOptions options;
     options.model = TestModel();
-    options.max_held_bytes = kMaxHeldBytes;
+    options.max_held_bytes = max_held;
     service_ = std::make_unique<InferService>(options, &regions_, &sink_, &devices_);
     service_->AddTo(&server_);
     grpc::ServerBuilder builder;

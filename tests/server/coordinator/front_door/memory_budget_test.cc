@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "server/coordinator/front_door/infer_call.h"
 #include "tests/server/coordinator/front_door/infer_service_fixture.h"
 
 namespace epserve::coordinator {
@@ -42,17 +43,36 @@ TEST(MemoryBudgetTest, LetsThroughWhatStandsAlone) {
   EXPECT_FALSE(other.Grow(1).ok());
 }
 
-using HeldBytesTest = InferServiceTest;
+TEST(MemoryBudgetTest, PartsOfAShareAreGivenBackByThemselves) {
+  MemoryBudget budget(100);
+  MemoryBudget::Share whole(budget);
+  ASSERT_TRUE(whole.Grow(60).ok());
+  {
+    const MemoryBudget::Share part = whole.Split(40);
+    EXPECT_EQ(budget.held_bytes(), 60);
+  }
+  EXPECT_EQ(budget.held_bytes(), 20);
+  whole.Release();
+  EXPECT_EQ(budget.held_bytes(), 0);
+}
 
-// The id is as good a burden as a tensor: it is held, and comes back with the reply.
+constexpr std::size_t kHeavyBytes = 32 << 10;
+constexpr std::int64_t kHeldBytes = 8 * kHeavyBytes;
+
+class HeldBytesTest : public InferServiceTest {
+ protected:
+  HeldBytesTest() : InferServiceTest(Allowed(), kHeldBytes) {}
+};
+
+// A parameter is as good a burden as a tensor: it is held until there is an output.
 ModelInferRequest Heavy(ModelInferRequest request) {
-  request.set_id(std::string(kMaxMessageBytes / 2, 'x'));
+  (*request.mutable_parameters())["triton_burden"].set_string_param(std::string(kHeavyBytes, 'x'));
   return request;
 }
 
 TEST_F(HeldBytesTest, RequestsOfAllCallersTogetherAreBoundedUntilTheirRepliesHaveGone) {
   constexpr int kStreams = 2;
-  constexpr int kPerStream = kMaxHeldBytes / (kMaxMessageBytes / 2) / kStreams;
+  constexpr int kPerStream = kHeldBytes / kHeavyBytes / kStreams;
   grpc::ClientContext contexts[kStreams];
   std::vector<
       std::unique_ptr<grpc::ClientReaderWriter<ModelInferRequest, ModelStreamInferResponse>>>
@@ -86,6 +106,36 @@ TEST_F(HeldBytesTest, RequestsOfAllCallersTogetherAreBoundedUntilTheirRepliesHav
     EXPECT_TRUE(stream->Finish().ok());
   }
   EXPECT_TRUE(Infer(Heavy(ValidMessage())).ok());
+}
+
+TEST_F(HeldBytesTest, ReplyThatWaitsHoldsItsOutputAndNotItsRequest) {
+  FrontDoorOptions options;
+  options.model = TestModel();
+  InferContext context{options, regions_, sink_};
+  const auto start = [&context](const std::string& bytes) {
+    // As long as it lives, its caller has not taken the reply.
+    auto call = std::make_shared<InferCall>(context, InferForm::kUnary, 1, [](InferAnswer) {});
+    const grpc::Slice slice(bytes);
+    call->Start(grpc::ByteBuffer(&slice, 1), InferCall::Clock::time_point::max(), true);
+    return call;
+  };
+  const std::string bytes = Heavy(ValidMessage()).SerializeAsString();
+  const std::int64_t output_bytes = 3 * 4 * sizeof(float);
+  {
+    const auto waiting = start(bytes);
+    const auto request = sink_.Take();
+    ASSERT_NE(request, nullptr);
+    EXPECT_EQ(context.memory.held_bytes(), static_cast<std::int64_t>(bytes.size()) + output_bytes);
+  }
+  EXPECT_EQ(context.memory.held_bytes(), 0) << "neither call nor request is there";
+  sink_.HandleBy(Echo);
+  {
+    const auto answered = start(bytes);
+    EXPECT_EQ(context.memory.held_bytes(), output_bytes);
+  }
+  EXPECT_EQ(context.memory.held_bytes(), 0);
+  const auto refused = start(bytes.substr(1));
+  EXPECT_EQ(context.memory.held_bytes(), 0);
 }
 
 }  // namespace
