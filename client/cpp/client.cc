@@ -80,14 +80,6 @@ absl::StatusOr<bool> InferenceClient::IsReady(absl::Duration timeout) {
   return response.ready();
 }
 
-absl::StatusOr<bool> InferenceClient::IsLive(absl::Duration timeout) {
-  grpc::ClientContext context;
-  StartCall(*core_->channel, context, timeout);
-  inference::ServerLiveResponse response;
-  EPC_RETURN_IF_ERROR(FromGrpcStatus(core_->stub->ServerLive(&context, {}, &response)));
-  return response.live();
-}
-
 absl::Status InferenceClient::WaitUntilReady(absl::Duration timeout) {
   constexpr absl::Duration kPollInterval = absl::Milliseconds(50);
   const absl::Time deadline = absl::Now() + timeout;

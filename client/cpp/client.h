@@ -206,7 +206,6 @@ class InferenceClient {
   // right. DEADLINE_EXCEEDED with the last reason if it is not within `timeout`.
   absl::Status WaitUntilReady(absl::Duration timeout);
   absl::StatusOr<bool> IsReady(absl::Duration timeout);
-  absl::StatusOr<bool> IsLive(absl::Duration timeout);
 
   // The name of the one model that the service holds. FAILED_PRECONDITION: it holds none or many.
   absl::StatusOr<std::string> OnlyModel(absl::Duration timeout);

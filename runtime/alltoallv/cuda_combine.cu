@@ -23,6 +23,7 @@
 #include "runtime/alltoallv/cuda_kernels.h"
 #include "runtime/alltoallv/device_limits.h"
 #include "runtime/base/cuda_status.h"
+#include "runtime/base/limits.h"
 
 namespace epserve::runtime {
 namespace {
@@ -42,7 +43,7 @@ constexpr int kThreadsOf = kWay == OwnWay::kRows ? 256 : 384;
 constexpr int kPushShare = 3;
 constexpr int kRowsAtOnce = 4;
 constexpr int kPiecesAtOnce = 4;
-constexpr int kMaxSources = kMaxCudaTopk + kMaxCudaRanks;
+constexpr int kMaxSources = kMaxTopk + kMaxCudaRanks;
 
 // A sum: weight * row, in the list's order.
 struct SourceList {
@@ -399,9 +400,9 @@ absl::Status LaunchCombine(const CudaCombineArgs& args, cudaStream_t stream) {
                                                    args.reduce_blocks));
   }
   EPS_RETURN_IF_ERROR(CheckRowBytes("combine", args.hidden, args.dtype));
-  if (args.topk < 1 || args.topk > kMaxCudaTopk) {
+  if (args.topk < 1 || args.topk > kMaxTopk) {
     return absl::InvalidArgumentError(
-        absl::StrCat("combine: topk ", args.topk, " outside [1, ", kMaxCudaTopk, "]"));
+        absl::StrCat("combine: topk ", args.topk, " outside [1, ", kMaxTopk, "]"));
   }
   switch (args.dtype) {
     case DataType::kBf16:

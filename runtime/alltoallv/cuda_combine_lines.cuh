@@ -11,6 +11,12 @@ namespace epserve::runtime {
 
 // lines_from[r] = rows that rank r sent here as lines, by the threads below R; such a rank has no
 // others. After LoadRowsFrom() by the same threads; a __syncthreads() comes after.
+//
+// The head's number of its use is not looked at: it is this use's. The dispatch before ended only
+// once it had found that number in every source's head (ReceiveFrom()'s first warp), or its wait
+// gave up, and then GaveUp() keeps all from being sent that would be made of this. The source
+// writes its next head here in the area's next use, which it begins after it has ended the dispatch
+// of the other area's, and so after this combine.
 __device__ inline void LoadLinesFrom(const CudaCombineArgs& args, const AreaUse& use,
                                      int* lines_from, int* rows_from) {
   const auto source = static_cast<int>(threadIdx.x);

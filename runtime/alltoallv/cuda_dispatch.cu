@@ -15,6 +15,7 @@
 #include "runtime/alltoallv/cuda_kernels.h"
 #include "runtime/alltoallv/device_limits.h"
 #include "runtime/base/cuda_status.h"
+#include "runtime/base/limits.h"
 
 namespace epserve::runtime {
 namespace {
@@ -214,9 +215,9 @@ absl::Status LoadDispatchKernels() {
 }
 
 absl::Status LaunchDispatch(const CudaDispatchArgs& args, cudaStream_t stream) {
-  if (args.topk < 1 || args.topk > kMaxCudaTopk) {
+  if (args.topk < 1 || args.topk > kMaxTopk) {
     return absl::InvalidArgumentError(
-        absl::StrCat("dispatch: topk ", args.topk, " outside [1, ", kMaxCudaTopk, "]"));
+        absl::StrCat("dispatch: topk ", args.topk, " outside [1, ", kMaxTopk, "]"));
   }
   if (args.area.num_ranks < 1 || args.area.num_ranks > kMaxCudaRanks) {
     return absl::InvalidArgumentError(absl::StrCat("dispatch: num_ranks ", args.area.num_ranks,

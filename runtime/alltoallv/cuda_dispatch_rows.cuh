@@ -6,6 +6,7 @@
 #include "runtime/alltoallv/cuda_device.cuh"
 #include "runtime/alltoallv/cuda_dispatch_device.cuh"
 #include "runtime/base/cuda_fp8.cuh"
+#include "runtime/base/limits.h"
 
 namespace epserve::runtime {
 
@@ -85,7 +86,7 @@ struct TokenNote {
     return {-1};
   }
 };
-static_assert(2 * kMaxCudaTopk <= kWarpSize, "a token's notes are a lane's each");
+static_assert(2 * kMaxTopk <= kWarpSize, "a token's notes are a lane's each");
 
 // Writes the row's notes to each of its ranks, in one store of the warp's.
 __device__ inline void StoreNotes(const CudaDispatchArgs& args, std::int64_t token,

@@ -67,6 +67,7 @@ class CudaExchange final : public DeviceExchange {
                                              const ShardCounts& counts, absl::Duration timeout,
                                              cudaStream_t stream) override;
 
+  bool sends_lines() const override { return sends_lines_; }
   bool dispatches_uncounted() const override { return true; }
   absl::Status Dispatch(Path path, int slot, const CudaTokens& tokens, const CountMatrix* counts,
                         cudaStream_t stream) override;

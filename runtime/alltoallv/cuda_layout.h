@@ -11,8 +11,7 @@
 
 namespace epserve::runtime {
 
-inline constexpr int kMaxCudaRanks = 8;  // GPUs of one host
-inline constexpr int kMaxCudaTopk = 16;
+inline constexpr int kMaxCudaRanks = 8;        // GPUs of one host
 inline constexpr int kFp8GroupElements = 128;  // elements that share one fp32 scale
 inline constexpr int kFlagStrideBytes =
     128;  // a flag a cache line: sources do not disturb each other

@@ -75,6 +75,9 @@ class DeviceExchange {
                                                  " do not exchange them on the device"));
   }
 
+  // Whether the decode path sends few rows as lines of the link, which tell of themselves.
+  virtual bool sends_lines() const { return false; }
+
   // Whether the prefill path takes batches without a count matrix.
   virtual bool dispatches_uncounted() const { return false; }
   // `slot` is the batch's slot; of no meaning on the decode path. `counts` is read on the prefill

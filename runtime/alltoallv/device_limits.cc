@@ -3,6 +3,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/limits.h"
 
 namespace epserve::runtime {
 
@@ -17,8 +18,8 @@ absl::Status CheckDeviceConfig(const char* name, const ExchangeConfig& config) {
   if (config.rank < 0 || config.rank >= config.num_ranks) {
     return refuse("rank ", config.rank, " outside [0, ", config.num_ranks, ")");
   }
-  if (config.max_topk < 1 || config.max_topk > kMaxCudaTopk) {
-    return refuse("max_topk ", config.max_topk, " outside [1, ", kMaxCudaTopk, "]");
+  if (config.max_topk < 1 || config.max_topk > kMaxTopk) {
+    return refuse("max_topk ", config.max_topk, " outside [1, ", kMaxTopk, "]");
   }
   if (config.hidden < 4 || config.hidden % 4 != 0) {
     return refuse("hidden ", config.hidden, " is not a positive multiple of 4");

@@ -21,7 +21,6 @@ namespace {
 constexpr std::int64_t kMaxBatchTokens = std::int64_t{1} << 24;
 constexpr std::int64_t kMaxHidden = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxExperts = std::int64_t{1} << 20;
-constexpr int kMaxTopk = 16;
 
 // A phase that writes more than this writes around the caches: more than the second-level cache of
 // a core holds. On a 2-core EPYC a 4 KiB row takes 0.16 us so, and 0.27 us through the caches.

@@ -51,6 +51,7 @@ class HostExchange final : public Exchange {
 
   // What a peer opens this heap by; opaque bytes.
   const std::string& handle() const { return heap_.handle(); }
+  std::string handle_type() const { return "shm"; }  // for the metrics
   std::uint64_t heap_bytes() const { return layout_.heap_bytes; }
 
   // Maps the peers' heaps. `handles` [R] by rank, this rank's own among them. INVALID_ARGUMENT: a

@@ -5,11 +5,7 @@
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_LINE_FORMAT_H_
 #define EPSERVE_RUNTIME_ALLTOALLV_LINE_FORMAT_H_
 
-#ifdef __CUDACC__
-#define EPS_HOST_DEVICE __host__ __device__
-#else
-#define EPS_HOST_DEVICE
-#endif
+#include "runtime/base/host_device.h"
 
 namespace epserve::runtime {
 

@@ -5,6 +5,7 @@
 namespace epserve::runtime {
 
 inline constexpr int kMaxSlots = 16;  // batches in flight
+inline constexpr int kMaxTopk = 16;   // experts of a token, K, that a model or a request may have
 
 // Longest that a wait may look before it sleeps: beyond what a small batch waits for, and short
 // enough that an idle service falls asleep.

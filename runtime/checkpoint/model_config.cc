@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -19,7 +20,6 @@ constexpr std::int64_t kMaxHidden = 1 << 17;
 constexpr std::int64_t kMaxIntermediate = 1 << 18;
 constexpr std::int64_t kMaxExperts = 1 << 12;
 constexpr std::int64_t kMaxLayers = 1 << 10;
-constexpr std::int64_t kMaxTopk = 16;  // What a request may carry for a token.
 
 // Reads fields and names the file in what it refuses.
 class ConfigReader {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "runtime/base/limits.h"
+
 namespace epserve::runtime {
 namespace {
 

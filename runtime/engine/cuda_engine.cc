@@ -62,6 +62,7 @@ class CudaEngine final : public EngineBase {
       const std::function<void(std::uint64_t, std::uint64_t)>& progress) override;
 
   absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
+  std::string handle_type() const override { return exchange_.handle_type(); }
   absl::Status OpenPeers(std::span<const std::string> handles) override;
   absl::Status UseHostRows(std::span<std::byte> memory) override;
   DeviceRegions* device_regions() override { return &regions_; }

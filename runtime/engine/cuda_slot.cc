@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/device_poll.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 #include "runtime/engine/cuda_convert.h"
 #include "runtime/engine/cuda_regions.h"

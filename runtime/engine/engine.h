@@ -136,6 +136,8 @@ class Engine {
 
   // Creates this rank's heap for `epoch`; returns the handle that the peers open it by.
   virtual absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) = 0;
+  // What kind of handle the open epoch's is: "shm", "fd", "fabric" or "nccl"; empty: none is open.
+  virtual std::string handle_type() const = 0;
   virtual absl::Status OpenPeers(std::span<const std::string> handles) = 0;  // [R], by rank
   // Memory of the host that rows and outputs of this epoch's shards may lie in; it stays until
   // CloseEpoch. A device backend pins it, and then copies straight from and to it. A failure says

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "runtime/alltoallv/host_exchange.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -56,6 +57,12 @@ class EpochExchange {
   std::shared_ptr<Exchange> Peek() const {
     const std::lock_guard lock(mutex_);
     return exchange_;
+  }
+
+  // Of what is open, aborted or not; empty where nothing is.
+  std::string handle_type() const {
+    const std::shared_ptr<Exchange> exchange = Peek();
+    return exchange == nullptr ? std::string() : exchange->handle_type();
   }
 
   void Abort() {

@@ -43,6 +43,7 @@ class HostEngine final : public EngineBase {
       const std::function<void(std::uint64_t, std::uint64_t)>& progress) override;
 
   absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
+  std::string handle_type() const override { return exchange_.handle_type(); }
   absl::Status OpenPeers(std::span<const std::string> handles) override;
   void SealHeap() override;
   void Abort() override { exchange_.Abort(); }

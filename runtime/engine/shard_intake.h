@@ -9,14 +9,12 @@
 #include <span>
 
 #include "absl/status/status.h"
+#include "runtime/base/limits.h"
 #include "runtime/checkpoint/checkpoint.h"
 #include "runtime/engine/engine.h"
 #include "runtime/routing/router.h"
 
 namespace epserve::runtime {
-
-// Experts a token may name, as the exchanges and the front door have it.
-inline constexpr int kMaxTopk = 16;
 
 class ShardIntake {
  public:

@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define EPS_HOST_DEVICE __host__ __device__
-#else
-#define EPS_HOST_DEVICE
-#endif
+#include "runtime/base/host_device.h"
 
 namespace epserve::runtime {
 
@@ -23,7 +19,5 @@ EPS_HOST_DEVICE inline float RandomUnit(std::uint64_t seed, std::uint64_t index)
 }
 
 }  // namespace epserve::runtime
-
-#undef EPS_HOST_DEVICE
 
 #endif  // EPSERVE_RUNTIME_MICROBENCH_BENCH_RANDOM_H_

@@ -284,6 +284,7 @@ absl::StatusOr<WorkerReport> FromProto(StreamId stream, v1::WorkerMessage& messa
       report.row_arena_mapped = in.row_arena_mapped();
       report.regions_reachable = in.regions_reachable();
       report.takes_shared_batches = in.takes_shared_batches();
+      report.handle_type = std::move(*in.mutable_handle_type());
       for (const v1::DeviceRegionOpened& refused : in.refused_regions()) {
         report.refused.push_back(ConvertState(refused));
       }

@@ -346,6 +346,9 @@ void Host::Handle(WorkerReport& report) {
     if (report.regions_reachable) batches_->UseRegions(created->epoch, created->stream);
     if (report.takes_shared_batches) batches_->UseSharedRows(created->epoch, created->stream);
     device_regions_.OnRefused(created->epoch, created->stream, report.refused);
+    const auto it = streams_.find(created->stream);
+    if (it != streams_.end()) it->second.handle_type = std::move(report.handle_type);
+    CountHeaps();
   }
   if (auto* opened = std::get_if<PeersOpened>(&report.event)) {
     const auto it = streams_.find(opened->stream);
@@ -362,7 +365,7 @@ void Host::Handle(WorkerReport& report) {
   }
   if (auto* closed = std::get_if<StreamClosed>(&report.event)) {
     LeaveRegions(closed->stream);
-    streams_.erase(closed->stream);
+    EraseStream(closed->stream);
   }
 }
 
@@ -406,6 +409,19 @@ void Host::AddExpertRows(std::int64_t model_layer, int rank, StreamId stream,
       record->second.expert_rows += static_cast<std::uint64_t>(local_rows[i]);
     }
   }
+}
+
+void Host::EraseStream(StreamId stream) {
+  streams_.erase(stream);
+  CountHeaps();
+}
+
+void Host::CountHeaps() {
+  std::vector<std::string> handle_types;
+  for (const auto& [stream, record] : streams_) {
+    if (!record.handle_type.empty()) handle_types.push_back(record.handle_type);
+  }
+  metrics_->SetHeaps(handle_types);
 }
 
 void Host::UpdateGauges() {

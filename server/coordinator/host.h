@@ -145,6 +145,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
     std::uint64_t expert_rows = 0;
     EpochId probe_epoch = 0;
     std::vector<float> probe_output;
+    std::string handle_type;  // of its heap, since it has created one
   };
   struct CountDown {
     void operator()(std::atomic<int>* count) const { count->fetch_sub(1); }
@@ -179,6 +180,8 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   // within one of those commands: leaves the event for then.
   void ApplyEvent(Event event);
   void Send(StreamId stream, StreamMessage message);
+  void EraseStream(StreamId stream);
+  void CountHeaps();  // for the metrics
 
   void SendTo(StreamId stream, StreamMessage message) override;
   void HoldBatches(bool hold) override;
@@ -212,7 +215,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   void Execute(Notice& command);
 
   void OpenArena(EpochId epoch);
-  static absl::Status Deliver(const KeptBatch* batch, RequestId request, PendingRequest& pending);
+  absl::Status Deliver(const KeptBatch* batch, RequestId request, PendingRequest& pending);
   // Lets the workers close what they keep open of regions that are gone.
   void ForgetRegions();
   InferTimes TimesOf(const KeptBatch& batch, EpochId epoch, TimeUs arrived_us, bool trace) const;

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
+#include "runtime/base/status.h"
 #include "server/common/probe.h"
 #include "server/coordinator/host.h"
 #include "server/coordinator/state_machine/batch.h"
@@ -126,7 +127,7 @@ void Host::Execute(CloseStream& command) {
   it->second.stream->Close(absl::AbortedError(absl::StrCat("control: ", command.reason)),
                            /*flush=*/false);
   LeaveRegions(command.stream);
-  streams_.erase(command.stream);
+  EraseStream(command.stream);
 }
 
 void Host::Execute(StartProbe& command) {
@@ -282,11 +283,15 @@ absl::Status Host::Deliver(const KeptBatch* batch, RequestId request, PendingReq
   for (const KeptPart& part : batch->parts) {
     if (part.request != request) continue;
     if (std::optional<LentRows> lent = LendOutput(*batch, part)) {
+      metrics_->AddOutputBytes(OutputWay::kLent, static_cast<std::int64_t>(lent->rows.size()));
       pending.TakeOutput(lent->rows, std::move(lent->owner));
       return absl::OkStatus();
     }
-    const bool inline_output = part.output.region == nullptr;
-    return DeliverOutput(*batch, part, inline_output ? pending.MutableOutput() : std::span<char>());
+    if (part.output.region != nullptr) return DeliverOutput(*batch, part, {});
+    const std::span<char> output = pending.MutableOutput();
+    EPS_RETURN_IF_ERROR(DeliverOutput(*batch, part, output));
+    metrics_->AddOutputBytes(OutputWay::kCopied, static_cast<std::int64_t>(output.size()));
+    return absl::OkStatus();
   }
   return absl::InternalError("batch: the request is not in it");
 }

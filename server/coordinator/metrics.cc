@@ -19,10 +19,13 @@ namespace {
 constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
     "queue", "assign", "counts", "dispatch", "ffn", "combine", "reply"};
 constexpr std::array<const char*, kNumRegionWays> kRegionWays = {"direct", "copied", "device"};
+constexpr std::array<const char*, kNumOutputWays> kOutputWays = {"lent", "copied"};
 constexpr std::array<const char*, kNumRefusalReasons> kRefusalReasons = {
     "max_connections", "access", "handshake", "half_messages"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
+constexpr char kOtherHandle[] = "other";
+constexpr std::array<const char*, 5> kHandleTypes = {"shm", "fd", "fabric", "nccl", kOtherHandle};
 // The highest status code (UNAUTHENTICATED) has the number 16.
 constexpr int kNumStatusCodes = 17;
 
@@ -45,6 +48,7 @@ struct Metrics::State {
   prometheus::Counter* tokens = nullptr;
   std::array<prometheus::Counter*, kNumCountExchanges> batches{};
   std::array<prometheus::Counter*, kNumRegionWays> region_bytes{};
+  std::array<prometheus::Counter*, kNumOutputWays> output_bytes{};
   std::array<prometheus::Histogram*, kNumPhaseMetrics> phases{};
   prometheus::Histogram* request_seconds = nullptr;
   std::vector<prometheus::Counter*> expert_rows;  // [E]
@@ -52,6 +56,7 @@ struct Metrics::State {
   prometheus::Gauge* serving = nullptr;
   std::array<prometheus::Counter*, kNumRefusalReasons> refusals{};
   std::map<std::string, prometheus::Gauge*> workers;
+  std::map<std::string, prometheus::Gauge*> heaps;
   prometheus::Gauge* batches_in_flight = nullptr;
 
   explicit State(std::int64_t num_experts) {
@@ -89,6 +94,15 @@ struct Metrics::State {
                               .Register(*registry);
     for (int way = 0; way < kNumRegionWays; ++way) {
       region_bytes[way] = &region_family.Add({{"way", kRegionWays[way]}});
+    }
+    auto& output_family = prometheus::BuildCounter()
+                              .Name("epserve_output_bytes_total")
+                              .Help(
+                                  "Rows of outputs within replies: lent, sent from where the "
+                                  "workers wrote them; copied, into the reply first")
+                              .Register(*registry);
+    for (int way = 0; way < kNumOutputWays; ++way) {
+      output_bytes[way] = &output_family.Add({{"way", kOutputWays[way]}});
     }
     auto& phase_family = prometheus::BuildHistogram()
                              .Name("epserve_phase_seconds")
@@ -131,6 +145,11 @@ struct Metrics::State {
                               .Help("Workers joined, by state")
                               .Register(*registry);
     for (const char* name : kWorkerStates) workers[name] = &worker_family.Add({{"state", name}});
+    auto& heap_family = prometheus::BuildGauge()
+                            .Name("epserve_heaps")
+                            .Help("Workers' heaps, by what their peers open them by")
+                            .Register(*registry);
+    for (const char* name : kHandleTypes) heaps[name] = &heap_family.Add({{"handle_type", name}});
     batches_in_flight = &prometheus::BuildGauge()
                              .Name("epserve_batches_in_flight")
                              .Help("Batches handed to the workers and not done")
@@ -171,6 +190,10 @@ void Metrics::AddRegionBytes(RegionWay way, std::int64_t bytes) {
   state_->region_bytes[static_cast<std::size_t>(way)]->Increment(static_cast<double>(bytes));
 }
 
+void Metrics::AddOutputBytes(OutputWay way, std::int64_t bytes) {
+  state_->output_bytes[static_cast<std::size_t>(way)]->Increment(static_cast<double>(bytes));
+}
+
 void Metrics::ObservePhase(PhaseMetric phase, double seconds) {
   state_->phases[static_cast<std::size_t>(phase)]->Observe(std::max(seconds, 0.0));
 }
@@ -200,6 +223,14 @@ void Metrics::SetWorkers(const std::vector<std::pair<std::string, int>>& counts)
     }
     gauge->Set(count);
   }
+}
+
+void Metrics::SetHeaps(const std::vector<std::string>& handle_types) {
+  std::map<std::string, int> counts;
+  for (const std::string& type : handle_types) {
+    ++counts[state_->heaps.contains(type) ? type : kOtherHandle];
+  }
+  for (auto& [name, gauge] : state_->heaps) gauge->Set(counts[name]);
 }
 
 void Metrics::SetBatchesInFlight(std::int64_t batches) {

@@ -23,6 +23,10 @@ inline constexpr int kNumPhaseMetrics = 7;
 enum class RegionWay { kDirect, kCopied, kDevice };
 inline constexpr int kNumRegionWays = 3;
 
+// How bytes of outputs get into replies: sent from where the workers wrote them, or copied first.
+enum class OutputWay { kLent, kCopied };
+inline constexpr int kNumOutputWays = 2;
+
 // Why callers are turned away before anybody looks at what they ask for: too many connections have
 // calls under way; their certificate or secret does not do; no TLS connection came about; they hold
 // the memory of messages that are not whole.
@@ -47,6 +51,7 @@ class Metrics {
   void AddTokens(std::int64_t num_tokens);
   void AddBatch(CountExchange exchange);  // one that was answered
   void AddRegionBytes(RegionWay way, std::int64_t bytes);
+  void AddOutputBytes(OutputWay way, std::int64_t bytes);
   void ObservePhase(PhaseMetric phase, double seconds);
   void AddExpertRows(std::int64_t expert, std::int64_t rows);
   void SetQueueDepth(std::int64_t depth);
@@ -55,6 +60,8 @@ class Metrics {
   void AddRefusal(RefusalReason reason);
   // Workers by state; states not among `counts` become 0.
   void SetWorkers(const std::vector<std::pair<std::string, int>>& counts);
+  // Workers' heaps, each by what its peers open it by; what is none of the README's is "other".
+  void SetHeaps(const std::vector<std::string>& handle_types);
   void SetBatchesInFlight(std::int64_t batches);
 
   std::string Render() const;  // what a scrape gets

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/available_cores.h"
+
 namespace epserve::coordinator {
 namespace {
 
@@ -28,9 +30,7 @@ RowCopier::~RowCopier() {
   for (std::thread& helper : helpers_) helper.join();
 }
 
-int RowCopier::HelpersHere() {
-  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) - 1, 0, kMaxHelpers);
-}
+int RowCopier::HelpersHere() { return std::clamp(AvailableCores() - 1, 0, kMaxHelpers); }
 
 std::size_t RowCopier::Divide() {
   portions_.clear();

@@ -158,6 +158,7 @@ struct WorkerReport {
   bool row_arena_mapped = false;                // HeapCreated
   bool regions_reachable = false;               // HeapCreated
   bool takes_shared_batches = false;            // HeapCreated
+  std::string handle_type;                      // HeapCreated
   std::vector<float> probe_output;              // PeersOpened: [H]
   std::string output;                           // BatchDone: [T, H] of the shard, or in the arena
   WorkerTimes times;                            // BatchDone

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "server/common/small_shard.h"
 #include "server/worker/clock.h"
 #include "server/worker/shard_check.h"
 #include "server/worker/shard_input.h"
@@ -13,15 +14,13 @@
 namespace epserve::worker {
 namespace {
 
-// A batch is small where no rank sends another more rows: then its phases take microseconds, about
-// what it takes to wake another thread for it.
-constexpr std::int32_t kSmallRows = 16;
-
-// Where the counts are still to come, this rank's rows tell of the others': shards are even.
+// A batch is small where no rank sends another more rows than a small shard has. Where the counts
+// are still to come, this rank's rows tell of the others': shards are even.
 bool IsSmall(const Shard& shard) {
-  if (shard.num_tokens > kSmallRows || !shard.counts) return shard.num_tokens <= kSmallRows;
+  if (shard.num_tokens > server::kSmallShardRows) return false;
+  if (!shard.counts) return true;
   return std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
-                     [](std::int32_t rows) { return rows <= kSmallRows; });
+                     [](std::int32_t rows) { return rows <= server::kSmallShardRows; });
 }
 
 }  // namespace

@@ -176,6 +176,7 @@ struct HeapCreated {
   bool regions_reachable = false;
   bool takes_shared_batches = false;
   std::vector<DeviceRegionState> refused_regions;
+  std::string handle_type;  // as of Engine::handle_type()
 };
 
 struct PeersOpened {

@@ -202,6 +202,7 @@ struct ProtoWriter {
     proto.mutable_heap_created()->set_row_arena_mapped(m.row_arena_mapped);
     proto.mutable_heap_created()->set_regions_reachable(m.regions_reachable);
     proto.mutable_heap_created()->set_takes_shared_batches(m.takes_shared_batches);
+    proto.mutable_heap_created()->set_handle_type(std::move(m.handle_type));
     for (const DeviceRegionState& state : m.refused_regions) {
       SetState(state, *proto.mutable_heap_created()->add_refused_regions());
     }

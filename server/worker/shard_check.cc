@@ -6,14 +6,12 @@
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 #include "server/common/region_io.h"
 
 namespace epserve::worker {
 namespace {
-
-// The widest routing that any supported layout has; bounds the sizes computed from a shard.
-constexpr int kMaxTopk = 16;
 
 absl::Status CheckBytes(std::string_view name, std::size_t got, std::int64_t expected) {
   if (got == static_cast<std::size_t>(expected)) return absl::OkStatus();
@@ -121,9 +119,9 @@ absl::Status CheckShard(const Shard& shard, const ShardLimits& limits) {
         "shard: num_tokens ", shard.num_tokens, " is not in [0, ", limits.max_shard_tokens,
         "]; give coordinator and workers the same --max-batch-tokens"));
   }
-  if (shard.topk < 1 || shard.topk > kMaxTopk) {
+  if (shard.topk < 1 || shard.topk > runtime::kMaxTopk) {
     return absl::InvalidArgumentError(
-        absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", kMaxTopk, "]"));
+        absl::StrCat("shard: topk ", shard.topk, " is not in [1, ", runtime::kMaxTopk, "]"));
   }
   if (shard.device_counts && shard.counts.has_value()) {
     return absl::InvalidArgumentError(

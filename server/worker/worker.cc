@@ -391,9 +391,8 @@ void Worker::DoCreateHeap() {
   const std::uint64_t epoch = session_.epoch();
   last_answered_us_ = config_.now_us();
   lease_.Enter(epoch);
-  const std::shared_ptr<ControlStream> stream = Stream();
   // The lease must be there by the first batch.
-  if (stream) stream->HurryHeartbeat();
+  if (const std::shared_ptr<ControlStream> stream = Stream()) stream->HurryHeartbeat();
   absl::StatusOr<std::string> handle = engine_->CreateHeap(epoch);
   // A GPU that is lost does not come back in this process: whoever started it starts another.
   if (absl::IsInternal(handle.status())) return Fail(handle.status());
@@ -412,7 +411,8 @@ void Worker::DoCreateHeap() {
       .row_arena_mapped = shared_rows_.arena != nullptr,
       .regions_reachable = shared_rows_.regions != nullptr,
       .takes_shared_batches = shared_rows_.arena != nullptr && engine_->takes_shared_batches(),
-      .refused_regions = shared_rows_.refused});
+      .refused_regions = shared_rows_.refused,
+      .handle_type = engine_->handle_type()});
 }
 
 void Worker::DoOpenPeers() {

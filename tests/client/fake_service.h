@@ -102,11 +102,6 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     response->set_ready(ready_);
     return grpc::Status::OK;
   }
-  grpc::Status ServerLive(grpc::ServerContext*, const inference::ServerLiveRequest*,
-                          inference::ServerLiveResponse* response) override {
-    response->set_live(true);
-    return grpc::Status::OK;
-  }
   grpc::Status RepositoryIndex(grpc::ServerContext*, const inference::RepositoryIndexRequest*,
                                inference::RepositoryIndexResponse* response) override {
     response->add_models()->set_name("fake");

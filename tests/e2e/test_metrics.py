@@ -3,6 +3,7 @@
 import grpc
 import pytest
 
+from cluster import wait_until
 from infer import infer, random_batch
 
 PHASES = ("queue", "assign", "counts", "dispatch", "ffn", "combine", "reply")
@@ -30,6 +31,8 @@ def test_every_metric_is_there_with_help_and_type(cluster, rng):
         "epserve_serving": "gauge",
         "epserve_refused_total": "counter",
         "epserve_batches_in_flight": "gauge",
+        "epserve_heaps": "gauge",
+        "epserve_output_bytes_total": "counter",
         "epserve_request_seconds": "histogram",
     }.items():
         assert f"# TYPE {name} {kind}" in text
@@ -54,6 +57,8 @@ def test_numbers_follow_the_requests(cluster, rng):
     assert grown('epserve_requests_total{outcome="ok"}') == 5
     assert grown('epserve_requests_total{outcome="invalid_argument"}') == 1
     assert grown("epserve_tokens_total") == 50
+    assert grown('epserve_output_bytes_total{way="copied"}') == 50 * spec.hidden * 4
+    assert grown('epserve_output_bytes_total{way="lent"}') == 0
     assert grown('epserve_expert_rows_total{expert="3"}') == 5 * 10 * spec.topk
     assert grown("epserve_request_seconds_count") >= 5
     for phase in PHASES:
@@ -70,6 +75,28 @@ def test_numbers_follow_the_requests(cluster, rng):
     assert status.requests_failed == sum(failed.values()) > 0
     assert after["epserve_epoch"] == cluster.status().epoch
     assert after['epserve_workers{state="serving"}'] == 2
+    assert after['epserve_heaps{handle_type="shm"}'] == 2
+    assert after['epserve_heaps{handle_type="other"}'] == 0
     assert after["epserve_serving"] == 1
     assert after["epserve_queue_depth"] == 0
     assert after["epserve_batches_in_flight"] == 0
+
+
+def test_large_outputs_are_lent_and_counted_so(cluster, rng):
+    spec = cluster.checkpoint.spec
+    ways = [f'epserve_output_bytes_total{{way="{way}"}}' for way in ("lent", "copied")]
+    before = cluster.metrics()
+    large = (1 << 20) // (4 * spec.hidden)
+    for num_tokens in (large, large - 1):
+        infer(cluster, *random_batch(spec, rng, num_tokens))
+    after = cluster.metrics()
+    assert after[ways[0]] - before[ways[0]] == 1 << 20
+    assert after[ways[1]] - before[ways[1]] == (1 << 20) - 4 * spec.hidden
+
+
+def test_heap_of_a_lost_worker_counts_no_more(checkpoint, start_cluster):
+    key = 'epserve_heaps{handle_type="shm"}'
+    with start_cluster(checkpoint(), workers=2) as cluster:
+        assert cluster.metrics()[key] == 2
+        cluster.workers[1].kill()
+        wait_until(lambda: cluster.metrics()[key] == 1, 10, "the lost worker's heap is gone")

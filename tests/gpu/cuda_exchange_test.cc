@@ -197,6 +197,63 @@ TEST_F(CudaExchangeTest, EightRanksTopkSixteenMatchReference) {
   Run(c, 3, 11);
 }
 
+TEST_F(CudaExchangeTest, DecodeOfEightRanksMatchesReference) {
+  Case c = WideCase(Path::kDecode);
+  c.num_ranks = 8;
+  if (NoPlaceFor(c.num_ranks)) GTEST_SKIP() << "eight ranks need more GPUs";
+  c.tokens = {40, 3, 0, 9, 200, 1, 64, 131};
+  Run(c, 3, 44);
+  c.line_tokens = 0;
+  Run(c, 3, 45);
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  Run(c, 3, 46);
+}
+
+TEST_F(CudaExchangeTest, PrefillOfTopkSixteenOfManyExpertsMatchesReference) {
+  Case c = WideCase(Path::kPrefill);
+  c.tokens = {300, 64, 0, 129};
+  for (const std::int64_t hidden : {8, 2048, 7168}) {
+    c.hidden = hidden;
+    Run(c, 2, 47);
+  }
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  Run(c, 2, 48);
+}
+
+// Too many tokens to go as lines, but for one rank's.
+TEST_F(CudaExchangeTest, DecodeOfTopkSixteenOfManyExpertsMatchesReference) {
+  Case c = WideCase(Path::kDecode);
+  c.tokens = {200, 256, 5, 0};
+  for (const std::int64_t hidden : {8, 2048, 7168}) {
+    c.hidden = hidden;
+    Run(c, 2, 49);
+  }
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  Run(c, 2, 50);
+}
+
+// Rows of any number of 16-byte vectors, and any number of experts, as rows with flags.
+TEST_F(CudaExchangeTest, DecodeOfRowsOfManyLengthsMatchesReference) {
+  Case c;
+  c.path = Path::kDecode;
+  c.line_tokens = 0;
+  c.tokens = {33, 1, 0, 128};
+  for (const std::int64_t hidden : {8, 24, 264, 1032, 5384}) {
+    c.hidden = hidden;
+    c.topk = hidden == 24 ? 1 : hidden == 264 ? 5 : kMaxTopk;
+    Run(c, 2, 51);
+  }
+  c.dtype = DataType::kFp32;
+  c.limit = 1e-5;
+  for (const std::int64_t hidden : {4, 1796}) {
+    c.hidden = hidden;
+    Run(c, 2, 52);
+  }
+}
+
 TEST_F(CudaExchangeTest, SameInputsGiveSameBits) {
   Case c;
   c.tokens = {500, 300, 0, 129};

@@ -1,13 +1,71 @@
 // The decode path's lines on the device: lengths and numbers around those of a line, a warp and a
 // unit, the same bits as rows give, and waits that give up.
+#include "runtime/symmetric/nvlink.h"
 #include "tests/gpu/exchange_fixture.h"
 
 namespace epserve::runtime {
 namespace {
 
+class CudaLinesTest : public CudaExchangeTest {
+ protected:
+  // Where no lines can be sent, rows would be compared with rows.
+  void SetUp() override {
+    CudaExchangeTest::SetUp();
+    if (IsSkipped()) return;
+    Case c;
+    c.num_ranks = 1;
+    c.tokens = {1};
+    const auto exchange = CreateExchange(Config(c, 0, 900));
+    ASSERT_TRUE(exchange.ok()) << exchange.status();
+    if (!(*exchange)->sends_lines()) {
+      GTEST_SKIP() << "no lines can be sent here: " << CheckNvLink();
+    }
+  }
+
+  // Ranks of which the first two dispatch four tokens each, for waits that give up.
+  struct FewTokens {
+    std::vector<std::unique_ptr<DeviceExchange>> ranks;
+    RoundBuffers buffers[2];
+    cudaStream_t streams[2] = {};
+  };
+
+  void UseDeviceOf(int rank) { ASSERT_EQ(cudaSetDevice(rank % num_devices_), cudaSuccess); }
+
+  void Dispatch(const Case& c, std::uint64_t epoch, absl::Duration peer_timeout, FewTokens* few) {
+    std::mt19937 rng(29);
+    std::vector<CudaExchangeConfig> configs;
+    for (int r = 0; r < c.num_ranks; ++r) {
+      configs.push_back(Config(c, r, epoch));
+      configs.back().base.peer_timeout = peer_timeout;
+    }
+    few->ranks = OpenAll(configs, num_devices_);
+    // All of them first: allocating waits for the device, and so for what is dispatched.
+    for (int r = 0; r < 2; ++r) {
+      UseDeviceOf(r);
+      ASSERT_EQ(cudaStreamCreateWithFlags(&few->streams[r], cudaStreamNonBlocking), cudaSuccess);
+      few->buffers[r].Fill(c, MakeTokens(c, c.tokens[r], &rng), c.tokens[r]);
+    }
+    for (int r = 0; r < 2; ++r) {
+      UseDeviceOf(r);
+      const absl::Status status = few->ranks[r]->Dispatch(Path::kDecode, 0, few->buffers[r].tokens,
+                                                          nullptr, few->streams[r]);
+      ASSERT_TRUE(status.ok()) << status;
+    }
+  }
+
+  // Waits for all that the two have enqueued.
+  void Finish(const FewTokens& few) {
+    for (int r = 0; r < 2; ++r) {
+      UseDeviceOf(r);
+      EXPECT_EQ(cudaStreamSynchronize(few.streams[r]), cudaSuccess);
+      cudaStreamDestroy(few.streams[r]);
+    }
+  }
+};
+
 // Around a warp's tokens, and as many as go as lines; rows of 56, 60 and 64 elements a line's
 // lanes, and of parts of a line.
-TEST_F(CudaExchangeTest, DecodeOfLinesOfManyLengthsMatchesReference) {
+TEST_F(CudaLinesTest, DecodeOfLinesOfManyLengthsMatchesReference) {
   Case c;
   c.path = Path::kDecode;
   c.tokens = {31, 32, 33, 128};
@@ -24,7 +82,34 @@ TEST_F(CudaExchangeTest, DecodeOfLinesOfManyLengthsMatchesReference) {
   }
 }
 
-TEST_F(CudaExchangeTest, DecodeOfLinesOfOneRankIsOfItsOwnExperts) {
+// The widest routing there is, of a published model's sizes and of the shortest row.
+TEST_F(CudaLinesTest, DecodeOfLinesOfTopkSixteenOfManyExpertsMatchesReference) {
+  Case c = WideCase(Path::kDecode);
+  c.tokens = {128, 1, 0, 77};
+  for (const std::int64_t hidden : {8, 2048, 7168}) {
+    c.hidden = hidden;
+    Run(c, 2, 40);
+  }
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  for (const std::int64_t hidden : {128, 7168}) {
+    c.hidden = hidden;
+    Run(c, 2, 41);
+  }
+}
+
+TEST_F(CudaLinesTest, DecodeOfLinesOfEightRanksMatchesReference) {
+  Case c = WideCase(Path::kDecode);
+  c.num_ranks = 8;
+  if (NoPlaceFor(c.num_ranks)) GTEST_SKIP() << "eight ranks need more GPUs";
+  c.tokens = {40, 3, 0, 9, 128, 1, 64, 31};
+  Run(c, 3, 42);
+  c.payload = RowPayload::kFp8;
+  c.limit = 4e-2;
+  Run(c, 3, 43);
+}
+
+TEST_F(CudaLinesTest, DecodeOfLinesOfOneRankIsOfItsOwnExperts) {
   Case c;
   c.path = Path::kDecode;
   c.num_ranks = 1;
@@ -32,7 +117,7 @@ TEST_F(CudaExchangeTest, DecodeOfLinesOfOneRankIsOfItsOwnExperts) {
   Run(c, 3, 33);
 }
 
-TEST_F(CudaExchangeTest, DecodeOfAsManyLinesAsThereCanBeMatchesReference) {
+TEST_F(CudaLinesTest, DecodeOfAsManyLinesAsThereCanBeMatchesReference) {
   Case c;
   c.path = Path::kDecode;
   c.num_ranks = 2;
@@ -45,7 +130,7 @@ TEST_F(CudaExchangeTest, DecodeOfAsManyLinesAsThereCanBeMatchesReference) {
   Run(c, 3, 35);
 }
 
-TEST_F(CudaExchangeTest, LinesGiveTheBitsOfRows) {
+TEST_F(CudaLinesTest, LinesGiveTheBitsOfRows) {
   for (const DataType dtype : {DataType::kBf16, DataType::kFp32}) {
     for (const std::vector<std::int64_t>& tokens :
          {std::vector<std::int64_t>{7, 16, 1, 0}, {128, 33, 64, 127}}) {
@@ -62,7 +147,7 @@ TEST_F(CudaExchangeTest, LinesGiveTheBitsOfRows) {
   }
 }
 
-TEST_F(CudaExchangeTest, Fp8LinesGiveTheBitsOfFp8Rows) {
+TEST_F(CudaLinesTest, Fp8LinesGiveTheBitsOfFp8Rows) {
   Case c;
   c.path = Path::kDecode;
   c.payload = RowPayload::kFp8;
@@ -74,71 +159,35 @@ TEST_F(CudaExchangeTest, Fp8LinesGiveTheBitsOfFp8Rows) {
   EXPECT_EQ(Run(c, 4, 38), as_lines);
 }
 
-TEST_F(CudaExchangeTest, SilentPeerOfFewTokensTimesOutNamingIt) {
+TEST_F(CudaLinesTest, SilentPeerOfFewTokensTimesOutNamingIt) {
   Case c;
   c.num_ranks = 3;
   c.tokens = {4, 4, 4};
-  std::mt19937 rng(29);
-  std::vector<CudaExchangeConfig> configs;
-  std::vector<HostTokens> tokens;
-  for (int r = 0; r < c.num_ranks; ++r) {
-    configs.push_back(Config(c, r, 1200));
-    configs.back().base.peer_timeout = absl::Milliseconds(50);
-    tokens.push_back(MakeTokens(c, 4, &rng));
-  }
-  const auto ranks = OpenAll(configs, num_devices_);
-  std::vector<RoundBuffers> buffers(2);
-  std::vector<cudaStream_t> streams(2);
+  FewTokens few;
+  ASSERT_NO_FATAL_FAILURE(Dispatch(c, 1200, absl::Milliseconds(50), &few));
+  Finish(few);
   for (int r = 0; r < 2; ++r) {
-    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
-    ASSERT_EQ(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking), cudaSuccess);
-    buffers[r].Fill(c, tokens[r], 4);
-  }
-  for (int r = 0; r < 2; ++r) {
-    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
-    ASSERT_TRUE(ranks[r]->Dispatch(Path::kDecode, 0, buffers[r].tokens, nullptr, streams[r]).ok());
-  }
-  for (int r = 0; r < 2; ++r) {
-    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
-    ASSERT_EQ(cudaStreamSynchronize(streams[r]), cudaSuccess);
-    const absl::Status status = ranks[r]->CheckWaits();
+    const absl::Status status = few.ranks[r]->CheckWaits();
     EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
     EXPECT_NE(status.message().find("for rank 2"), std::string::npos) << status;
-    cudaStreamDestroy(streams[r]);
   }
 }
 
-TEST_F(CudaExchangeTest, PeerThatSendsNoSumsAsLinesTimesOutNamingIt) {
+TEST_F(CudaLinesTest, PeerThatSendsNoSumsAsLinesTimesOutNamingIt) {
   Case c;
   c.num_ranks = 2;
   c.tokens = {4, 4};
   c.one_expert = true;  // The last one, which is rank 1's.
-  std::mt19937 rng(39);
-  std::vector<CudaExchangeConfig> configs = {Config(c, 0, 1300), Config(c, 1, 1300)};
-  for (CudaExchangeConfig& config : configs) config.base.peer_timeout = absl::Milliseconds(500);
-  const auto ranks = OpenAll(configs, num_devices_);
-  std::vector<RoundBuffers> buffers(2);
-  std::vector<cudaStream_t> streams(2);
-  for (int r = 0; r < 2; ++r) {
-    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
-    ASSERT_EQ(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking), cudaSuccess);
-    buffers[r].Fill(c, MakeTokens(c, 4, &rng), 4);
-  }
-  for (int r = 0; r < 2; ++r) {
-    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
-    ASSERT_TRUE(ranks[r]->Dispatch(Path::kDecode, 0, buffers[r].tokens, nullptr, streams[r]).ok());
-  }
-  ASSERT_EQ(cudaSetDevice(0), cudaSuccess);
-  ASSERT_TRUE(ranks[0]->LayOutExperts(Path::kDecode, 0, streams[0]).ok());
-  void* const out = buffers[0].out.as<void>();
-  ASSERT_TRUE(ranks[0]->Combine(Path::kDecode, 0, buffers[0].tokens, out, out, streams[0]).ok());
-  for (int r = 0; r < 2; ++r) {
-    ASSERT_EQ(cudaSetDevice(r % num_devices_), cudaSuccess);
-    ASSERT_EQ(cudaStreamSynchronize(streams[r]), cudaSuccess);
-    cudaStreamDestroy(streams[r]);
-  }
-  EXPECT_TRUE(ranks[1]->CheckWaits().ok()) << ranks[1]->CheckWaits();
-  const absl::Status status = ranks[0]->CheckWaits();
+  FewTokens few;
+  ASSERT_NO_FATAL_FAILURE(Dispatch(c, 1300, absl::Milliseconds(500), &few));
+  UseDeviceOf(0);
+  ASSERT_TRUE(few.ranks[0]->LayOutExperts(Path::kDecode, 0, few.streams[0]).ok());
+  const CudaTokens& tokens = few.buffers[0].tokens;
+  void* const out = few.buffers[0].out.as<void>();
+  ASSERT_TRUE(few.ranks[0]->Combine(Path::kDecode, 0, tokens, out, out, few.streams[0]).ok());
+  Finish(few);
+  EXPECT_TRUE(few.ranks[1]->CheckWaits().ok()) << few.ranks[1]->CheckWaits();
+  const absl::Status status = few.ranks[0]->CheckWaits();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
   EXPECT_NE(status.message().find("combine: rank 0"), std::string::npos) << status;
   EXPECT_NE(status.message().find("for rank 1"), std::string::npos) << status;

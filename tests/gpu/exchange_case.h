@@ -19,6 +19,7 @@
 #include "runtime/alltoallv/device_exchange.h"
 #include "runtime/base/cuda_memory.h"
 #include "runtime/base/dtype.h"
+#include "runtime/base/limits.h"
 
 namespace epserve::runtime {
 
@@ -53,6 +54,15 @@ struct Case {
     return later ? later_tokens[rank] : tokens[rank];
   }
 };
+
+// As many experts a token and in all as there may be: each source's rows go to nearly all ranks.
+inline Case WideCase(DeviceExchange::Path path) {
+  Case c;
+  c.path = path;
+  c.topk = kMaxTopk;
+  c.experts = 512;
+  return c;
+}
 
 // What expert e makes of a row: a factor that tells experts apart.
 inline float FactorOf(std::int64_t expert) { return 1.0f + 0.25f * static_cast<float>(expert % 7); }

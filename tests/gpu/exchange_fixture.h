@@ -167,9 +167,15 @@ class CudaExchangeTest : public ::testing::Test {
   }
 
   // Runs `rounds` batches on every rank, checks each against the reference, returns all output
-  // bytes.
+  // bytes. With as many of the ranks as there is place for; where none would have a peer that is to
+  // have one, the test is skipped.
   std::vector<std::vector<std::byte>> Run(Case c, int rounds, unsigned seed) {
-    c.num_ranks = std::min(c.num_ranks, kRanksPerDevice * num_devices_);
+    const int places = kRanksPerDevice * num_devices_;
+    if (c.num_ranks > 1 && places == 1) {
+      [] { GTEST_SKIP() << "ranks that exchange rows need a GPU each over NCCL"; }();
+      return {};
+    }
+    c.num_ranks = std::min(c.num_ranks, places);
     c.tokens.resize(c.num_ranks);
     static std::atomic<std::uint64_t> epoch{1};
     const std::uint64_t this_epoch = epoch++;

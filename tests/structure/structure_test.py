@@ -76,6 +76,11 @@ class IncludeRules(unittest.TestCase):
         ]
         self.assertEqual([], wrong)
 
+    def test_base_includes_std_absl_and_the_system_only(self):
+        self.check(
+            ["base"], lambda _, header: header.startswith(("base/", "absl/")) or is_system(header)
+        )
+
     def test_runtime_includes_neither_grpc_nor_protobuf_nor_other_parts(self):
         banned = ("grpc", "google/", "proto/", "server/", "client/", "tests/", "prometheus/")
         self.check(
@@ -110,12 +115,14 @@ class IncludeRules(unittest.TestCase):
         own = "server/coordinator/state_machine/"
         clocks = {"chrono", "thread", "mutex", "ctime", "time.h", "condition_variable", "random"}
 
+        pure = ("runtime/routing/count_matrix.h", "server/common/small_shard.h")
+
         def allowed(_, header):
             if header in clocks or header.startswith(("absl/time/clock", "absl/synchronization/")):
                 return False
             return (
                 header.startswith((own, "absl/"))
-                or header == "runtime/routing/count_matrix.h"
+                or header in pure
                 or is_system(header)
             )
 
@@ -127,12 +134,12 @@ class IncludeRules(unittest.TestCase):
                 return True
             return path.parts[0] in ("client", "tests") or bool(EDGE.search(path.name))
 
-        self.check(["runtime", "server", "client", "tests"], allowed)
+        self.check(["base", "runtime", "server", "client", "tests"], allowed)
 
     def test_own_headers_are_included_from_the_root(self):
         wrong = [
             f"{path}:{number}: {header}"
-            for path in files("runtime", "server", "client", "tests", suffixes=CPP)
+            for path in files("base", "runtime", "server", "client", "tests", suffixes=CPP)
             for number, quoted, header in includes(path)
             if quoted
             and not header.startswith(("absl/", "google/", "nlohmann/", "gtest/", "gmock/"))
@@ -179,10 +186,21 @@ class Words(unittest.TestCase):
         system = re.compile(r'getenv\("(TERM|NO_COLOR|TMPDIR)"\)')
         found = [
             f"{path}:{number}"
-            for path in files("runtime", "server", "client", suffixes=CPP)
+            for path in files("base", "runtime", "server", "client", suffixes=CPP)
             if path.name not in ("options.cc", "command_line.cc")
             for number, line in enumerate(lines(path), 1)
             if re.search(r"\b(secure_)?getenv\(|->envname\(", line) and not system.search(line)
+        ]
+        self.assertEqual([], found)
+
+    def test_cores_are_asked_of_base_alone(self):
+        # The standard library knows nothing of the quota that a container's control group sets.
+        other = re.compile(r"hardware_concurrency|get_nprocs|_SC_NPROCESSORS|sched_getaffinity")
+        found = [
+            f"{path}:{number}"
+            for path in files("runtime", "server", "client", suffixes=CPP)
+            for number, line in enumerate(lines(path), 1)
+            if other.search(line)
         ]
         self.assertEqual([], found)
 
@@ -198,7 +216,7 @@ class Build(unittest.TestCase):
         shared = pathlib.Path("tests", "support")
         listed[shared] = "\n".join(t for f, t in listed.items() if f.parts[:1] in ((), ("tests",)))
         missing = []
-        for path in files("runtime", "server", "client", "tests", suffixes={".cc", ".cu"}):
+        for path in files("base", "runtime", "server", "client", "tests", suffixes={".cc", ".cu"}):
             near = [listed.get(folder, "") for folder in path.parents]
             if not any(re.search(rf"\b{re.escape(path.name)}\b", text) for text in near):
                 missing.append(str(path))

@@ -6,14 +6,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "server/common/small_shard.h"
 #include "server/coordinator/state_machine/state_machine_impl.h"
 
 namespace epserve::coordinator {
 namespace {
-
-// Rows of a rank's shard up to which a batch counts as small: those of which a worker's phases take
-// microseconds, which it runs in the thread that brings them.
-constexpr std::int64_t kSmallShardTokens = 16;
 
 // Longer ones are worth a second one beside them, however few their rows are.
 constexpr std::int64_t kShortBatchUs = 2000;
@@ -210,7 +207,7 @@ void StateMachine::Impl::StartProbeBatch() {
 // about the time that its messages take.
 bool StateMachine::Impl::SmallBatchRuns() const {
   if (membership_.AtRank(0)->backend != "host" || batch_us_ > kShortBatchUs) return false;
-  const std::int64_t most_tokens = kSmallShardTokens * config_.num_workers;
+  const std::int64_t most_tokens = std::int64_t{server::kSmallShardRows} * config_.num_workers;
   const std::optional<RequestKind> next = queue_.NextKind();
   return std::any_of(batches_.begin(), batches_.end(), [&](const auto& entry) {
     const Batch& batch = entry.second;

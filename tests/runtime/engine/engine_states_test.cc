@@ -146,6 +146,17 @@ TEST_F(EngineStatesTest, OutputTakenAfterCombineNeedsNoPlaceInFinish) {
   EXPECT_EQ(engine.CombinedRows(0), nullptr);
 }
 
+TEST_F(EngineStatesTest, HandleTypeIsOfTheOpenEpoch) {
+  const auto fresh = testing::CreateTestEngine(Options(), 0);
+  ASSERT_TRUE(fresh.ok());
+  EXPECT_EQ((*fresh)->handle_type(), "");
+  EngineCluster cluster(path().string(), 1);
+  cluster.StartEpoch(5);
+  EXPECT_EQ(cluster.engine(0).handle_type(), testing::kCudaBackend ? "fd" : "shm");
+  cluster.engine(0).CloseEpoch();
+  EXPECT_EQ(cluster.engine(0).handle_type(), "");
+}
+
 TEST_F(EngineStatesTest, CallsOutOfTurnAreFailedPrecondition) {
   const auto fresh = testing::CreateTestEngine(Options(), 0);
   ASSERT_TRUE(fresh.ok());

@@ -30,6 +30,16 @@ TEST(ControlProtoConvertTest, DeviceRegionsAreOpenedWithAHeapOrByThemselvesAndCl
   EXPECT_THAT(close.close_device_regions().regions(), testing::ElementsAre(7, 8));
 }
 
+TEST(ControlProtoConvertTest, HeapsHandleTypeIsTakenAsTheWorkerSaysIt) {
+  v1::WorkerMessage created;
+  created.mutable_heap_created()->set_handle("bytes");
+  created.mutable_heap_created()->set_handle_type("fabric");
+  const auto report = FromProto(11, created);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->handle_type, "fabric");
+  EXPECT_EQ(std::get<HeapCreated>(report->event).handle, "bytes");
+}
+
 TEST(ControlProtoConvertTest, SharedBatchesAreOfferedByTheWorkerAndToldWithTheShard) {
   v1::WorkerMessage created;
   created.mutable_heap_created()->set_takes_shared_batches(true);

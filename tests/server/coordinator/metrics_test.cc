@@ -36,6 +36,13 @@ TEST(MetricsTest, EveryNameIsThereFromTheStart) {
                            "epserve_refused_total{reason=\"half_messages\"} 0",
                            "epserve_workers{state=\"serving\"} 0",
                            "epserve_batches_in_flight 0",
+                           "epserve_output_bytes_total{way=\"lent\"} 0",
+                           "epserve_output_bytes_total{way=\"copied\"} 0",
+                           "epserve_heaps{handle_type=\"shm\"} 0",
+                           "epserve_heaps{handle_type=\"fd\"} 0",
+                           "epserve_heaps{handle_type=\"fabric\"} 0",
+                           "epserve_heaps{handle_type=\"nccl\"} 0",
+                           "epserve_heaps{handle_type=\"other\"} 0",
                            "epserve_request_seconds_count 0"}) {
     EXPECT_THAT(text, HasSubstr(line));
   }
@@ -80,6 +87,26 @@ TEST(MetricsTest, NumbersFollowWhatIsCounted) {
   metrics.SetServing(false);
   EXPECT_THAT(metrics.Render(), HasSubstr("epserve_workers{state=\"serving\"} 0\n"));
   EXPECT_THAT(metrics.Render(), HasSubstr("epserve_serving 0\n"));
+}
+
+TEST(MetricsTest, OutputBytesAreCountedByTheWayTheyTook) {
+  Metrics metrics(4);
+  metrics.AddOutputBytes(OutputWay::kLent, 5 << 20);
+  metrics.AddOutputBytes(OutputWay::kCopied, 100);
+  metrics.AddOutputBytes(OutputWay::kCopied, 11);
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_output_bytes_total{way=\"lent\"} 5242880\n"));
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_output_bytes_total{way=\"copied\"} 111\n"));
+}
+
+TEST(MetricsTest, HeapsAreCountedByHandleTypeWhateverAWorkerCallsIts) {
+  Metrics metrics(4);
+  metrics.SetHeaps({"fd", "nccl", "fd", "fd\"} 7", "other"});
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"fd\"} 2\n"));
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"nccl\"} 1\n"));
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"other\"} 2\n"));
+  metrics.SetHeaps({"fabric"});
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"fd\"} 0\n"));
+  EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"fabric\"} 1\n"));
 }
 
 }  // namespace

@@ -107,6 +107,7 @@ class FakeEngine : public runtime::Engine {
       const runtime::Placement& placement, int rank,
       const std::function<void(std::uint64_t, std::uint64_t)>& progress) override;
   absl::StatusOr<std::string> CreateHeap(std::uint64_t epoch) override;
+  std::string handle_type() const override { return "fake"; }
   absl::Status OpenPeers(std::span<const std::string> handles) override;
   runtime::DeviceRegions* device_regions() override { return device_regions_; }
   absl::Status ReadDevice(int slot, std::span<const runtime::DeviceRead> reads) override;

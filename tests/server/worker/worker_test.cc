@@ -53,6 +53,7 @@ TEST_F(WorkerTest, JoinsLoadsAndServesTheFirstEpochInOrder) {
   const v1::WorkerMessage created = session->Next();
   ASSERT_TRUE(created.has_heap_created()) << created.DebugString();
   EXPECT_EQ(created.heap_created().handle(), "heap-7");
+  EXPECT_EQ(created.heap_created().handle_type(), "fake");
   EXPECT_FALSE(created.heap_created().takes_shared_batches()) << "there is no arena";
 
   session->Send(OpenPeersMessage(7));
