@@ -288,7 +288,7 @@ void HostExchange::PushRows(const DispatchArgs& args, Slot* slot) const {
       if (dst == config_.rank) {
         slot->row_pointers[index] = row;
       } else {
-        CopyRow(kind, row, view.receive_rows() + index * stride, row_bytes);
+        CopyBytes(kind, row, view.receive_rows() + index * stride, row_bytes);
       }
       const auto first = static_cast<std::int32_t>(config_.placement.first_expert[dst]);
       for (int k = 0; k < topk; ++k) {
@@ -433,9 +433,7 @@ void HostExchange::SumPartials(int slot_index, void* out) const {
     const SlotView view{heaps_[rank] + layout_.SlotOffset(slot_index), &layout_};
     next[rank] = view.partial_rows() + slot.counts->ReceiveOffset(config_.rank, rank) * row_bytes;
   }
-  // Streamed stores are of 16 bytes; rows and `out` need not stand on such borders.
-  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % 16 == 0 && row_bytes % 16 == 0;
-  const CopyKind kind = aligned ? KindFor(slot.num_tokens * row_bytes) : CopyKind::kCached;
+  const CopyKind kind = KindFor(slot.num_tokens * row_bytes);
   std::array<const std::byte*, kMaxRanks> rows{};
   for (std::int64_t t = 0; t < slot.num_tokens; ++t) {
     std::size_t num_rows = 0;

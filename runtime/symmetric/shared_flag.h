@@ -5,7 +5,7 @@
 // Ordering, stated once for all users:
 //   Publish stores `value` with release or stronger: every ordinary store the publisher made before
 //   is visible to whoever sees the value. Pairs with the acquire in WaitForValue. (Non-temporal
-//   stores are not ordinary: end them with a store fence first, as row_kernels.h does.)
+//   stores are not ordinary: end them with a store fence first, as streamed_copy.h does.)
 //   `value` and `waiters` are both sequentially consistent, because each side writes one and then
 //   reads the other: either the publisher sees the waiter and wakes it, or the waiter sees the
 //   value.

@@ -1,14 +1,16 @@
 #include "server/coordinator/row_copier.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "runtime/base/streamed_copy.h"
 
 namespace epserve::coordinator {
 namespace {
 
 // What one thread begins with at a time: about 0.1 ms, so that all are done at about the same time.
 constexpr std::size_t kPortionBytes = std::size_t{1} << 20;
-// Waking a helper takes about as long as copying half a megabyte.
+// Waking a helper takes about as long as copying half a megabyte; and what exceeds the caches is
+// copied around them: 58 MB in 3 ms of two cores in place of 4.
 constexpr std::size_t kHelpedBytes = std::size_t{4} << 20;
 // More would only share what the memory gives.
 constexpr int kMaxHelpers = 3;
@@ -51,7 +53,9 @@ std::size_t RowCopier::Divide() {
 void RowCopier::Copy(std::span<const Piece> pieces) {
   pieces_ = pieces;
   next_portion_.store(0, std::memory_order_relaxed);  // The mutex hands it to the helpers.
-  const bool helped = Divide() >= kHelpedBytes && !helpers_.empty();
+  const bool large = Divide() >= kHelpedBytes;
+  kind_ = large ? runtime::CopyKind::kStreamed : runtime::CopyKind::kCached;
+  const bool helped = large && !helpers_.empty();
   if (helped) {
     {
       const std::lock_guard lock(mutex_);
@@ -86,12 +90,14 @@ void RowCopier::CopyPortions() {
   for (;;) {
     // Relaxed: the mutex orders the bytes themselves.
     const std::size_t portion = next_portion_.fetch_add(1, std::memory_order_relaxed);
-    if (portion + 1 >= portions_.size()) return;
+    if (portion + 1 >= portions_.size()) break;
     for (std::size_t i = portions_[portion]; i < portions_[portion + 1]; ++i) {
       const Piece& piece = pieces_[i];
-      if (piece.bytes > 0) std::memcpy(piece.to, piece.from, piece.bytes);
+      runtime::CopyBytes(kind_, reinterpret_cast<const std::byte*>(piece.from),
+                         reinterpret_cast<std::byte*>(piece.to), piece.bytes);
     }
   }
+  if (kind_ == runtime::CopyKind::kStreamed) runtime::FenceStreamedCopies();
 }
 
 }  // namespace epserve::coordinator
