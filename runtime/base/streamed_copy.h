@@ -3,12 +3,16 @@
 #define EPSERVE_RUNTIME_BASE_STREAMED_COPY_H_
 
 #include <cstddef>
+#include <cstdint>
 
 namespace epserve::runtime {
 
 // kCached leaves the copy in this core's caches; kStreamed writes around them, which saves reading
 // the destination first and is the faster one where all that is copied exceeds the caches anyway.
 enum class CopyKind { kCached, kStreamed };
+
+// The faster one for a phase that writes so many bytes.
+CopyKind CopyKindFor(std::uint64_t written_bytes);
 
 // Copies `bytes`. Streamed copies are visible to others only after FenceStreamedCopies.
 // REQUIRES: no overlap.

@@ -9,8 +9,7 @@ namespace {
 
 // What one thread begins with at a time: about 0.1 ms, so that all are done at about the same time.
 constexpr std::size_t kPortionBytes = std::size_t{1} << 20;
-// Waking a helper takes about as long as copying half a megabyte; and what exceeds the caches is
-// copied around them: 58 MB in 3 ms of two cores in place of 4.
+// Waking a helper takes about as long as copying half a megabyte.
 constexpr std::size_t kHelpedBytes = std::size_t{4} << 20;
 // More would only share what the memory gives.
 constexpr int kMaxHelpers = 3;
@@ -53,9 +52,10 @@ std::size_t RowCopier::Divide() {
 void RowCopier::Copy(std::span<const Piece> pieces) {
   pieces_ = pieces;
   next_portion_.store(0, std::memory_order_relaxed);  // The mutex hands it to the helpers.
-  const bool large = Divide() >= kHelpedBytes;
-  kind_ = large ? runtime::CopyKind::kStreamed : runtime::CopyKind::kCached;
-  const bool helped = large && !helpers_.empty();
+  const std::size_t bytes = Divide();
+  // For 58 MB, 3 ms of two cores around the caches, and 4 to 6 through them.
+  kind_ = runtime::CopyKindFor(bytes);
+  const bool helped = bytes >= kHelpedBytes && !helpers_.empty();
   if (helped) {
     {
       const std::lock_guard lock(mutex_);
