@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -155,7 +156,7 @@ TEST_F(SharedFlagTest, SeveralFlagsThatStayLowEndWithTheDeadlineOrTheAbort) {
 }
 
 // Each slice of a wait would look at all flags, so that a waiter which none but the first one's
-// publisher wakes takes a slice a round: 5 ms, 200 of which are a second.
+// publisher wakes takes a slice a round, 5 ms. Half the rounds may be as slow on a busy machine.
 TEST_F(SharedFlagTest, EveryAwaitedFlagWakesItsSleeper) {
   constexpr std::uint64_t kRounds = 200;
   SharedFlag unused;
@@ -168,19 +169,17 @@ TEST_F(SharedFlagTest, EveryAwaitedFlagWakesItsSleeper) {
       Publish(&back, round);
     }
   });
-  int slept = 0;
-  std::chrono::nanoseconds took{0};
+  std::vector<std::chrono::nanoseconds> took;
   for (std::uint64_t round = 1; round <= kRounds; ++round) {
     while (there.waiters.load() == 0) std::this_thread::yield();
     const auto begin = steady_clock::now();
     Publish(&there, round);
     EXPECT_EQ(WaitForValue(&back, round, Limits(milliseconds(60'000))), WaitResult::kReached);
-    took += steady_clock::now() - begin;
-    ++slept;
+    took.push_back(steady_clock::now() - begin);
   }
   other.join();
-  EXPECT_EQ(slept, static_cast<int>(kRounds));
-  EXPECT_LT(took, milliseconds(700)) << "it was not woken";
+  std::nth_element(took.begin(), took.begin() + kRounds / 2, took.end());
+  EXPECT_LT(took[kRounds / 2], milliseconds(3)) << "it was not woken";
 }
 
 // Many more waiters than cores, each round waiting for all the others: a lost wake-up would cost
