@@ -56,7 +56,7 @@ AsyncCall::AsyncCall(std::shared_ptr<grpc::Channel> channel,
       deadline_(absl::Now() + request.timeout),
       expected_(ExpectedOf(request)),
       done_(std::move(done)),
-      spare_(std::move(spare)) {
+      spare_(SpareOf(std::move(spare))) {
   request_.metadata = request.metadata;
   const auto parts = ToMessage(request);
   refusal_ = parts.status();

@@ -61,7 +61,7 @@ class StreamCall final : public std::enable_shared_from_this<StreamCall> {
                        " requests are under way, as many as max_under_way allows; send the next "
                        "once one is answered"));
     }
-    owed_.push_back({ExpectedOf(request), std::move(done), std::move(spare)});
+    owed_.push_back({ExpectedOf(request), std::move(done), SpareOf(std::move(spare))});
     unsent_.push_back(std::move(message));
     Pump();
     return absl::OkStatus();

@@ -33,6 +33,7 @@ InferenceClient::~InferenceClient() = default;
 absl::StatusOr<InferResult> InferenceClient::Infer(const InferRequest& request, TensorBytes spare) {
   EPC_ASSIGN_OR_RETURN(const RequestParts parts, ToMessage(request));
   const grpc::ByteBuffer bytes = Serialize(parts);
+  spare = SpareOf(std::move(spare));
   const grpc::internal::RpcMethod method(kInferMethod, grpc::internal::RpcMethod::NORMAL_RPC);
   const absl::Time deadline = absl::Now() + request.timeout;
   for (int attempt = 1;; ++attempt) {

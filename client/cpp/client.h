@@ -188,9 +188,10 @@ class InferenceClient {
   InferenceClient(const InferenceClient&) = delete;
   InferenceClient& operator=(const InferenceClient&) = delete;
 
-  // Blocks until the answer, an error that is not retried, or the timeout. A large result is
-  // written to the memory of `spare`, such as an earlier result's bytes, if it is large enough and
-  // nobody else holds it.
+  // Blocks until the answer, an error that is not retried, or the timeout. A result of a megabyte
+  // or more stays in the pieces that it came in until it is asked for in one, see TensorBytes. In
+  // one piece it is written to the memory of `spare`, such as an earlier result's bytes, if it is
+  // large enough and nobody else holds it.
   absl::StatusOr<InferResult> Infer(const InferRequest& request, TensorBytes spare = {});
 
   // Returns at once. `done` is called exactly once, from a thread of this library's

@@ -60,6 +60,7 @@ class GrpcInferStream final : public InferStream {
       }
       owed = owed_.front();
     }
+    spare = SpareOf(std::move(spare));
     grpc::ByteBuffer reply;
     if (!stream_->Read(&reply)) return End();
     {

@@ -6,6 +6,8 @@
 #include <grpcpp/support/proto_buffer_reader.h>
 #include <grpcpp/support/slice.h>
 
+#include <algorithm>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -31,6 +33,8 @@ constexpr std::uint32_t Delimited(int field) {
 
 // Entries up to this size are sent in one piece with what stands before them.
 constexpr std::size_t kCopiedBytes = 16 << 10;
+// Entries of a response from this size on stay in the pieces that they came in.
+constexpr int kPiecesBytes = 1 << 20;
 // Of an entry: tag and length.
 constexpr std::size_t kMostHeadBytes = 11;
 
@@ -50,10 +54,25 @@ grpc::Slice SliceOf(const TensorBytes& bytes) {
 
 // A response as it is taken apart.
 struct Pieces {
+  std::shared_ptr<const void> owner;  // of the bytes
   TensorBytes spare;
   std::string rest;  // the message without its raw entries
   std::vector<TensorBytes> raw;
 };
+
+// What comes next, where it stands in the buffer.
+bool ReadPieces(CodedInputStream* input, int length, std::vector<std::string_view>* found) {
+  while (length > 0) {
+    const void* data = nullptr;
+    int here = 0;
+    if (!input->GetDirectBufferPointer(&data, &here)) return false;
+    here = std::min(here, length);
+    found->emplace_back(static_cast<const char*>(data), here);
+    if (!input->Skip(here)) return false;
+    length -= here;
+  }
+  return true;
+}
 
 bool Split(CodedInputStream* input, Pieces* pieces) {
   StringOutputStream stream(&pieces->rest);
@@ -68,8 +87,14 @@ bool Split(CodedInputStream* input, Pieces* pieces) {
     // So that a wrong length allocates nothing. Only within a limit is it known what is left.
     const int left = input->BytesUntilLimit();
     if (left < 0 || length > left) return false;
-    TensorMemory memory(static_cast<std::size_t>(length),
-                        std::exchange(pieces->spare, TensorBytes()));
+    TensorBytes spare = std::exchange(pieces->spare, TensorBytes());
+    if (length >= kPiecesBytes) {
+      std::vector<std::string_view> found;
+      if (!ReadPieces(input, length, &found)) return false;
+      pieces->raw.emplace_back(std::move(found), pieces->owner, std::move(spare));
+      continue;
+    }
+    TensorMemory memory(static_cast<std::size_t>(length), std::move(spare));
     if (!input->ReadRaw(memory.data(), length)) return false;
     pieces->raw.push_back(std::move(memory));
   }
@@ -115,6 +140,13 @@ bool Over(grpc::ByteBuffer& bytes, const Use& use) {
   return use(&input);
 }
 
+// The buffer, for whoever keeps what is in it.
+std::shared_ptr<grpc::ByteBuffer> Take(grpc::ByteBuffer& bytes) {
+  auto held = std::make_shared<grpc::ByteBuffer>();
+  held->Swap(&bytes);
+  return held;
+}
+
 absl::Status Malformed(const char* what) {
   return absl::InternalError(absl::StrCat("infer: the answer is not a ", what));
 }
@@ -157,8 +189,9 @@ absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, ResponseParts* p
     whole = ParseWhole(bytes, &parts->message);
     TakeRaw(&parts->message, &parts->raw);
   } else {
-    Pieces pieces{.spare = std::move(spare)};
-    whole = Over(bytes, [&](CodedInputStream* input) { return Split(input, &pieces); }) &&
+    const std::shared_ptr<grpc::ByteBuffer> held = Take(bytes);
+    Pieces pieces{.owner = held, .spare = std::move(spare)};
+    whole = Over(*held, [&](CodedInputStream* input) { return Split(input, &pieces); }) &&
             parts->message.ParseFromString(pieces.rest);
     parts->raw = std::move(pieces.raw);
   }
@@ -175,10 +208,11 @@ absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, StreamedParts* p
       TakeRaw(parts->message.mutable_infer_response(), &parts->raw);
     }
   } else {
-    Pieces pieces{.spare = std::move(spare)};
+    const std::shared_ptr<grpc::ByteBuffer> held = Take(bytes);
+    Pieces pieces{.owner = held, .spare = std::move(spare)};
     std::string rest;
     const bool split =
-        Over(bytes, [&](CodedInputStream* input) { return SplitStream(input, &pieces, &rest); });
+        Over(*held, [&](CodedInputStream* input) { return SplitStream(input, &pieces, &rest); });
     whole = split && parts->message.ParseFromString(rest) &&
             parts->message.mutable_infer_response()->ParseFromString(pieces.rest);
     parts->raw = std::move(pieces.raw);

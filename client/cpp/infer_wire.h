@@ -35,9 +35,10 @@ struct RequestParts {
 // Large raw entries are shared with gRPC, for as long as it keeps the buffer.
 grpc::ByteBuffer Serialize(const RequestParts& request);
 
-// INTERNAL: the bytes are no such message. Its raw entries are copied once, the first large one to
-// the memory of `spare` if that will do. The buffer is given back to gRPC; by reference, because
-// gRPC's has no move, and a copy takes a share of every slice.
+// INTERNAL: the bytes are no such message. Its raw entries are copied once, the first one to the
+// memory of `spare` if that will do; those of a megabyte or more stay in the buffer until somebody
+// wants them in one piece. The buffer is given back to gRPC once nobody needs it; by reference,
+// because gRPC's has no move, and a copy takes a share of every slice.
 absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, ResponseParts* parts);
 absl::Status Parse(grpc::ByteBuffer&& bytes, TensorBytes spare, StreamedParts* parts);
 

@@ -90,7 +90,8 @@ absl::StatusOr<CountMatrix> HostExchange::ExchangeCounts(int slot, std::uint64_t
       AddCounts(counts, source, &matrix);
       continue;
     }
-    EPS_RETURN_IF_ERROR(AwaitPeer("counts", own.flag(source), slot, sequence, source, limits));
+    SharedFlag* const flag = own.flag(source);
+    EPS_RETURN_IF_ERROR(AwaitPeer("counts", {&flag, 1}, slot, sequence, source, limits));
     EPS_RETURN_IF_ERROR(own.AddTo(&matrix, source, sequence));
   }
   return matrix;

@@ -6,12 +6,14 @@
 #include <chrono>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "runtime/alltoallv/row_kernels.h"
+#include "runtime/alltoallv/partial_sums.h"
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
+#include "runtime/base/streamed_copy.h"
 #include "runtime/symmetric/shared_flag.h"
 
 namespace epserve::runtime {
@@ -21,10 +23,6 @@ namespace {
 constexpr std::int64_t kMaxBatchTokens = std::int64_t{1} << 24;
 constexpr std::int64_t kMaxHidden = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxExperts = std::int64_t{1} << 20;
-
-// A phase that writes more than this writes around the caches: more than the second-level cache of
-// a core holds. On a 2-core EPYC a 4 KiB row takes 0.16 us so, and 0.27 us through the caches.
-constexpr std::uint64_t kStreamedBytes = std::uint64_t{1} << 20;
 
 template <typename... Parts>
 absl::Status Refuse(const Parts&... parts) {
@@ -50,10 +48,6 @@ HeapSpec SpecOf(const ExchangeConfig& config, int rank) {
   spec.bytes = HeapBytes(config);
   spec.layout_digest = LayoutDigest(config);
   return spec;
-}
-
-CopyKind KindFor(std::uint64_t written_bytes) {
-  return written_bytes > kStreamedBytes ? CopyKind::kStreamed : CopyKind::kCached;
 }
 
 std::chrono::steady_clock::time_point After(absl::Duration timeout) {
@@ -270,7 +264,7 @@ void HostExchange::PushRows(const DispatchArgs& args, Slot* slot) const {
   const std::uint64_t stride = ReceiveRowStride(config_.hidden, DataTypeBytes(args.dtype));
   const std::int64_t remote_rows =
       args.counts->NumSent(config_.rank) - args.counts->at(config_.rank, config_.rank);
-  const CopyKind kind = KindFor(remote_rows * row_bytes);
+  const CopyKind kind = CopyKindFor(remote_rows * row_bytes);
   std::array<std::int64_t, kMaxRanks> next{};  // By destination: where its next row goes.
   for (int dst = 0; dst < config_.num_ranks; ++dst) {
     next[dst] = args.counts->ReceiveOffset(config_.rank, dst);
@@ -287,7 +281,7 @@ void HostExchange::PushRows(const DispatchArgs& args, Slot* slot) const {
       if (dst == config_.rank) {
         slot->row_pointers[index] = row;
       } else {
-        CopyRow(kind, row, view.receive_rows() + index * stride, row_bytes);
+        CopyBytes(kind, row, view.receive_rows() + index * stride, row_bytes);
       }
       const auto first = static_cast<std::int32_t>(config_.placement.first_expert[dst]);
       for (int k = 0; k < topk; ++k) {
@@ -323,8 +317,8 @@ absl::Status HostExchange::AwaitRows(const DispatchArgs& args) const {
   for (int src = 0; src < config_.num_ranks; ++src) {
     if (src == config_.rank || args.counts->at(src, config_.rank) == 0) continue;
     Arrival& arrival = view.arrival(src);
-    EPS_RETURN_IF_ERROR(
-        AwaitPeer("dispatch", &arrival.flag, args.slot, args.sequence, src, limits));
+    SharedFlag* const flag = &arrival.flag;
+    EPS_RETURN_IF_ERROR(AwaitPeer("dispatch", {&flag, 1}, args.slot, args.sequence, src, limits));
     if (arrival.sequence != args.sequence ||
         arrival.num_rows != args.counts->at(src, config_.rank) ||
         arrival.receive_offset != args.counts->ReceiveOffset(src, config_.rank) ||
@@ -341,10 +335,10 @@ absl::Status HostExchange::AwaitRows(const DispatchArgs& args) const {
   return absl::OkStatus();
 }
 
-absl::Status HostExchange::AwaitPeer(const char* stage, SharedFlag* flag, int slot,
-                                     std::uint64_t sequence, int peer,
+absl::Status HostExchange::AwaitPeer(const char* stage, std::span<SharedFlag* const> flags,
+                                     int slot, std::uint64_t sequence, int peer,
                                      const WaitLimits& limits) const {
-  switch (WaitForValue(flag, sequence, limits)) {
+  switch (WaitForAny(flags, sequence, limits)) {
     case WaitResult::kReached:
       return absl::OkStatus();
     case WaitResult::kAborted:
@@ -410,44 +404,66 @@ absl::Status HostExchange::Dispatch(const DispatchArgs& args) {
   return absl::OkStatus();
 }
 
-absl::Status HostExchange::AwaitPartials(int slot_index) const {
+SharedFlag* HostExchange::PartialsReady(int slot, int rank) const {
+  return SlotView{heaps_[rank] + layout_.SlotOffset(slot), &layout_}.partials_ready();
+}
+
+// Of `ranks`, a bit each, those whose partial rows are there. Pairs with Combine's publication.
+std::uint64_t HostExchange::RanksWithPartials(int slot, std::uint64_t ranks) const {
+  std::uint64_t ready = 0;
+  for (; ranks != 0; ranks &= ranks - 1) {
+    const SharedFlag* const flag = PartialsReady(slot, std::countr_zero(ranks));
+    const bool reached = flag->value.load(std::memory_order_acquire) >= slots_[slot].sequence;
+    if (reached) ready |= ranks & -ranks;
+  }
+  return ready;
+}
+
+// Returns once one of `ranks` is ready.
+absl::Status HostExchange::AwaitPartials(int slot, std::uint64_t ranks,
+                                         const WaitLimits& limits) const {
+  std::array<SharedFlag*, kMaxRanks> flags{};
+  std::size_t num_flags = 0;
+  for (std::uint64_t left = ranks; left != 0; left &= left - 1) {
+    flags[num_flags++] = PartialsReady(slot, std::countr_zero(left));
+  }
+  return AwaitPeer("combine", std::span(flags).first(num_flags), slot, slots_[slot].sequence,
+                   std::countr_zero(ranks), limits);
+}
+
+absl::Status HostExchange::SumPartials(int slot_index, void* out) const {
   const Slot& slot = slots_[slot_index];
   const WaitLimits limits{After(config_.peer_timeout), &abort_,
                           absl::ToChronoNanoseconds(config_.busy_poll)};
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
-    if (peer == config_.rank || slot.counts->at(config_.rank, peer) == 0) continue;
-    const SlotView view{heaps_[peer] + layout_.SlotOffset(slot_index), &layout_};
-    EPS_RETURN_IF_ERROR(
-        AwaitPeer("combine", view.partials_ready(), slot_index, slot.sequence, peer, limits));
-  }
-  return absl::OkStatus();
-}
-
-void HostExchange::SumPartials(int slot_index, void* out) const {
-  const Slot& slot = slots_[slot_index];
-  const DataType dtype = slot.received.dtype;
-  const std::uint64_t row_bytes = config_.hidden * DataTypeBytes(dtype);
-  std::array<const std::byte*, kMaxRanks> next{};  // By rank: its partial of the next token sent.
+  const std::uint64_t row_bytes = config_.hidden * DataTypeBytes(slot.received.dtype);
+  const auto num_tokens = static_cast<std::size_t>(slot.num_tokens);
+  PartialSums sums{.dtype = slot.received.dtype,
+                   .hidden = config_.hidden,
+                   .token_destinations = std::span(slot.token_destinations).first(num_tokens),
+                   .kind = CopyKindFor(num_tokens * row_bytes),
+                   .out = static_cast<std::byte*>(out)};
+  std::uint64_t awaited = 0;  // A bit for each rank whose partial rows are still to come.
   for (int rank = 0; rank < config_.num_ranks; ++rank) {
     const SlotView view{heaps_[rank] + layout_.SlotOffset(slot_index), &layout_};
-    next[rank] = view.partial_rows() + slot.counts->ReceiveOffset(config_.rank, rank) * row_bytes;
+    sums.rows[rank] =
+        view.partial_rows() + slot.counts->ReceiveOffset(config_.rank, rank) * row_bytes;
+    const bool has_rows = slot.counts->at(config_.rank, rank) > 0;
+    if (rank != config_.rank && has_rows) awaited |= std::uint64_t{1} << rank;
   }
-  // Streamed stores are of 16 bytes; rows and `out` need not stand on such borders.
-  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % 16 == 0 && row_bytes % 16 == 0;
-  const CopyKind kind = aligned ? KindFor(slot.num_tokens * row_bytes) : CopyKind::kCached;
-  std::array<const std::byte*, kMaxRanks> rows{};
-  for (std::int64_t t = 0; t < slot.num_tokens; ++t) {
-    std::size_t num_rows = 0;
-    // Ascending ranks, so that the sum has the same bits every time.
-    for (std::uint64_t left = slot.token_destinations[t]; left != 0; left &= left - 1) {
-      const int rank = std::countr_zero(left);
-      rows[num_rows++] = next[rank];
-      next[rank] += row_bytes;
-    }
-    SumRows(dtype, kind, std::span(rows).first(num_rows),
-            static_cast<std::byte*>(out) + t * row_bytes, config_.hidden);
+  // Many rows are summed as they come, so that no core idles while the slowest rank works. Few take
+  // less than to be woken for each rank's.
+  const bool as_they_come = sums.kind == CopyKind::kStreamed;
+  std::optional<std::uint64_t> summed;
+  for (;;) {
+    awaited &= ~RanksWithPartials(slot_index, awaited);
+    if (as_they_come || awaited == 0) SumReadyTokens(sums, ~awaited, summed);
+    if (awaited == 0) break;
+    if (as_they_come) summed = ~awaited;
+    EPS_RETURN_IF_ERROR(
+        AwaitPartials(slot_index, as_they_come ? awaited : awaited & -awaited, limits));
   }
-  if (kind == CopyKind::kStreamed) FenceStreamedCopies();
+  if (sums.kind == CopyKind::kStreamed) FenceStreamedCopies();
+  return absl::OkStatus();
 }
 
 absl::Status HostExchange::Combine(int slot_index, void* out) {
@@ -468,10 +484,9 @@ absl::Status HostExchange::Combine(int slot_index, void* out) {
   if (abort_.load(std::memory_order_relaxed) != 0) return Aborted("combine");
   slot.dispatched = false;
   const SlotView own{heap_.data() + layout_.SlotOffset(slot_index), &layout_};
-  // Partial rows first; pairs with the peers' wait in AwaitPartials. See shared_flag.h.
+  // Partial rows first; pairs with the peers' look in RanksWithPartials. See shared_flag.h.
   Publish(own.partials_ready(), slot.sequence);
-  EPS_RETURN_IF_ERROR(AwaitPartials(slot_index));
-  SumPartials(slot_index, out);
+  EPS_RETURN_IF_ERROR(SumPartials(slot_index, out));
   slot.received.num_rows = 0;
   slot.received.rows = {};
   return absl::OkStatus();

@@ -9,7 +9,8 @@
 //
 // Combine's `out` may be where the shard's own rows stand, also in a shared batch, whose rows the
 // peers read in place: only ranks that a row is sent to read it, each has read all its rows when it
-// publishes its partials, and Combine writes its first byte once it has seen that of all of them.
+// publishes its partials, and Combine writes a row once it has seen that of all that it was sent
+// to.
 //
 // Thread safety: as Exchange states; Create, OpenPeers and Seal come before any batch.
 #ifndef EPSERVE_RUNTIME_ALLTOALLV_HOST_EXCHANGE_H_
@@ -100,10 +101,13 @@ class HostExchange final : public Exchange {
   absl::Status AwaitRows(const DispatchArgs& args) const;
   void PointAtReceived(const DispatchArgs& args, Slot* slot) const;
   void DescribeReceived(const DispatchArgs& args, Slot* slot) const;
-  absl::Status AwaitPeer(const char* stage, SharedFlag* flag, int slot, std::uint64_t sequence,
-                         int peer, const WaitLimits& limits) const;
-  absl::Status AwaitPartials(int slot_index) const;
-  void SumPartials(int slot_index, void* out) const;
+  // Waits for any of the flags; `peer` is named where none comes.
+  absl::Status AwaitPeer(const char* stage, std::span<SharedFlag* const> flags, int slot,
+                         std::uint64_t sequence, int peer, const WaitLimits& limits) const;
+  SharedFlag* PartialsReady(int slot, int rank) const;
+  std::uint64_t RanksWithPartials(int slot, std::uint64_t ranks) const;
+  absl::Status AwaitPartials(int slot, std::uint64_t ranks, const WaitLimits& limits) const;
+  absl::Status SumPartials(int slot_index, void* out) const;
   absl::Status Aborted(const char* stage) const;
 
   const ExchangeConfig config_;

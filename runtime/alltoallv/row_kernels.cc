@@ -7,10 +7,6 @@
 
 #include "runtime/base/simd.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace epserve::runtime {
 namespace {
 
@@ -135,38 +131,6 @@ void FetchAhead(std::span<const std::byte* const> rows, std::size_t byte, std::s
 
 }  // namespace
 
-void CopyRow(CopyKind kind, const std::byte* src, std::byte* dst, std::size_t bytes) {
-  std::size_t done = 0;
-#if defined(__SSE2__)
-  if (kind == CopyKind::kStreamed) {
-    // A whole cache line at a time, so that the write-combining buffer leaves in one piece.
-    for (; done + 64 <= bytes; done += 64) {
-      const auto* from = reinterpret_cast<const __m128i*>(src + done);
-      auto* to = reinterpret_cast<__m128i*>(dst + done);
-      const __m128i a = _mm_loadu_si128(from);
-      const __m128i b = _mm_loadu_si128(from + 1);
-      const __m128i c = _mm_loadu_si128(from + 2);
-      const __m128i d = _mm_loadu_si128(from + 3);
-      _mm_stream_si128(to, a);
-      _mm_stream_si128(to + 1, b);
-      _mm_stream_si128(to + 2, c);
-      _mm_stream_si128(to + 3, d);
-    }
-  }
-#else
-  static_cast<void>(kind);  // Streamed is a hint; here every copy is an ordinary one.
-#endif
-  if (done < bytes) std::memcpy(dst + done, src + done, bytes - done);
-}
-
-void FenceStreamedCopies() {
-#if defined(__SSE2__)
-  // Non-temporal stores are not ordered by a release store. Pairs with the acquire of whoever sees
-  // the flag that the caller raises next.
-  _mm_sfence();
-#endif
-}
-
 void SumRows(DataType type, CopyKind kind, std::span<const std::byte* const> rows, std::byte* out,
              std::size_t count) {
   const std::size_t element_bytes = DataTypeBytes(type);
@@ -175,7 +139,7 @@ void SumRows(DataType type, CopyKind kind, std::span<const std::byte* const> row
     return;
   }
   if (rows.size() == 1) {
-    CopyRow(kind, rows[0], out, count * element_bytes);
+    CopyBytes(kind, rows[0], out, count * element_bytes);
     return;
   }
   alignas(kCacheLineBytes) std::byte block[kSumBlock * sizeof(float)];
@@ -185,7 +149,7 @@ void SumRows(DataType type, CopyKind kind, std::span<const std::byte* const> row
     if (kind == CopyKind::kStreamed) {
       FetchAhead(rows, byte, length * element_bytes);
       SumBlock(type, rows, byte, block, length);
-      CopyRow(kind, block, out + byte, length * element_bytes);
+      CopyBytes(kind, block, out + byte, length * element_bytes);
     } else {
       SumBlock(type, rows, byte, out + byte, length);
     }

@@ -4,8 +4,8 @@
 //
 // Ordering, stated once for all users:
 //   Publish stores `value` with release or stronger: every ordinary store the publisher made before
-//   is visible to whoever sees the value. Pairs with the acquire in WaitForValue. (Non-temporal
-//   stores are not ordinary: end them with a store fence first, as row_kernels.h does.)
+//   is visible to whoever sees the value. Pairs with the acquire in WaitForAny. (Non-temporal
+//   stores are not ordinary: end them with a store fence first, as streamed_copy.h does.)
 //   `value` and `waiters` are both sequentially consistent, because each side writes one and then
 //   reads the other: either the publisher sees the waiter and wakes it, or the waiter sees the
 //   value.
@@ -16,7 +16,9 @@
 #include <atomic>
 #include <bit>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace epserve::runtime {
 
@@ -47,6 +49,15 @@ struct WaitLimits {
 // Returns once the flag is `value` or more. A flag that has been reached wins over the abort word,
 // and that over the deadline.
 WaitResult WaitForValue(SharedFlag* flag, std::uint64_t value, const WaitLimits& limits);
+
+inline constexpr std::size_t kMostAwaitedFlags = 64;
+
+// The same for whichever of the flags is reached first. Where the system has no call for that
+// (Linux has one from 5.16 on, which a container may yet refuse), the first flag's publisher wakes
+// the waiter, and the others are seen within a few milliseconds.
+// REQUIRES: at least one flag and at most kMostAwaitedFlags.
+WaitResult WaitForAny(std::span<SharedFlag* const> flags, std::uint64_t value,
+                      const WaitLimits& limits);
 
 }  // namespace epserve::runtime
 

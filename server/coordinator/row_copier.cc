@@ -1,7 +1,8 @@
 #include "server/coordinator/row_copier.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "runtime/base/streamed_copy.h"
 
 #include "base/available_cores.h"
 
@@ -51,7 +52,10 @@ std::size_t RowCopier::Divide() {
 void RowCopier::Copy(std::span<const Piece> pieces) {
   pieces_ = pieces;
   next_portion_.store(0, std::memory_order_relaxed);  // The mutex hands it to the helpers.
-  const bool helped = Divide() >= kHelpedBytes && !helpers_.empty();
+  const std::size_t bytes = Divide();
+  // For 58 MB, 3 ms of two cores around the caches, and 4 to 6 through them.
+  kind_ = runtime::CopyKindFor(bytes);
+  const bool helped = bytes >= kHelpedBytes && !helpers_.empty();
   if (helped) {
     {
       const std::lock_guard lock(mutex_);
@@ -86,12 +90,14 @@ void RowCopier::CopyPortions() {
   for (;;) {
     // Relaxed: the mutex orders the bytes themselves.
     const std::size_t portion = next_portion_.fetch_add(1, std::memory_order_relaxed);
-    if (portion + 1 >= portions_.size()) return;
+    if (portion + 1 >= portions_.size()) break;
     for (std::size_t i = portions_[portion]; i < portions_[portion + 1]; ++i) {
       const Piece& piece = pieces_[i];
-      if (piece.bytes > 0) std::memcpy(piece.to, piece.from, piece.bytes);
+      runtime::CopyBytes(kind_, reinterpret_cast<const std::byte*>(piece.from),
+                         reinterpret_cast<std::byte*>(piece.to), piece.bytes);
     }
   }
+  if (kind_ == runtime::CopyKind::kStreamed) runtime::FenceStreamedCopies();
 }
 
 }  // namespace epserve::coordinator

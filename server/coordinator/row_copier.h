@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/base/streamed_copy.h"
+
 namespace epserve::coordinator {
 
 class RowCopier {
@@ -43,7 +45,8 @@ class RowCopier {
   // Cuts the pieces into portions; how many bytes they have.
   std::size_t Divide();
 
-  std::span<const Piece> pieces_;              // of the running call, as the next two
+  std::span<const Piece> pieces_;  // of the running call, as the next three
+  runtime::CopyKind kind_ = runtime::CopyKind::kCached;
   std::vector<std::size_t> portions_;          // where each begins among the pieces, and the end
   std::atomic<std::size_t> next_portion_ = 0;  // that nobody has begun with
 

@@ -105,11 +105,17 @@ TEST_F(AsyncInferStreamTest, ResultsComeInOrderFromSeveralSendersAtOnce) {
   EXPECT_EQ(arrivals_.Await(kSenders * kEach), sent);
 }
 
-TEST_F(AsyncInferStreamTest, CallbackSendsTheNextAndTakesTheLastMemory) {
+// Copied at once, or in pieces that are joined here.
+class MemoryReuseTest : public AsyncInferStreamTest,
+                        public ::testing::WithParamInterface<std::int64_t> {};
+INSTANTIATE_TEST_SUITE_P(Sizes, MemoryReuseTest, ::testing::Values(10'000, 1'000'000));
+
+TEST_P(MemoryReuseTest, CallbackSendsTheNextAndTakesTheLastMemory) {
   const auto stream = client_.OpenAsyncStream({.max_under_way = 1});
   constexpr int kRequests = 20;
   InferRequest request = Numbered(0);
-  request.hidden_states = Tensor{ElementType::kF32, {10'000, 1}, std::string(40'000, 'x')};
+  const std::string text(static_cast<std::size_t>(GetParam()) * 4, 'x');
+  request.hidden_states = Tensor{ElementType::kF32, {GetParam(), 1}, text};
   std::vector<const char*> memory;
   absl::Notification done;
   std::function<void(absl::StatusOr<InferResult>)> next = [&](absl::StatusOr<InferResult> result) {

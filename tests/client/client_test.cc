@@ -341,6 +341,32 @@ TEST_F(ClientTest, MessagesBeyondGrpcsDefaultLimitPass) {
   EXPECT_EQ(result->hidden_states.bytes.size(), std::size_t{8} << 20);
 }
 
+TEST_F(ClientTest, LargeResultOutlivesItsClientInPiecesAndInOne) {
+  InferRequest request = Request();
+  request.hidden_states.shape = {1 << 20, 2};
+  std::string text(std::size_t{8} << 20, 'x');
+  for (std::size_t i = 0; i < text.size(); ++i) text[i] = static_cast<char>(i * 31 >> 8);
+  request.hidden_states.bytes = text;
+  request.topk_ids.reset();
+  request.topk_weights.reset();
+  TensorBytes bytes;
+  {
+    InferenceClient client = Client();
+    auto result = client.Infer(request);
+    ASSERT_TRUE(result.ok()) << result.status();
+    bytes = std::move(result->hidden_states.bytes);
+  }
+  std::string joined;
+  int num_pieces = 0;
+  bytes.ForEachPiece([&](std::string_view piece) {
+    joined += piece;
+    ++num_pieces;
+  });
+  EXPECT_GT(num_pieces, 1);
+  EXPECT_TRUE(joined == text);
+  EXPECT_TRUE(std::string_view(bytes) == text);
+}
+
 TEST_F(ClientTest, ReadinessIsWaitedForAndReported) {
   InferenceClient client = Client();
   service_.set_ready(false);

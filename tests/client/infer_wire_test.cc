@@ -74,7 +74,7 @@ TEST(InferWireTest, LargeEntriesOfARequestAreSharedAndOutliveIt) {
 }
 
 TEST(InferWireTest, ResponsesAreReadWhole) {
-  for (const std::size_t raw_bytes : {0, 100, 100'000}) {
+  for (const std::size_t raw_bytes : {0, 100, 100'000, 3 << 20}) {
     const inference::ModelInferResponse expected = Response(raw_bytes);
     ResponseParts parts;
     ASSERT_TRUE(Parse(BufferOf(expected.SerializeAsString()), {}, &parts).ok());
@@ -104,6 +104,43 @@ TEST(InferWireTest, LargeEntryOfAResponseIsWrittenToTheSpareMemoryOfItsOnlyHolde
   ASSERT_TRUE(Parse(BufferOf(message), std::move(parts.raw.front()), &parts).ok());
   EXPECT_NE(parts.raw.front().data(), at);
   EXPECT_EQ(std::string_view(held), std::string(100'000, 'r'));
+}
+
+std::vector<std::string_view> PiecesIn(const TensorBytes& bytes) {
+  std::vector<std::string_view> pieces;
+  bytes.ForEachPiece([&](std::string_view piece) { pieces.push_back(piece); });
+  return pieces;
+}
+
+TEST(InferWireTest, EntriesOfAMegabyteStayInTheBufferUntilTheyAreWantedInOnePiece) {
+  for (const bool large : {false, true}) {
+    const std::size_t raw_bytes = (std::size_t{1} << 20) - (large ? 0 : 1);
+    grpc::ByteBuffer buffer = BufferOf(Response(raw_bytes).SerializeAsString());
+    std::vector<grpc::Slice> slices;
+    ASSERT_TRUE(buffer.Dump(&slices).ok());
+    TensorBytes spare = std::string(raw_bytes, 's');
+    const char* const at = spare.data();
+    ResponseParts parts;
+    ASSERT_TRUE(Parse(std::move(buffer), std::move(spare), &parts).ok());
+    const TensorBytes bytes = std::move(parts.raw.front());
+    parts = {};
+    const std::vector<std::string_view> pieces = PiecesIn(bytes);
+    ASSERT_EQ(pieces.size(), large ? 2u : 1u);
+    if (large) {
+      EXPECT_EQ(pieces[0].end(), reinterpret_cast<const char*>(slices[0].end()));
+      EXPECT_EQ(pieces[1].begin(), reinterpret_cast<const char*>(slices[1].begin()));
+    }
+    slices.clear();  // The bytes have a share of their own.
+    EXPECT_EQ(bytes.data(), at);
+    EXPECT_EQ(std::string_view(bytes), std::string(raw_bytes, 'r'));
+  }
+}
+
+TEST(InferWireTest, LargeEntryThatEndsEarlyIsAnInternalError) {
+  const std::string whole = Response(3 << 20).SerializeAsString();
+  ResponseParts parts;
+  EXPECT_EQ(Parse(BufferOf(whole.substr(0, 2 << 20)), {}, &parts).code(),
+            absl::StatusCode::kInternal);
 }
 
 TEST(InferWireTest, BytesThatAreNoResponseAreInternalErrors) {

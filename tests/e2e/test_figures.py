@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import time
 
 import pytest
@@ -130,5 +131,33 @@ def test_coordinator_keeps_the_memory_of_one_large_message_for_the_next(
         send(10)
         per_request = (page_faults() - before) / 10
         pages = batch[0].nbytes / 4096
+        print(f"{per_request:.0f} page faults a request of {pages:.0f} pages")
+        assert per_request < 0.3 * pages
+
+
+@pytest.mark.skipif(SLOWNESS != 1, reason="a sanitizer brings its own allocator")
+def test_command_keeps_the_memory_of_one_large_reply_for_the_next(checkpoint, start_cluster):
+    """The first of many requests bring their memory; of what comes with more, little is new."""
+    served = checkpoint(hidden=1024, intermediate=32, num_moe_layers=1)
+    tokens = 2048
+    limit = ["--max-batch-tokens", tokens]
+    with start_cluster(
+        served, workers=2, coordinator_args=limit, worker_args=limit
+    ) as cluster:
+
+        def page_faults(requests):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
+            # One every 0.1 s, as of callers that have something else to do in between.
+            done = run_program(
+                "epserve", "bench", "--server", cluster.target, "--tokens", tokens, "--rate", 10,
+                "--requests", requests, "--dtype", "fp32", "--warmup", 4, "--json",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["succeeded"] == requests
+            return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before
+
+        few = page_faults(5)
+        per_request = (page_faults(25) - few) / 20
+        pages = tokens * served.spec.hidden * 4 / 4096
         print(f"{per_request:.0f} page faults a request of {pages:.0f} pages")
         assert per_request < 0.3 * pages

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -98,6 +99,55 @@ TEST(HostExchangeTest, BatchesLargerThanTheCachesTakeTheStreamedPathAndGiveTheRe
     ExpectReference(cluster->get(), 0, sequence,
                     RandomBatch(&random, kTypes[sequence % 3], 1200, kHidden, 4, 4));
   }
+}
+
+// Rank 0's tokens go to rank 1 and rank 2 by turns, of which the second is late.
+TEST(HostExchangeTest, LargeShardsTokensAreSummedWhileTheRanksOfOthersStillWork) {
+  constexpr int kRanks = 3;
+  constexpr std::int64_t kTokens = 1200;
+  constexpr std::int64_t kHidden = 1031;
+  std::mt19937 random(16);
+  auto cluster = Cluster::Create(TestConfig(kRanks, kRanks, kTokens, kHidden));
+  ASSERT_TRUE(cluster.ok()) << cluster.status();
+  Batch batch = RandomBatch(&random, DataType::kFp32, kTokens, kHidden, 1, kRanks);
+  for (std::int64_t t = 0; t < kTokens; ++t) batch.topk_ids[t] = t < 400 ? 1 + t % 2 : 0;
+  const Placement& placement = (*cluster)->config().placement;
+  const CountMatrix counts = ComputeCountMatrix(batch.topk_ids, kTokens, batch.topk, placement);
+  const std::vector<std::byte> expected = Reference(batch, placement);
+  // Written by one view and read by another.
+  const ManyMappings out(std::vector<std::byte>(batch.x.size(), std::byte{0xa5}), 2);
+  const auto row_is = [&](std::int64_t t, const std::byte* wanted) {
+    return std::memcmp(out.view(1) + t * batch.row_bytes(), wanted, batch.row_bytes()) == 0;
+  };
+  const std::vector<std::byte> poison(batch.row_bytes(), std::byte{0xa5});
+
+  std::atomic<bool> last_may_go{false};
+  std::atomic<bool> first_is_through{false};
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    threads.emplace_back([&, rank] {
+      HostExchange& exchange = (*cluster)->rank(rank);
+      const absl::Status sent = exchange.Dispatch(ShardArgs(batch, counts, 0, 1, kRanks, rank));
+      EXPECT_TRUE(sent.ok()) << sent;
+      if (!sent.ok()) return;
+      RunStandIn(exchange.Received(0), kHidden, placement.first_expert[rank]);
+      while (rank == 2 && !last_may_go.load()) std::this_thread::yield();
+      const std::int64_t begin = ShardOf(kTokens, kRanks, rank).begin;
+      const absl::Status summed = exchange.Combine(0, out.view(0) + begin * batch.row_bytes());
+      EXPECT_TRUE(summed.ok()) << summed;
+      if (rank == 0) first_is_through.store(true);
+    });
+  }
+  for (std::int64_t t = 0; t < 400; t += 2) {
+    const std::byte* const sum = expected.data() + t * batch.row_bytes();
+    while (!row_is(t, sum) && !first_is_through.load()) std::this_thread::yield();
+    EXPECT_TRUE(row_is(t, sum)) << t;
+    EXPECT_TRUE(row_is(t + 1, poison.data())) << t + 1;
+  }
+  EXPECT_FALSE(first_is_through.load());
+  last_may_go.store(true);
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(std::memcmp(out.view(1), expected.data(), expected.size()), 0);
 }
 
 TEST(HostExchangeTest, RowsARankSendsToItselfAreNotCopied) {

@@ -11,24 +11,6 @@
 namespace epserve::runtime {
 namespace {
 
-TEST(CopyRowTest, EveryLengthIsCopiedExactlyAndNoByteBeyond) {
-  std::mt19937 random(3);
-  for (const CopyKind kind : {CopyKind::kCached, CopyKind::kStreamed}) {
-    for (std::size_t bytes = 0; bytes < 300; ++bytes) {
-      std::vector<std::byte> src(bytes + 1);  // One on, so that the source is unaligned.
-      for (std::byte& byte : src) byte = static_cast<std::byte>(random());
-      alignas(64) std::byte dst[400];
-      std::memset(dst, 0xa5, sizeof(dst));
-      CopyRow(kind, src.data() + 1, dst + 16, bytes);
-      FenceStreamedCopies();
-      for (std::size_t i = 0; i < sizeof(dst); ++i) {
-        const bool inside = i >= 16 && i < 16 + bytes;
-        ASSERT_EQ(dst[i], inside ? src[i - 16 + 1] : std::byte{0xa5}) << bytes << " at " << i;
-      }
-    }
-  }
-}
-
 class SumRowsTest : public testing::TestWithParam<DataType> {};
 
 TEST_P(SumRowsTest, SumsInOrderInFp32AndRoundsOnceWhateverTheLength) {

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -118,6 +119,67 @@ TEST_F(SharedFlagTest, PublishWakesASleeperInTheKernel) {
   Publish(&flag_, 1);
   sleeper.join();
   EXPECT_TRUE(woken.load());
+}
+
+TEST_F(SharedFlagTest, FirstOfSeveralFlagsEndsTheWaitWhicheverItIs) {
+  SharedFlag flags[3];
+  SharedFlag* const all[] = {&flags[0], &flags[1], &flags[2]};
+  for (SharedFlag* const first : all) {
+    for (SharedFlag& flag : flags) flag.value.store(4);
+    std::thread publisher([first] {
+      while (first->waiters.load() == 0) std::this_thread::yield();  // It sleeps, or is about to.
+      Publish(first, 5);
+    });
+    EXPECT_EQ(WaitForAny(all, 5, Limits(milliseconds(60'000))), WaitResult::kReached);
+    publisher.join();
+    EXPECT_GE(first->value.load(), 5u);
+    // One that is reached already is not waited for.
+    EXPECT_EQ(WaitForAny(all, 5, Limits(milliseconds(-1))), WaitResult::kReached);
+  }
+  for (const SharedFlag& flag : flags) EXPECT_EQ(flag.waiters.load(), 0u);
+}
+
+TEST_F(SharedFlagTest, SeveralFlagsThatStayLowEndWithTheDeadlineOrTheAbort) {
+  std::vector<SharedFlag> flags(kMostAwaitedFlags);
+  std::vector<SharedFlag*> all;
+  for (SharedFlag& flag : flags) all.push_back(&flag);
+  const auto begin = steady_clock::now();
+  EXPECT_EQ(WaitForAny(all, 1, Limits(milliseconds(30))), WaitResult::kTimedOut);
+  EXPECT_GE(steady_clock::now() - begin, milliseconds(30));
+  std::thread aborter([&] {
+    while (flags.back().waiters.load() == 0) std::this_thread::yield();
+    abort_.store(1);
+  });
+  EXPECT_EQ(WaitForAny(all, 1, Limits(milliseconds(60'000))), WaitResult::kAborted);
+  aborter.join();
+  for (const SharedFlag& flag : flags) EXPECT_EQ(flag.waiters.load(), 0u);
+}
+
+// Each slice of a wait would look at all flags, so that a waiter which none but the first one's
+// publisher wakes takes a slice a round, 5 ms. Half the rounds may be as slow on a busy machine.
+TEST_F(SharedFlagTest, EveryAwaitedFlagWakesItsSleeper) {
+  constexpr std::uint64_t kRounds = 200;
+  SharedFlag unused;
+  SharedFlag there;
+  SharedFlag back;
+  std::thread other([&] {
+    SharedFlag* const both[] = {&unused, &there};
+    for (std::uint64_t round = 1; round <= kRounds; ++round) {
+      EXPECT_EQ(WaitForAny(both, round, Limits(milliseconds(60'000))), WaitResult::kReached);
+      Publish(&back, round);
+    }
+  });
+  std::vector<std::chrono::nanoseconds> took;
+  for (std::uint64_t round = 1; round <= kRounds; ++round) {
+    while (there.waiters.load() == 0) std::this_thread::yield();
+    const auto begin = steady_clock::now();
+    Publish(&there, round);
+    EXPECT_EQ(WaitForValue(&back, round, Limits(milliseconds(60'000))), WaitResult::kReached);
+    took.push_back(steady_clock::now() - begin);
+  }
+  other.join();
+  std::nth_element(took.begin(), took.begin() + kRounds / 2, took.end());
+  EXPECT_LT(took[kRounds / 2], milliseconds(3)) << "it was not woken";
 }
 
 // Many more waiters than cores, each round waiting for all the others: a lost wake-up would cost
