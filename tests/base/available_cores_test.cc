@@ -25,7 +25,7 @@ class GrantedCoresTest : public testing::Test {
     return GrantedCores(membership, directory_.File("cgroup"));
   }
 
-  client::TestDirectory directory_;
+  TestDirectory directory_;
 };
 
 TEST_F(GrantedCoresTest, GroupWithoutQuotaSetsNone) {

@@ -193,17 +193,6 @@ class Words(unittest.TestCase):
         ]
         self.assertEqual([], found)
 
-    def test_cores_are_asked_of_base_alone(self):
-        # The standard library knows nothing of the quota that a container's control group sets.
-        other = re.compile(r"hardware_concurrency|get_nprocs|_SC_NPROCESSORS|sched_getaffinity")
-        found = [
-            f"{path}:{number}"
-            for path in files("runtime", "server", "client", suffixes=CPP)
-            for number, line in enumerate(lines(path), 1)
-            if other.search(line)
-        ]
-        self.assertEqual([], found)
-
 
 class Build(unittest.TestCase):
     def test_every_source_is_listed_where_it_lies(self):
