@@ -4,11 +4,11 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "base/available_cores.h"
 #include "client/command/bench_region.h"
 #include "client/command/bench_report.h"
 #include "client/command/bench_trace.h"
@@ -124,7 +124,7 @@ LoadResult Measure(InferenceClient& client, const std::vector<InferRequest>& inp
 
 // The load generator is not to take the service's cores: on a small machine one thread is the best.
 int AsyncThreads(int concurrency) {
-  const int cores = AvailableCores();
+  const auto cores = static_cast<int>(std::thread::hardware_concurrency());
   return std::clamp(cores / 4, 1, concurrency);
 }
 

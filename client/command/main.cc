@@ -11,7 +11,6 @@
 #endif
 
 #include "absl/synchronization/mutex.h"
-#include "base/available_cores.h"
 #include "client/command/bench.h"
 #include "client/command/child_process.h"
 #include "client/command/drain.h"
@@ -21,6 +20,7 @@
 #include "client/command/make_checkpoint.h"
 #include "client/command/options.h"
 #include "client/command/output_queue.h"
+#include "client/command/spare_cores.h"
 #include "client/command/status.h"
 #include "client/command/terminal.h"
 #include "client/command/up.h"

@@ -7,8 +7,19 @@
 #define EPSERVE_CLIENT_COMMAND_SPARE_CORES_H_
 
 #include <cstdint>
+#include <string>
 
 namespace epserve::client {
+
+// How many cores this process may keep busy, at least 1: those that it may run on, and no more than
+// its control groups grant. A quota that looking has used up would stop everything until its next
+// period.
+int AvailableCores();
+
+// What the control groups that `membership` (as /proc/self/cgroup) names grant, below `root` (as
+// /sys/fs/cgroup, of version 1 or 2); INT_MAX where they set no quota. Files that are not there or
+// say something else set none.
+int GrantedCores(const std::string& membership, const std::string& root);
 
 // Threads of a service of so many workers that look where they are told to: of each worker the one
 // that reads its stream and one a slot, and the coordinator's.

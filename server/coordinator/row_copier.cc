@@ -4,8 +4,6 @@
 
 #include "runtime/base/streamed_copy.h"
 
-#include "base/available_cores.h"
-
 namespace epserve::coordinator {
 namespace {
 
@@ -31,7 +29,9 @@ RowCopier::~RowCopier() {
   for (std::thread& helper : helpers_) helper.join();
 }
 
-int RowCopier::HelpersHere() { return std::clamp(AvailableCores() - 1, 0, kMaxHelpers); }
+int RowCopier::HelpersHere() {
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) - 1, 0, kMaxHelpers);
+}
 
 std::size_t RowCopier::Divide() {
   portions_.clear();

@@ -33,7 +33,7 @@ class RowCopier {
   RowCopier(const RowCopier&) = delete;
   RowCopier& operator=(const RowCopier&) = delete;
 
-  // As many as this process has cores for, beside the caller.
+  // As many as this machine has cores for, beside the caller.
   static int HelpersHere();
 
   // Returns once all is copied. REQUIRES: no overlap.

@@ -1,4 +1,4 @@
-#include "base/available_cores.h"
+#include "client/command/spare_cores.h"
 
 #include <sched.h>
 
@@ -15,7 +15,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 
-namespace epserve {
+namespace epserve::client {
 namespace {
 
 constexpr char kMembership[] = "/proc/self/cgroup";
@@ -84,4 +84,4 @@ int AvailableCores() {
   return std::max(1, std::min(cores, GrantedCores(Contents(kMembership), kRoot)));
 }
 
-}  // namespace epserve
+}  // namespace epserve::client
