@@ -6,9 +6,8 @@
 // Errors come as absl::Status with the server's code and message:
 //   INVALID_ARGUMENT    the request is wrong, whoever retries; the message names value and limit
 //   NOT_FOUND           no such model or layer
-//   RESOURCE_EXHAUSTED  the server's queue is full; retried as RetryPolicy says.
-//   RetryPushback(status)
-//                       is when the server wants to see the request again
+//   RESOURCE_EXHAUSTED  the server's queue is full; retried as RetryPolicy says. RetryPushback()
+//                       of the status is when the server wants to see the request again
 //   UNAVAILABLE         no server, or experts without a live worker; retried as RetryPolicy says
 //   DEADLINE_EXCEEDED   the timeout has passed, over all attempts
 //   CANCELLED           PendingInfer::Cancel was called
@@ -115,7 +114,8 @@ struct StreamOptions {
 //
 // Thread safety: Send and Receive may be called by two threads at once, each by one; Cancel by any.
 // Both block: Send while the service takes no more (it bounds what one stream may have under way,
-// so whoever sends more than that must receive meanwhile), Receive until the next result.
+// so whoever sends more than that must receive meanwhile), Receive until the next result. A service
+// ends a stream whose results are left unread for longer than its --reply-timeout-ms.
 class InferStream {
  public:
   virtual ~InferStream() = default;  // Cancels what is under way.

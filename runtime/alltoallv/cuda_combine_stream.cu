@@ -124,9 +124,10 @@ class Feed {
     const int count = __popc(present);
     for (int done = 0; done < count;) {
       int filled = min(count - done, pieces_.num_slots);
-      // Adders free slots in turn: when the last one is free, so are those before it.
+      // Adders free slots in turn: when the last one is free, so are those before it. One answer
+      // for the warp, whose lanes need not have looked at the same moment.
       const Place last = slot_.After(filled - 1, pieces_.num_slots);
-      if (!ring_->freed[last.index].Test(last.parity ^ 1)) {
+      if (!__all_sync(0xffffffffu, ring_->freed[last.index].Test(last.parity ^ 1))) {
         filled = 1;
         ring_->freed[slot_.index].Wait(slot_.parity ^ 1);
       }
@@ -281,8 +282,9 @@ __device__ void AddSlots(const Pieces& pieces, bool pushes, int adder, const uin
       AddPiece<Element>(piece, note.vectors, adder, note.weight, sum);
     }
     uint4* const out = note.ends_sum ? ring->sum[sum_place.index].out : nullptr;
+    // Slot and notes have been read; the copy engine's next write to the slot comes after.
     FenceSharedForBulk();
-    ring->freed[slot.index].Arrive();  // Slot and notes have been read.
+    ring->freed[slot.index].Arrive();
     if (!note.ends_sum) continue;
     const int left = note.vectors - adder;
 #pragma unroll

@@ -31,11 +31,13 @@ namespace epserve::runtime {
 
 // One rank's tokens, in device memory.
 struct CudaTokens {
-  const void* x = nullptr;                 // [T, H] dtype, 16-byte aligned; valid until combine ran
-  const std::int32_t* topk_ids = nullptr;  // [T, K] global expert id, -1 = none; 16-byte aligned
-  const float* topk_weights = nullptr;     // [T, K]
-  std::int64_t num_tokens = 0;             // T
-  int topk = 0;                            // K
+  const void* x = nullptr;  // [T, H] dtype, 16-byte aligned; valid until combine ran
+  // [T, K] global expert ids, -1 = none; 16-byte aligned. REQUIRES: below E. Nobody checks it: a
+  // larger one is read past what the kernels know of experts.
+  const std::int32_t* topk_ids = nullptr;
+  const float* topk_weights = nullptr;  // [T, K]
+  std::int64_t num_tokens = 0;          // T
+  int topk = 0;                         // K
   DataType dtype = DataType::kBf16;
   RowPayload payload = RowPayload::kCopy;
 };

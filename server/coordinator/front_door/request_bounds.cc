@@ -4,6 +4,7 @@
 #include <google/protobuf/wire_format_lite.h>
 #include <grpcpp/support/proto_buffer_reader.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "absl/status/status.h"
@@ -34,6 +35,10 @@ constexpr int kEntryValue = 2;
 
 // A negative number, such as the id of no expert.
 constexpr std::size_t kMaxVarintBytes = 10;
+
+// Typed elements are parsed on the thread that takes the workers' heartbeats, and five callers with
+// 112 MiB of them each kept it for longer than a lease: they are for small requests.
+constexpr std::size_t kMostTypedBytes = std::size_t{4} << 20;
 
 // One look at one message.
 class Bounds {
@@ -189,8 +194,9 @@ RequestLimits RequestLimitsOf(const ServedModel& model) {
   const auto tokens = static_cast<std::size_t>(model.max_batch_tokens);
   const auto topk = static_cast<std::size_t>(model.topk);
   RequestLimits limits;
-  limits.max_int_bytes = tokens * topk * kMaxVarintBytes;
-  limits.max_fp32_bytes = tokens * (static_cast<std::size_t>(model.hidden) + topk) * sizeof(float);
+  limits.max_int_bytes = std::min(tokens * topk * kMaxVarintBytes, kMostTypedBytes);
+  limits.max_fp32_bytes = std::min(
+      tokens * (static_cast<std::size_t>(model.hidden) + topk) * sizeof(float), kMostTypedBytes);
   return limits;
 }
 

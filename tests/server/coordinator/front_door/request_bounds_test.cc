@@ -49,6 +49,16 @@ std::string Field(int number, const std::string& bytes) {
   return text + bytes;
 }
 
+TEST(RequestBoundsTest, TypedElementsAreForSmallRequestsHoweverLargeTheModel) {
+  ServedModel model;
+  model.max_batch_tokens = 4096;
+  model.hidden = 7168;
+  model.topk = 256;
+  const RequestLimits limits = RequestLimitsOf(model);
+  EXPECT_EQ(limits.max_int_bytes, 4u << 20);
+  EXPECT_EQ(limits.max_fp32_bytes, 4u << 20);
+}
+
 TEST(RequestBoundsTest, EachBoundPassesAtItsLimitAndRefusesPastItByName) {
   const RequestLimits limits = Limits();
   ASSERT_EQ(limits.max_int_bytes, 16u * 2 * 10);
