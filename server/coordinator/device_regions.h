@@ -8,9 +8,9 @@
 //
 // Where batches do not end in time, or a worker does not answer, the caller is told so, and what
 // may still be open goes with the next closing; where workers were not told, that follows by
-// itself. Nobody is told of that one, so that it waits for the batches in flight as long as they may
-// take, and what is asked for meanwhile waits behind it: were it given up like the others, batches
-// that outlive a hold could start after each.
+// itself. Nobody is told of that one, so that it waits for the batches in flight as long as they
+// may take, and what is asked for meanwhile waits behind it: were it given up like the others,
+// batches that outlive a hold could start after each.
 //
 // Unmapping waits for the device and holds up the worker's other calls into it: beside a kernel of
 // one second, a launch on another stream took as long. And kernels there may wait for peers that
