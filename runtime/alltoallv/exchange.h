@@ -38,7 +38,9 @@ struct ExchangeConfig {
   int max_topk = 0;                   // K in [1, 16]
   int num_slots = 2;                  // batches in flight
   Placement placement;
-  absl::Duration peer_timeout = absl::Seconds(30);  // bound of every wait for a peer
+  // Bound of every wait for a peer. Of several peers in one stage it is one for all, from the
+  // stage's beginning; what the host backend sums of combine meanwhile is within it.
+  absl::Duration peer_timeout = absl::Seconds(30);
   absl::Duration busy_poll = absl::ZeroDuration();  // spent looking before a wait sleeps (host)
 };
 

@@ -90,8 +90,7 @@ absl::StatusOr<CountMatrix> HostExchange::ExchangeCounts(int slot, std::uint64_t
       AddCounts(counts, source, &matrix);
       continue;
     }
-    SharedFlag* const flag = own.flag(source);
-    EPS_RETURN_IF_ERROR(AwaitPeer("counts", {&flag, 1}, slot, sequence, source, limits));
+    EPS_RETURN_IF_ERROR(AwaitPeer("counts", slot, sequence, source, own.flag(source), limits));
     EPS_RETURN_IF_ERROR(own.AddTo(&matrix, source, sequence));
   }
   return matrix;

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "runtime/alltoallv/partial_sums.h"
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
@@ -317,8 +318,8 @@ absl::Status HostExchange::AwaitRows(const DispatchArgs& args) const {
   for (int src = 0; src < config_.num_ranks; ++src) {
     if (src == config_.rank || args.counts->at(src, config_.rank) == 0) continue;
     Arrival& arrival = view.arrival(src);
-    SharedFlag* const flag = &arrival.flag;
-    EPS_RETURN_IF_ERROR(AwaitPeer("dispatch", {&flag, 1}, args.slot, args.sequence, src, limits));
+    EPS_RETURN_IF_ERROR(
+        AwaitPeer("dispatch", args.slot, args.sequence, src, &arrival.flag, limits));
     if (arrival.sequence != args.sequence ||
         arrival.num_rows != args.counts->at(src, config_.rank) ||
         arrival.receive_offset != args.counts->ReceiveOffset(src, config_.rank) ||
@@ -335,10 +336,16 @@ absl::Status HostExchange::AwaitRows(const DispatchArgs& args) const {
   return absl::OkStatus();
 }
 
-absl::Status HostExchange::AwaitPeer(const char* stage, std::span<SharedFlag* const> flags,
-                                     int slot, std::uint64_t sequence, int peer,
-                                     const WaitLimits& limits) const {
-  switch (WaitForAny(flags, sequence, limits)) {
+absl::Status HostExchange::AwaitPeers(const char* stage, int slot, std::uint64_t sequence,
+                                      std::uint64_t peers, std::uint64_t awaited,
+                                      absl::FunctionRef<SharedFlag*(int)> flag_of,
+                                      const WaitLimits& limits) const {
+  std::array<SharedFlag*, kMaxRanks> flags{};
+  std::size_t num_flags = 0;
+  for (; awaited != 0; awaited &= awaited - 1) {
+    flags[num_flags++] = flag_of(std::countr_zero(awaited));
+  }
+  switch (WaitForAny(std::span(flags).first(num_flags), sequence, limits)) {
     case WaitResult::kReached:
       return absl::OkStatus();
     case WaitResult::kAborted:
@@ -346,13 +353,22 @@ absl::Status HostExchange::AwaitPeer(const char* stage, std::span<SharedFlag* co
     case WaitResult::kTimedOut:
       break;
   }
+  std::vector<int> missing;
+  for (; peers != 0; peers &= peers - 1) {
+    const int peer = std::countr_zero(peers);
+    if (flag_of(peer)->value.load(std::memory_order_acquire) < sequence) missing.push_back(peer);
+  }
+  if (missing.empty()) return absl::OkStatus();  // The last came just now.
+  const bool several = missing.size() > 1;
   const auto over = std::chrono::steady_clock::now() - limits.deadline;
   const std::int64_t waited_ms =
       absl::ToInt64Milliseconds(config_.peer_timeout + absl::FromChrono(over));
   return absl::DeadlineExceededError(absl::StrCat(
-      stage, ": rank ", config_.rank, " waited ", waited_ms, " ms for rank ", peer, " (epoch ",
+      stage, ": rank ", config_.rank, " waited ", waited_ms,
+      several ? " ms for ranks " : " ms for rank ", absl::StrJoin(missing, ", "), " (epoch ",
       config_.epoch, ", slot ", slot, ", batch ", sequence, "), which exceeds peer_timeout ",
-      absl::ToInt64Milliseconds(config_.peer_timeout), " ms; that worker is gone or stuck"));
+      absl::ToInt64Milliseconds(config_.peer_timeout),
+      several ? " ms; those workers are gone or stuck" : " ms; that worker is gone or stuck"));
 }
 
 void HostExchange::PointAtReceived(const DispatchArgs& args, Slot* slot) const {
@@ -419,18 +435,6 @@ std::uint64_t HostExchange::RanksWithPartials(int slot, std::uint64_t ranks) con
   return ready;
 }
 
-// Returns once one of `ranks` is ready.
-absl::Status HostExchange::AwaitPartials(int slot, std::uint64_t ranks,
-                                         const WaitLimits& limits) const {
-  std::array<SharedFlag*, kMaxRanks> flags{};
-  std::size_t num_flags = 0;
-  for (std::uint64_t left = ranks; left != 0; left &= left - 1) {
-    flags[num_flags++] = PartialsReady(slot, std::countr_zero(left));
-  }
-  return AwaitPeer("combine", std::span(flags).first(num_flags), slot, slots_[slot].sequence,
-                   std::countr_zero(ranks), limits);
-}
-
 absl::Status HostExchange::SumPartials(int slot_index, void* out) const {
   const Slot& slot = slots_[slot_index];
   const WaitLimits limits{After(config_.peer_timeout), &abort_,
@@ -459,8 +463,9 @@ absl::Status HostExchange::SumPartials(int slot_index, void* out) const {
     if (as_they_come || awaited == 0) SumReadyTokens(sums, ~awaited, summed);
     if (awaited == 0) break;
     if (as_they_come) summed = ~awaited;
-    EPS_RETURN_IF_ERROR(
-        AwaitPartials(slot_index, as_they_come ? awaited : awaited & -awaited, limits));
+    EPS_RETURN_IF_ERROR(AwaitPeers(
+        "combine", slot_index, slot.sequence, awaited, as_they_come ? awaited : awaited & -awaited,
+        [&](int rank) { return PartialsReady(slot_index, rank); }, limits));
   }
   if (sums.kind == CopyKind::kStreamed) FenceStreamedCopies();
   return absl::OkStatus();

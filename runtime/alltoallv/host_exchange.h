@@ -24,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "runtime/alltoallv/exchange.h"
@@ -101,12 +102,19 @@ class HostExchange final : public Exchange {
   absl::Status AwaitRows(const DispatchArgs& args) const;
   void PointAtReceived(const DispatchArgs& args, Slot* slot) const;
   void DescribeReceived(const DispatchArgs& args, Slot* slot) const;
-  // Waits for any of the flags; `peer` is named where none comes.
-  absl::Status AwaitPeer(const char* stage, std::span<SharedFlag* const> flags, int slot,
-                         std::uint64_t sequence, int peer, const WaitLimits& limits) const;
+  // Waits for any of the `awaited` among `peers`, a bit each. Where none comes in time, all peers
+  // are named whose flags have not come.
+  absl::Status AwaitPeers(const char* stage, int slot, std::uint64_t sequence, std::uint64_t peers,
+                          std::uint64_t awaited, absl::FunctionRef<SharedFlag*(int)> flag_of,
+                          const WaitLimits& limits) const;
+  absl::Status AwaitPeer(const char* stage, int slot, std::uint64_t sequence, int peer,
+                         SharedFlag* flag, const WaitLimits& limits) const {
+    const std::uint64_t bit = std::uint64_t{1} << peer;
+    return AwaitPeers(
+        stage, slot, sequence, bit, bit, [flag](int) { return flag; }, limits);
+  }
   SharedFlag* PartialsReady(int slot, int rank) const;
   std::uint64_t RanksWithPartials(int slot, std::uint64_t ranks) const;
-  absl::Status AwaitPartials(int slot, std::uint64_t ranks, const WaitLimits& limits) const;
   absl::Status SumPartials(int slot_index, void* out) const;
   absl::Status Aborted(const char* stage) const;
 

@@ -59,8 +59,9 @@ void SleepOnFlags(std::span<SharedFlag* const> flags, const Seen& seen,
   end.tv_nsec = end_ns % kSecondNs;
   const long result =
       ::syscall(SYS_futex_waitv, words.data(), flags.size(), 0, &end, CLOCK_MONOTONIC);
-  const bool unknown = result < 0 && (errno == ENOSYS || errno == EPERM);
-  if (unknown) SleepOnFlag(flags[0], seen[0], duration);
+  // Whatever else a kernel or a sandbox refuses it with: to come back at once would be to spin.
+  const bool refused = result < 0 && errno != EAGAIN && errno != EINTR && errno != ETIMEDOUT;
+  if (refused) SleepOnFlag(flags[0], seen[0], duration);
 }
 
 // Acquire: the payload is read after the flag, pairs with the store in Publish.

@@ -56,6 +56,11 @@ void DeviceRegions::Begin(Operation operation) {
   if (current_.has_value()) return;
   current_ = std::move(waiting_.front());
   waiting_.pop_front();
+  HoldForCurrent();
+}
+
+void DeviceRegions::HoldForCurrent() {
+  if (current_->follows) return actions_->HoldBatchesToTheirEnd();
   actions_->HoldBatches(true);
 }
 
@@ -136,7 +141,7 @@ void DeviceRegions::End(Operation ended, const absl::Status& outcome) {
   ended.done(outcome);
   if (current_.has_value() && current_->phase != Phase::kHolding) return;  // done() began it.
   actions_->HoldBatches(false);
-  if (current_.has_value()) actions_->HoldBatches(true);
+  if (current_.has_value()) HoldForCurrent();
 }
 
 void DeviceRegions::OnHoldExpired() {
@@ -158,6 +163,7 @@ void DeviceRegions::OnHoldExpired() {
   if (opening != holding && !IsClosingAsked()) {
     Operation close;
     close.done = [](const absl::Status&) {};
+    close.follows = true;
     waiting_.push_back(std::move(close));
   }
   End(std::move(ended), late);

@@ -8,7 +8,9 @@
 //
 // Where batches do not end in time, or a worker does not answer, the caller is told so, and what
 // may still be open goes with the next closing; where workers were not told, that follows by
-// itself.
+// itself. Nobody is told of that one, so that it waits for the batches in flight as long as they
+// may take, and what is asked for meanwhile waits behind it: were it given up like the others,
+// batches that outlive a hold could start after each.
 //
 // Unmapping waits for the device and holds up the worker's other calls into it: beside a kernel of
 // one second, a launch on another stream took as long. And kernels there may wait for peers that
@@ -49,6 +51,8 @@ class DeviceRegionActions {
   virtual void SendTo(StreamId stream, StreamMessage message) = 0;
   // true is answered by OnBatchesHeld or OnHoldExpired; false undoes it.
   virtual void HoldBatches(bool hold) = 0;
+  // The same as true, but does not expire before the batches in flight have had all their time.
+  virtual void HoldBatchesToTheirEnd() = 0;
   // "rank 1 (worker w1)"
   virtual std::string NameOf(StreamId stream) const = 0;
 };
@@ -88,6 +92,7 @@ class DeviceRegions {
     std::shared_ptr<const ShmRegion> region;  // to open; null: to close
     std::vector<std::uint64_t> ids;           // to close, or its own
     Done done;
+    bool follows = false;  // a closing that nobody has asked for
     Phase phase = Phase::kHolding;
     std::set<StreamId> awaited;
     std::map<std::string, absl::Status> refusals;  // by the worker's name
@@ -99,6 +104,7 @@ class DeviceRegions {
   bool IsClosingAsked() const;  // current, or waiting
   bool HasAnyOpen(StreamId stream, const std::vector<std::uint64_t>& ids) const;
   void Begin(Operation operation);
+  void HoldForCurrent();
   void BeginOpening();
   void BeginClosing();
   void Advance();  // once nobody is awaited any more

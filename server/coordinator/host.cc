@@ -347,8 +347,11 @@ void Host::Handle(WorkerReport& report) {
     if (report.takes_shared_batches) batches_->UseSharedRows(created->epoch, created->stream);
     device_regions_.OnRefused(created->epoch, created->stream, report.refused);
     const auto it = streams_.find(created->stream);
-    if (it != streams_.end()) it->second.handle_type = std::move(report.handle_type);
-    CountHeaps();
+    // One that crossed its epoch's end is closed by now.
+    if (it != streams_.end() && it->second.heap_epoch == created->epoch) {
+      it->second.handle_type = std::move(report.handle_type);
+      CountHeaps();
+    }
   }
   if (auto* opened = std::get_if<PeersOpened>(&report.event)) {
     const auto it = streams_.find(opened->stream);
@@ -362,6 +365,7 @@ void Host::Handle(WorkerReport& report) {
   // After the event, which may drop batches that the worker was at.
   if (auto* quiesced = std::get_if<EpochQuiesced>(&report.event)) {
     LeaveRegions(quiesced->stream);
+    EndHeap(quiesced->stream, quiesced->epoch);
   }
   if (auto* closed = std::get_if<StreamClosed>(&report.event)) {
     LeaveRegions(closed->stream);
@@ -419,7 +423,7 @@ void Host::EraseStream(StreamId stream) {
 void Host::CountHeaps() {
   std::vector<std::string> handle_types;
   for (const auto& [stream, record] : streams_) {
-    if (!record.handle_type.empty()) handle_types.push_back(record.handle_type);
+    if (record.handle_type.has_value()) handle_types.push_back(*record.handle_type);
   }
   metrics_->SetHeaps(handle_types);
 }

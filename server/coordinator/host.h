@@ -145,7 +145,8 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
     std::uint64_t expert_rows = 0;
     EpochId probe_epoch = 0;
     std::vector<float> probe_output;
-    std::string handle_type;  // of its heap, since it has created one
+    EpochId heap_epoch = 0;                  // whose heap it is to have; 0: none
+    std::optional<std::string> handle_type;  // of that heap, since it is there; "": not told
   };
   struct CountDown {
     void operator()(std::atomic<int>* count) const { count->fetch_sub(1); }
@@ -181,10 +182,12 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   void ApplyEvent(Event event);
   void Send(StreamId stream, StreamMessage message);
   void EraseStream(StreamId stream);
-  void CountHeaps();  // for the metrics
+  void EndHeap(StreamId stream, EpochId epoch);  // which is closed with its epoch
+  void CountHeaps();                             // for the metrics
 
   void SendTo(StreamId stream, StreamMessage message) override;
   void HoldBatches(bool hold) override;
+  void HoldBatchesToTheirEnd() override;
   std::string NameOf(StreamId stream) const override;
   // Nothing of a client is in use, or open, at the worker any more.
   void LeaveRegions(StreamId stream);

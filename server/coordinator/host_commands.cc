@@ -97,6 +97,8 @@ void Host::OpenArena(EpochId epoch) {
 
 void Host::Execute(SendCreateHeap& command) {
   if (command.epoch != arena_epoch_) OpenArena(command.epoch);
+  const auto it = streams_.find(command.stream);
+  if (it != streams_.end()) it->second.heap_epoch = command.epoch;
   Send(command.stream,
        CreateHeapMessage{command.epoch, arena_handle_,
                          arena_handle_.empty() ? RegionAccess() : row_transport_.regions,
@@ -108,8 +110,17 @@ void Host::Execute(SendEpochStarted& command) {
   Send(command.stream, std::move(command));
 }
 
+void Host::EndHeap(StreamId stream, EpochId epoch) {
+  const auto it = streams_.find(stream);
+  if (it == streams_.end() || it->second.heap_epoch != epoch) return;
+  it->second.heap_epoch = 0;
+  it->second.handle_type.reset();
+  CountHeaps();
+}
+
 void Host::Execute(SendEpochEnded& command) {
   batches_->CloseArena(command.epoch);
+  EndHeap(command.stream, command.epoch);
   Send(command.stream, std::move(command));
 }
 

@@ -38,6 +38,13 @@ void Host::HoldBatches(bool hold) {
   ApplyEvent(ReleaseBatches{});
 }
 
+// A batch ends or its epoch does within batch_timeout_us. What the workers then have to answer in
+// is no longer than for others.
+void Host::HoldBatchesToTheirEnd() {
+  ApplyEvent(coordinator::HoldBatches{NowUs() + config_.batch_timeout_us + kHoldTimeoutUs,
+                                      /*most_held_us=*/kHoldTimeoutUs});
+}
+
 std::string Host::NameOf(StreamId stream) const {
   const auto it = streams_.find(stream);
   if (it == streams_.end()) return "a lost worker";

@@ -269,6 +269,7 @@ void StateMachine::Impl::PumpQueue() {
 
 void StateMachine::Impl::On(const HoldBatches& event) {
   hold_until_us_ = event.until_us;
+  most_held_us_ = event.most_held_us;
   hold_answered_ = false;
 }
 
@@ -281,6 +282,7 @@ void StateMachine::Impl::AdvanceHold() {
     Emit(BatchesHeld{/*expired=*/true});
   } else if (!hold_answered_ && batches_.empty()) {
     hold_answered_ = true;
+    if (hold_until_us_ - now_us_ > most_held_us_) hold_until_us_ = now_us_ + most_held_us_;
     Emit(BatchesHeld{});
   }
 }

@@ -187,10 +187,11 @@ struct DrainWorker {
 struct DrainCluster {};
 
 // From now on no batch but a probe starts until ReleaseBatches; requests wait. Answered by one
-// BatchesHeld once none is in flight. The hold ends by itself at `until_us`, and is made anew by
-// another.
+// BatchesHeld once none is in flight. The hold ends by itself at `until_us`, or `most_held_us`
+// after that answer where this is sooner, and is made anew by another.
 struct HoldBatches {
   TimeUs until_us = 0;
+  TimeUs most_held_us = kNever;
 };
 struct ReleaseBatches {};
 

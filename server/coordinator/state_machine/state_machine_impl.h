@@ -152,6 +152,7 @@ class StateMachine::Impl {
   bool input_taken_ = false;       // InputTaken is being applied
   bool probe_answered_ = false;    // VerifyProbe is out.
   TimeUs hold_until_us_ = kNever;  // kNever: batches are not held
+  TimeUs most_held_us_ = kNever;   // of the hold, from its answer on
   bool hold_answered_ = false;     // BatchesHeld is out
   std::int64_t batch_us_ = 0;      // how long a batch takes, smoothed
 

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <functional>
 #include <random>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "runtime/alltoallv/host_exchange.h"
+#include "runtime/base/streamed_copy.h"
 #include "tests/runtime/alltoallv/exchange_reference.h"
 
 namespace epserve::runtime {
@@ -180,6 +182,60 @@ TEST_F(HostExchangeFaultsTest, PeerThatNeverFinishesItsExpertsTimesOutByNameInCo
   std::vector<float> out(64);
   ExpectStatus(cluster_->rank(0).Combine(0, out.data()), absl::StatusCode::kDeadlineExceeded,
                " ms for rank 1 (epoch 1, slot 0, batch 1)");
+}
+
+// Rank 0's combine, with four ranks of which `late` never finish their experts.
+absl::Status CombineWithout(const std::vector<int>& late, std::int64_t num_tokens,
+                            std::int64_t hidden) {
+  constexpr int kRanks = 4;
+  ExchangeConfig config = TestConfig(kRanks, kRanks, num_tokens, hidden);
+  config.peer_timeout = absl::Seconds(2);
+  auto cluster = Cluster::Create(config);
+  if (!cluster.ok()) return cluster.status();
+  std::mt19937 random(7);
+  Batch batch = RandomBatch(&random, DataType::kFp32, num_tokens, hidden, kRanks, kRanks);
+  for (std::size_t i = 0; i < batch.topk_ids.size(); ++i) {
+    batch.topk_ids[i] = static_cast<std::int32_t>(i % kRanks);  // Every token to all ranks.
+  }
+  const CountMatrix counts =
+      ComputeCountMatrix(batch.topk_ids, num_tokens, kRanks, config.placement);
+  std::vector<std::thread> ranks;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    ranks.emplace_back([&, rank] {
+      const DispatchArgs args = ShardArgs(batch, counts, 0, 1, kRanks, rank);
+      EXPECT_TRUE((*cluster)->rank(rank).Dispatch(args).ok());
+    });
+  }
+  for (std::thread& rank : ranks) rank.join();
+  std::vector<std::thread> peers;
+  for (int rank = 1; rank < kRanks; ++rank) {
+    if (std::ranges::count(late, rank) > 0) continue;
+    peers.emplace_back([&, rank] {
+      std::vector<float> out(static_cast<std::size_t>(num_tokens * hidden));
+      (void)(*cluster)->rank(rank).Combine(0, out.data());  // Waits for the late ones, too.
+    });
+  }
+  std::vector<float> out(static_cast<std::size_t>(num_tokens * hidden));
+  const absl::Status status = (*cluster)->rank(0).Combine(0, out.data());
+  for (int rank = 1; rank < kRanks; ++rank) (*cluster)->rank(rank).Abort();
+  for (std::thread& peer : peers) peer.join();
+  return status;
+}
+
+TEST(HostExchangeLateTest, CombineNamesAllRanksThatHaveNotFinishedAndNoOther) {
+  // Few rows, of which the lowest rank's are waited for first, and so many that they are streamed.
+  constexpr std::int64_t kHidden = 1024;
+  constexpr std::int64_t kStreamed = 2048;
+  ASSERT_EQ(CopyKindFor(std::uint64_t{kStreamed / 4 * kHidden * sizeof(float)}),
+            CopyKind::kStreamed);
+  for (const std::int64_t num_tokens : {std::int64_t{16}, kStreamed}) {
+    ExpectStatus(CombineWithout({1, 3}, num_tokens, kHidden), absl::StatusCode::kDeadlineExceeded,
+                 " ms for ranks 1, 3 (epoch 1, slot 0, batch 1), which exceeds peer_timeout 2000 "
+                 "ms; those workers are gone or stuck");
+    ExpectStatus(CombineWithout({2}, num_tokens, kHidden), absl::StatusCode::kDeadlineExceeded,
+                 " ms for rank 2 (epoch 1, slot 0, batch 1), which exceeds peer_timeout 2000 "
+                 "ms; that worker is gone or stuck");
+  }
 }
 
 TEST_F(HostExchangeFaultsTest, AbortEndsAWaitLongBeforeItsTimeoutAndAllLaterOnes) {

@@ -1,8 +1,12 @@
 #include "runtime/symmetric/shared_flag.h"
 
 #include <gtest/gtest.h>
+#include <linux/filter.h>
 #include <linux/futex.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -10,6 +14,7 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <ctime>
 #include <fstream>
@@ -29,6 +34,25 @@ bool IsAsleep(pid_t thread) {
   std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
   const std::string stat((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   return stat.find(") S ") != std::string::npos;
+}
+
+// Has futex_waitv fail with `error` for the calling thread from now on, as a sandbox does.
+bool RefuseFutexWaitv(int error) {
+  sock_filter filter[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_futex_waitv, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<unsigned>(error)),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program = {static_cast<unsigned short>(std::size(filter)), filter};
+  return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+long SleepsOfThisThread() {
+  rusage usage{};
+  EXPECT_EQ(::getrusage(RUSAGE_THREAD, &usage), 0);
+  return usage.ru_nvcsw;
 }
 
 class SharedFlagTest : public testing::Test {
@@ -180,6 +204,27 @@ TEST_F(SharedFlagTest, EveryAwaitedFlagWakesItsSleeper) {
   other.join();
   std::nth_element(took.begin(), took.begin() + kRounds / 2, took.end());
   EXPECT_LT(took[kRounds / 2], milliseconds(3)) << "it was not woken";
+}
+
+// A thread that spins gives up no core by itself, however many others want it.
+TEST_F(SharedFlagTest, WaitForSeveralSleepsWhateverTheCallForThemIsRefusedWith) {
+  SharedFlag flags[2];
+  SharedFlag* const both[] = {&flags[0], &flags[1]};
+  for (const int error : {ENOSYS, EPERM, EACCES, EINVAL}) {
+    bool refused = false;
+    WaitResult result = WaitResult::kReached;
+    long sleeps = 0;
+    std::thread waiter([&] {
+      refused = RefuseFutexWaitv(error);
+      const long before = SleepsOfThisThread();
+      result = WaitForAny(both, 1, Limits(milliseconds(200)));
+      sleeps = SleepsOfThisThread() - before;
+    });
+    waiter.join();
+    if (!refused) GTEST_SKIP() << "this system lets no thread filter its system calls";
+    EXPECT_EQ(result, WaitResult::kTimedOut);
+    EXPECT_GE(sleeps, 2) << "error " << error;
+  }
 }
 
 // Many more waiters than cores, each round waiting for all the others: a lost wake-up would cost

@@ -24,10 +24,15 @@ class FakeActions : public DeviceRegionActions {
     sent.push_back({stream, std::move(message)});
   }
   void HoldBatches(bool hold) override { holds.push_back(hold); }
+  void HoldBatchesToTheirEnd() override {
+    holds.push_back(true);
+    ++holds_to_their_end;
+  }
   std::string NameOf(StreamId stream) const override { return absl::StrCat("rank ", stream - 10); }
 
   std::vector<Sent> sent;
   std::vector<bool> holds;
+  int holds_to_their_end = 0;
 };
 
 class DeviceRegionsTest : public testing::Test {
@@ -239,7 +244,9 @@ TEST_F(DeviceRegionsTest, CloseThatCouldNotHoldBatchesIsMadeUpForAfterThoseThatW
   regions_.OnAnswer(Opened(10, 2));
   regions_.OnAnswer(Opened(11, 2));
   ASSERT_EQ(answers_.size(), 2u);
-  regions_.OnHoldExpired();  // And once more.
+  EXPECT_EQ(actions_.holds_to_their_end, 1) << "nobody waits for it";
+  regions_.OnHoldExpired();  // As after a stall of the host.
+  EXPECT_EQ(actions_.holds_to_their_end, 2);
   regions_.OnBatchesHeld();
   EXPECT_THAT(TakeSent<CloseDeviceRegionsMessage>(), ElementsAre(10, 11));
   regions_.OnAnswer(Closed(10, {1}));

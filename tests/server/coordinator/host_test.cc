@@ -2,10 +2,16 @@
 
 #include <future>
 #include <memory>
+#include <mutex>
 #include <span>
+#include <string>
 #include <thread>
 #include <utility>
+#include <variant>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "server/coordinator/front_door/shm_registry.h"
 
@@ -28,6 +34,31 @@ class RecordedRequest final : public PendingRequest {
 
  private:
   std::promise<Answer> answer_;
+};
+
+// Keeps what a worker is sent.
+class RecordedStream final : public WorkerStream {
+ public:
+  void Send(StreamMessage message) override {
+    const std::lock_guard<std::mutex> lock(mu_);
+    sent_.push_back(std::move(message));
+  }
+  void Close(absl::Status, bool) override {}
+
+  // The epoch of the last message of that kind; 0: there is none.
+  template <typename Message>
+  EpochId EpochOfLast() const {
+    const std::lock_guard<std::mutex> lock(mu_);
+    EpochId epoch = 0;
+    for (const StreamMessage& message : sent_) {
+      if (const auto* found = std::get_if<Message>(&message)) epoch = found->epoch;
+    }
+    return epoch;
+  }
+
+ private:
+  mutable std::mutex mu_;
+  std::vector<StreamMessage> sent_;
 };
 
 class HostTest : public ::testing::Test {
@@ -58,6 +89,34 @@ class HostTest : public ::testing::Test {
     request.num_tokens = 1;
     request.output_bytes = output_bytes;
     return request;
+  }
+
+  // A worker that has kept the weights of rank `id` - 1, so that no lease is waited for.
+  std::shared_ptr<RecordedStream> Join(StreamId id) {
+    const auto stream = std::make_shared<RecordedStream>();
+    HelloInfo hello;
+    hello.worker_id = absl::StrCat("w", id);
+    hello.incarnation = absl::StrCat("incarnation-", id);
+    hello.backend = "host";
+    hello.held_rank = static_cast<int>(id) - 1;
+    hello.held_num_ranks = 2;
+    host_->OpenStream(id, stream, hello);
+    Report(WorkerLoaded{id, hello.held_rank, 2, 1, 1});
+    return stream;
+  }
+  // Returns once the host has taken it in, whoever had the turn.
+  void Report(Event event, std::string handle_type = "") {
+    WorkerReport report;
+    report.event = std::move(event);
+    report.handle_type = std::move(handle_type);
+    host_->Report(std::move(report));
+    std::promise<void> taken;
+    host_->QueryCluster([&](const absl::StatusOr<ClusterView>&) { taken.set_value(); });
+    taken.get_future().wait();
+  }
+  void ExpectHeaps(const std::string& type, int count) {
+    EXPECT_THAT(metrics_.Render(), ::testing::HasSubstr(absl::StrCat("epserve_heaps{handle_type=\"",
+                                                                     type, "\"} ", count, "\n")));
   }
 
   Metrics metrics_{4};
@@ -92,6 +151,37 @@ TEST_F(HostTest, LargeRequestOfWhichNothingIsCopiedHereIsServedByTheThreadThatBr
   ValidatedRequest half = MakeValidated(64 << 20);
   half.source = {region, 0};
   EXPECT_NE(Submit(2, std::move(half)).second, std::this_thread::get_id());
+}
+
+TEST_F(HostTest, HeapsAreCountedWhileTheirEpochLastsThatOfAnOlderWorkerAsOther) {
+  const auto first = Join(1);
+  const auto second = Join(2);
+  const EpochId epoch = first->EpochOfLast<CreateHeapMessage>();
+  ASSERT_NE(epoch, 0u);
+  ASSERT_EQ(second->EpochOfLast<CreateHeapMessage>(), epoch);
+  ExpectHeaps("shm", 0);
+  Report(HeapCreated{1, epoch, "handle"}, "shm");
+  Report(HeapCreated{2, epoch, "handle"});
+  ExpectHeaps("shm", 1);
+  ExpectHeaps("other", 1);
+  Report(StreamClosed{2});
+  ASSERT_EQ(first->EpochOfLast<SendEpochEnded>(), epoch);
+  ExpectHeaps("shm", 0);
+  ExpectHeaps("other", 0);
+  Report(HeapCreated{1, epoch, "handle"}, "shm");  // It crossed the end of its epoch.
+  ExpectHeaps("shm", 0);
+}
+
+TEST_F(HostTest, HeapOfAWorkerThatLeavesItsEpochUnaskedIsCountedNoMore) {
+  const auto first = Join(1);
+  const auto second = Join(2);
+  const EpochId epoch = first->EpochOfLast<CreateHeapMessage>();
+  Report(HeapCreated{1, epoch, "handle"}, "shm");
+  Report(HeapCreated{2, epoch, "handle"}, "shm");
+  ExpectHeaps("shm", 2);
+  Report(EpochQuiesced{1, epoch});
+  ASSERT_EQ(second->EpochOfLast<SendEpochEnded>(), epoch);
+  ExpectHeaps("shm", 0);
 }
 
 }  // namespace

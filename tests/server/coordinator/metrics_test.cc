@@ -100,7 +100,7 @@ TEST(MetricsTest, OutputBytesAreCountedByTheWayTheyTook) {
 
 TEST(MetricsTest, HeapsAreCountedByHandleTypeWhateverAWorkerCallsIts) {
   Metrics metrics(4);
-  metrics.SetHeaps({"fd", "nccl", "fd", "fd\"} 7", "other"});
+  metrics.SetHeaps({"fd", "nccl", "fd", "fd\"} 7", ""});
   EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"fd\"} 2\n"));
   EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"nccl\"} 1\n"));
   EXPECT_THAT(metrics.Render(), HasSubstr("epserve_heaps{handle_type=\"other\"} 2\n"));

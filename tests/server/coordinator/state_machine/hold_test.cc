@@ -64,6 +64,27 @@ TEST(HoldTest, AnotherHoldIsAnsweredAnewAndLastsFromThenOn) {
   EXPECT_TRUE(Has<BatchesHeld>(cluster.Run(2000)));
 }
 
+TEST(HoldTest, LongHoldWaitsForABatchAndLastsNoLongerFromItsAnswerOnThanItMay) {
+  TestCluster cluster;
+  cluster.Serve();
+  const std::optional<StartBatch> running = First<StartBatch>(cluster.Request(1));
+  ASSERT_TRUE(running.has_value());
+  cluster.Do(HoldBatches{cluster.now_us + 10 * kHoldUs, /*most_held_us=*/kHoldUs});
+  cluster.Request(2);
+  const Commands waited = cluster.Run(3 * kHoldUs);
+  EXPECT_FALSE(Has<BatchesHeld>(waited));
+  EXPECT_FALSE(Has<StartBatch>(waited));
+  const std::optional<BatchesHeld> held = First<BatchesHeld>(cluster.Finish(running->batch));
+  ASSERT_TRUE(held.has_value());
+  EXPECT_FALSE(held->expired);
+  EXPECT_FALSE(Has<BatchesHeld>(cluster.Run(kHoldUs - 1000)));
+  const Commands after = cluster.Run(2000);
+  const std::optional<BatchesHeld> ended = First<BatchesHeld>(after);
+  ASSERT_TRUE(ended.has_value());
+  EXPECT_TRUE(ended->expired);
+  EXPECT_TRUE(Has<StartBatch>(after));
+}
+
 TEST(HoldTest, EpochThatEndsUnderAHoldAnswersIt) {
   TestCluster cluster;
   cluster.Serve();
