@@ -19,6 +19,13 @@ using server::ServerCall;
 
 constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
 
+// Ends a call whose reply waits for its caller while others need the memory.
+void GiveUp(ServerCall* call) {
+  call->GiveUpReply(absl::ResourceExhaustedError(
+      "infer: the reply had not been taken when others needed its memory; read replies sooner, or "
+      "raise --max-held-bytes"));
+}
+
 class UnaryInfer final : public CallHandler {
  public:
   UnaryInfer(ServerCall* call, InferContext& shared)
@@ -48,7 +55,10 @@ class UnaryInfer final : public CallHandler {
     overdue_ = true;
     infer_->Fail(server::MessageOverdue(call_->limits()));
   }
-  void OnDone() override { delete this; }
+  void OnDone() override {
+    infer_->ReplyGone();  // Whoever still has the request must not keep it waiting.
+    delete this;
+  }
 
   // From any thread, once. Until then the call has not been finished, and so lives.
   void Send(InferAnswer answer) {
@@ -56,6 +66,7 @@ class UnaryInfer final : public CallHandler {
       call_->context().AddTrailingMetadata(kPushbackKey, absl::StrCat(answer.retry_pushback_ms));
     }
     if (answer.status.ok()) {
+      infer_->AwaitCaller([call = call_] { GiveUp(call); });
       call_->WriteAndFinish(*answer.message);
     } else {
       call_->Finish(server::ToGrpcStatus(answer.status));
@@ -130,6 +141,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     std::unique_lock lock(mutex_);
     writing_ = false;
     held_bytes_ -= entries_.front()->request_bytes;
+    entries_.front()->infer->ReplyGone();
     entries_.pop_front();
     Continue(lock);
   }
@@ -169,6 +181,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     }
     if (!writing_ && answered) {
       writing_ = true;
+      entries_.front()->infer->AwaitCaller([call = call_] { GiveUp(call); });
       call_->StartWrite(*entries_.front()->reply);
     }
     if (no_more_requests_) {
