@@ -160,6 +160,23 @@ def test_caller_that_reads_nothing_makes_room_for_others(small_memory, rng, meth
         call.close()
 
 
+def test_replies_behind_one_that_is_not_read_make_room_too(small_memory, rng):
+    batch = random_batch(small_memory.checkpoint.spec, rng, LARGE)
+    messages = [message_of(small_memory, rng, tokens) for tokens in (HOG_TOKENS // 2, LARGE)]
+    answered = 'epserve_requests_total{outcome="ok"}'
+    before = small_memory.metrics()[answered]
+    start = time.monotonic()
+    call = UnreadCall(small_memory.port, FRONT_DOOR + "ModelStreamInfer", *messages)
+    try:
+        wait_until(lambda: small_memory.metrics()[answered] == before + 2, 10, "both are answered")
+        served = is_served(small_memory, batch)
+        assert not served or time.monotonic() - start >= 1, "there was room for others"
+        wait_until(lambda: is_served(small_memory, batch), 4, "others are served")
+        assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
+    finally:
+        call.close()
+
+
 def test_reply_that_others_need_no_room_of_is_left_alone(small_memory, rng):
     message = message_of(small_memory, rng, LARGE)
     call = UnreadCall(small_memory.port, FRONT_DOOR + "ModelInfer", message)

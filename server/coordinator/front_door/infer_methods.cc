@@ -96,7 +96,8 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
   struct Entry {
     std::shared_ptr<InferCall> infer;
     std::int64_t request_bytes = 0;
-    ReplyBytes reply;  // null: it has not been answered
+    ReplyBytes reply;    // null: it has not been answered
+    bool waits = false;  // for the caller, itself or behind the one that is being sent
   };
 
   void OnReadDone(bool ok) override {
@@ -160,12 +161,17 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     Continue(lock);
   }
 
-  void OnDone() override { const std::shared_ptr<StreamInfer> last = std::move(self_); }
+  void OnDone() override {
+    const std::shared_ptr<StreamInfer> last = std::move(self_);
+    const std::lock_guard lock(mutex_);
+    for (const auto& entry : entries_) entry->infer->ReplyGone();
+  }
 
   // `entry` is among the entries until its reply has been sent.
   void Answered(Entry* entry, InferAnswer answer) {
     std::unique_lock lock(mutex_);
     entry->reply = std::move(answer.message);
+    if (writing_) AwaitCaller(*entry);
     Continue(lock);
   }
 
@@ -181,7 +187,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     }
     if (!writing_ && answered) {
       writing_ = true;
-      entries_.front()->infer->AwaitCaller([call = call_] { GiveUp(call); });
+      for (const auto& entry : entries_) AwaitCaller(*entry);
       call_->StartWrite(*entries_.front()->reply);
     }
     if (no_more_requests_) {
@@ -197,6 +203,11 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
         call_->StartRead(&incoming_);
       }
     }
+  }
+  // A small reply that is not read holds up large ones, so all make room, not the first alone.
+  void AwaitCaller(Entry& entry) {
+    if (entry.reply == nullptr || std::exchange(entry.waits, true)) return;
+    entry.infer->AwaitCaller([call = call_] { GiveUp(call); });
   }
   void Finish(const grpc::Status& status) {
     finished_ = true;
