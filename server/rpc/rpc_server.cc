@@ -7,7 +7,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <list>
 #include <map>
 #include <mutex>
@@ -191,19 +190,20 @@ class RpcServer::Call final : public ServerCall {
         &finished_);
   }
   void TryCancel() override { context_.TryCancel(); }
+  void GiveUpReply(const absl::Status& status) override {
+    grpc_call_cancel_with_status(context_.c_call(), static_cast<grpc_status_code>(status.code()),
+                                 std::string(status.message()).c_str(), nullptr);
+  }
   grpc::ServerContext& context() override { return context_; }
   std::uint64_t connection() const override { return connection_; }
   const CallLimits& limits() const override { return loop_->state()->limits; }
   void Tick(WaitClock::TimePoint now) {
     handler_->OnTick(now);
-    const bool replying = writing_.load(std::memory_order_relaxed) ||
-                          (finishing_.load(std::memory_order_relaxed) && !has_finished_);
-    if (!replying || !replies_.Exceeds(limits().reply_timeout, now)) return;
+    const bool finishing = finishing_.load(std::memory_order_relaxed) && !has_finished_;
+    if (!finishing && !writing_.load(std::memory_order_relaxed)) return;
+    if (!replies_.Exceeds(limits().reply_timeout, now)) return;
     replies_.Reset();  // Once is enough; the next look is a whole timeout away.
-    const grpc::Status status = ToGrpcStatus(ReplyNotTaken(limits()));
-    grpc_call_cancel_with_status(context_.c_call(),
-                                 static_cast<grpc_status_code>(status.error_code()),
-                                 status.error_message().c_str(), nullptr);
+    GiveUpReply(ReplyNotTaken(limits()));
   }
 
   std::chrono::steady_clock::time_point due() const { return due_; }
@@ -278,8 +278,8 @@ class RpcServer::Call final : public ServerCall {
     Release();
   }
   void Ended(bool) {
-    const bool gone = context_.IsCancelled() && !finishing_.load(std::memory_order_relaxed);
-    if (gone && handler_ != nullptr) handler_->OnCancel();
+    const bool finishing = finishing_.load(std::memory_order_relaxed);
+    if (context_.IsCancelled() && !finishing && handler_ != nullptr) handler_->OnCancel();
     Release();
   }
   void Finished(bool) {

@@ -68,6 +68,10 @@ class ServerCall {
   virtual void WriteAndFinish(const grpc::ByteBuffer& message) = 0;  // with status OK
   virtual void Finish(const grpc::Status& status) = 0;
   virtual void TryCancel() = 0;
+  // Ends the call with `status`, and drops what is on its way to the caller; the write or the
+  // finish in flight then ends, and where it was a write Finish must still be called. May be called
+  // until OnDone.
+  virtual void GiveUpReply(const absl::Status& status) = 0;
   // Metadata, deadline, peer, identity; trailing metadata may be added before Finish.
   virtual grpc::ServerContext& context() = 0;
   // The same for all calls of one connection; callers over one Unix socket count as one.

@@ -1,18 +1,20 @@
 """Callers who begin and do not go on hold nothing for ever."""
 
 import signal
+import threading
 import time
 
 import grpc
 import pytest
 
 import protos
-from cluster import wait_until
+from cluster import SLOWNESS, wait_until
 from infer import infer, make_request, random_batch
 from raw_calls import FRONT_DOOR, HalfCall, UnreadCall
 
 TIMEOUT_MS = 500
 LARGE = 4096  # tokens: a megabyte each way
+HOG_TOKENS = 1024  # replies of a quarter of that, more than a window takes
 HELD_BYTES = 3 << 20  # Beside a reply of so many there is no room for another such request.
 
 
@@ -119,24 +121,113 @@ def test_reply_that_is_not_read_is_given_up_after_its_time(cluster, rng):
     assert b"--reply-timeout-ms" in trailers, "the flag that it may be raised with"
 
 
-def test_caller_that_reads_nothing_holds_memory_for_a_while_only(cluster, rng):
-    """Its connection is well and stays so: nothing but the call's own time ends it."""
-    batch = random_batch(cluster.checkpoint.spec, rng, LARGE)
+@pytest.fixture(scope="module")
+def small_memory(checkpoint, start_cluster):
+    """Where an unread reply is ended by its own time only long after others have looked."""
+    arguments = [
+        *("--reply-timeout-ms", int(5000 * SLOWNESS), "--max-held-bytes", HELD_BYTES),
+        *("--lease-ms", 6000),
+    ]
+    with start_cluster(checkpoint(), workers=2, coordinator_args=arguments) as running:
+        yield running
 
-    def is_served():
-        try:
-            infer(cluster, *batch)
-        except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "--max-held-bytes" in error.details()
-            return False
-        return True
 
-    assert is_served()
-    call = UnreadCall(cluster.port, FRONT_DOOR + "ModelInfer", message_of(cluster, rng, LARGE))
+def is_served(cluster, batch):
+    try:
+        infer(cluster, *batch)
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "--max-held-bytes" in error.details()
+        return False
+    return True
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+def test_caller_that_reads_nothing_makes_room_for_others(small_memory, rng, method):
+    """Its connection is well and stays so: nothing but the need of others ends it so soon."""
+    batch = random_batch(small_memory.checkpoint.spec, rng, LARGE)
+    assert is_served(small_memory, batch)
+    message = message_of(small_memory, rng, LARGE)
+    start = time.monotonic()
+    call = UnreadCall(small_memory.port, FRONT_DOOR + method, message)
     try:
         call.wait_begun()
-        assert not is_served()
-        wait_until(is_served, 10, "others are served")
+        served = is_served(small_memory, batch)
+        assert not served or time.monotonic() - start >= 1, "it may be about to read"
+        wait_until(lambda: is_served(small_memory, batch), 4, "others are served")
+        assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
     finally:
         call.close()
+
+
+def test_replies_behind_one_that_is_not_read_make_room_too(small_memory, rng):
+    batch = random_batch(small_memory.checkpoint.spec, rng, LARGE)
+    messages = [message_of(small_memory, rng, tokens) for tokens in (HOG_TOKENS // 2, LARGE)]
+    answered = 'epserve_requests_total{outcome="ok"}'
+    before = small_memory.metrics()[answered]
+    start = time.monotonic()
+    call = UnreadCall(small_memory.port, FRONT_DOOR + "ModelStreamInfer", *messages)
+    try:
+        wait_until(lambda: small_memory.metrics()[answered] == before + 2, 10, "both are answered")
+        served = is_served(small_memory, batch)
+        assert not served or time.monotonic() - start >= 1, "there was room for others"
+        wait_until(lambda: is_served(small_memory, batch), 4, "others are served")
+        assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
+    finally:
+        call.close()
+
+
+def test_reply_that_others_need_no_room_of_is_left_alone(small_memory, rng):
+    message = message_of(small_memory, rng, LARGE)
+    call = UnreadCall(small_memory.port, FRONT_DOOR + "ModelInfer", message)
+    try:
+        call.wait_begun()
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            assert is_served(small_memory, random_batch(small_memory.checkpoint.spec, rng, 3))
+        reply = protos.inference.ModelInferResponse.FromString(call.read_answer())
+    finally:
+        call.close()
+    assert len(reply.raw_output_contents[0]) > 65536
+
+
+class Hog(threading.Thread):
+    """Opens a call that it does not read, and as soon as that has ended another."""
+
+    def __init__(self, port, message, stopped):
+        super().__init__()
+        self.port, self.message, self.stopped = port, message, stopped
+        self.opened = 0
+
+    def run(self):
+        while not self.stopped.is_set():
+            call = UnreadCall(self.port, FRONT_DOOR + "ModelInfer", self.message)
+            try:
+                while not call.has_ended() and not self.stopped.wait(0.05):
+                    pass
+            finally:
+                call.close()
+            self.opened += 1
+
+
+def test_callers_that_open_unread_calls_anew_do_not_lock_others_out(small_memory, rng):
+    batch = random_batch(small_memory.checkpoint.spec, rng, HOG_TOKENS)
+    message = message_of(small_memory, rng, HOG_TOKENS)
+    stopped = threading.Event()
+    hogs = [Hog(small_memory.port, message, stopped) for _ in range(16)]
+    for hog in hogs:
+        hog.start()
+    try:
+        wait_until(lambda: not is_served(small_memory, batch), 10, "they hold all there is")
+        time.sleep(1)
+        looks = []
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            looks.append(is_served(small_memory, batch))
+            time.sleep(0.2)
+    finally:
+        stopped.set()
+        for hog in hogs:
+            hog.join()
+    assert sum(hog.opened for hog in hogs) > 2 * len(hogs), "they come back"
+    assert 2 * sum(looks) >= len(looks), looks

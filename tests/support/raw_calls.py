@@ -153,9 +153,11 @@ class UnreadCall(FillingCall):
     """A call that sends its whole message, and takes of the answer what fits an HTTP/2 window of
     64 KiB until it is asked for the rest."""
 
-    def __init__(self, port, method, message):
+    def __init__(self, port, method, message, *further):
         super().__init__(port, method, len(message))
         self.head += message
+        for other in further:
+            self.head += b"\0" + struct.pack(">I", len(other)) + other
         self.answer = b""
         self.trailers = b""
         self.fill(len(self.head))

@@ -87,10 +87,14 @@ void InferCall::Start(const grpc::ByteBuffer& bytes, Clock::time_point deadline,
                       bool message_came) {
   deadline_ = deadline;
   const absl::Status status = Submit(bytes, message_came);
-  if (status.ok()) return;
-  memory_.Release();  // The message has gone; its refusal is small.
-  Fail(status);
+  if (!status.ok()) Fail(status);
 }
+
+void InferCall::AwaitCaller(std::function<void()> give_up) {
+  memory_.AwaitCaller(std::move(give_up));
+}
+
+void InferCall::ReplyGone() { memory_.Release(); }
 
 void InferCall::Fail(const absl::Status& status) { Answer({status, {}}, nullptr, {}); }
 
@@ -122,10 +126,14 @@ void InferCall::Answer(const Completion& completion, const ValidatedRequest* req
   // acq_rel: what Start() wrote is seen by whichever thread wins.
   if (answered_.exchange(true, std::memory_order_acq_rel)) return;
   if (!completion.status.ok()) {
+    memory_.Release();  // Message and output have gone; what tells of it is small.
     return FinishWith(completion.status, {}, {}, completion.retry_pushback_ms);
   }
   absl::StatusOr<ReplyBytes> reply = MakeReply(completion.times, *request, std::move(output));
-  if (!reply.ok()) return FinishWith(reply.status(), {}, {}, 0);
+  if (!reply.ok()) {
+    memory_.Release();
+    return FinishWith(reply.status(), {}, {}, 0);
+  }
   FinishWith(absl::OkStatus(), *std::move(reply), completion.times, 0);
 }
 

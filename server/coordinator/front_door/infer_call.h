@@ -72,6 +72,11 @@ class InferCall final : public std::enable_shared_from_this<InferCall> {
   // The caller has gone: answers, unless that has been done, with CANCELLED or DEADLINE_EXCEEDED.
   void Cancel();
 
+  // Around the sending of a reply. Between the two `give_up` may be called, once and from any
+  // thread, because others need the memory: see MemoryBudget::Share.
+  void AwaitCaller(std::function<void()> give_up);
+  void ReplyGone();
+
   // The caller's deadline on the monotonic clock; max(): none.
   static Clock::time_point DeadlineOf(const grpc::ServerContext& context);
 

@@ -19,6 +19,13 @@ using server::ServerCall;
 
 constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
 
+// Ends a call whose reply waits for its caller while others need the memory.
+void GiveUp(ServerCall* call) {
+  call->GiveUpReply(absl::ResourceExhaustedError(
+      "infer: the reply had not been taken when others needed its memory; read replies sooner, or "
+      "raise --max-held-bytes"));
+}
+
 class UnaryInfer final : public CallHandler {
  public:
   UnaryInfer(ServerCall* call, InferContext& shared)
@@ -48,7 +55,10 @@ class UnaryInfer final : public CallHandler {
     overdue_ = true;
     infer_->Fail(server::MessageOverdue(call_->limits()));
   }
-  void OnDone() override { delete this; }
+  void OnDone() override {
+    infer_->ReplyGone();  // Whoever still has the request must not keep it waiting.
+    delete this;
+  }
 
   // From any thread, once. Until then the call has not been finished, and so lives.
   void Send(InferAnswer answer) {
@@ -56,6 +66,7 @@ class UnaryInfer final : public CallHandler {
       call_->context().AddTrailingMetadata(kPushbackKey, absl::StrCat(answer.retry_pushback_ms));
     }
     if (answer.status.ok()) {
+      infer_->AwaitCaller([call = call_] { GiveUp(call); });
       call_->WriteAndFinish(*answer.message);
     } else {
       call_->Finish(server::ToGrpcStatus(answer.status));
@@ -85,7 +96,8 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
   struct Entry {
     std::shared_ptr<InferCall> infer;
     std::int64_t request_bytes = 0;
-    ReplyBytes reply;  // null: it has not been answered
+    ReplyBytes reply;    // null: it has not been answered
+    bool waits = false;  // for the caller, itself or behind the one that is being sent
   };
 
   void OnReadDone(bool ok) override {
@@ -130,6 +142,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     std::unique_lock lock(mutex_);
     writing_ = false;
     held_bytes_ -= entries_.front()->request_bytes;
+    entries_.front()->infer->ReplyGone();
     entries_.pop_front();
     Continue(lock);
   }
@@ -148,12 +161,17 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     Continue(lock);
   }
 
-  void OnDone() override { const std::shared_ptr<StreamInfer> last = std::move(self_); }
+  void OnDone() override {
+    const std::shared_ptr<StreamInfer> last = std::move(self_);
+    const std::lock_guard lock(mutex_);
+    for (const auto& entry : entries_) entry->infer->ReplyGone();
+  }
 
   // `entry` is among the entries until its reply has been sent.
   void Answered(Entry* entry, InferAnswer answer) {
     std::unique_lock lock(mutex_);
     entry->reply = std::move(answer.message);
+    if (writing_) AwaitCaller(*entry);
     Continue(lock);
   }
 
@@ -169,6 +187,7 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
     }
     if (!writing_ && answered) {
       writing_ = true;
+      for (const auto& entry : entries_) AwaitCaller(*entry);
       call_->StartWrite(*entries_.front()->reply);
     }
     if (no_more_requests_) {
@@ -184,6 +203,11 @@ class StreamInfer final : public CallHandler, public std::enable_shared_from_thi
         call_->StartRead(&incoming_);
       }
     }
+  }
+  // A small reply that is not read holds up large ones, so all make room, not the first alone.
+  void AwaitCaller(Entry& entry) {
+    if (entry.reply == nullptr || std::exchange(entry.waits, true)) return;
+    entry.infer->AwaitCaller([call = call_] { GiveUp(call); });
   }
   void Finish(const grpc::Status& status) {
     finished_ = true;

@@ -200,6 +200,34 @@ TEST_F(RpcServerLimitsTest, ReplyThatIsNotTakenIsGivenUpAfterItsTime) {
   }
 }
 
+TEST_F(RpcServerLimitsTest, ReplyThatIsGivenUpEndsItsCallWithWhatIsSaidOfIt) {
+  std::promise<void> done[2];
+  std::promise<ServerCall*> calls[2];
+  const auto handle = [&](int i) {
+    return [&, i](ServerCall* call) {
+      calls[i].set_value(call);
+      return new LargeAnswer(call, /*last=*/i == 0, &done[i]);
+    };
+  };
+  server_.Handle(kUnary, handle(0));
+  server_.Handle(kStream, handle(1));
+  Start();
+  for (const int i : {0, 1}) {
+    SCOPED_TRACE(i);
+    Caller caller(channel_, i == 0 ? kUnary : kStream);
+    ASSERT_TRUE(caller.Write(Message(10)));
+    auto ended = done[i].get_future();
+    ASSERT_EQ(ended.wait_for(kReplyTimeout), std::future_status::timeout);
+    calls[i].get_future().get()->GiveUpReply(absl::ResourceExhaustedError("others need it"));
+    ASSERT_EQ(ended.wait_for(kPatience / 2), std::future_status::ready);
+    grpc::ByteBuffer reply;
+    EXPECT_FALSE(caller.Read(&reply));
+    const grpc::Status status = caller.Finish();
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+    EXPECT_EQ(status.error_message(), "others need it");
+  }
+}
+
 TEST_F(RpcServerLimitsTest, RepliesThatAreTakenInTimeMayTakeLongTogether) {
   server_.SetCallLimits({.reply_timeout = kReplyTimeout});
   server_.Handle(kStream, EachAnswered<HealthCheckRequest, HealthCheckResponse>(

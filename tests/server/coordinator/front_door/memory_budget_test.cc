@@ -5,8 +5,12 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
+#include <cstdint>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "server/coordinator/front_door/infer_call.h"
@@ -53,6 +57,93 @@ TEST(MemoryBudgetTest, PartsOfAShareAreGivenBackByThemselves) {
   }
   EXPECT_EQ(budget.held_bytes(), 20);
   whole.Release();
+  EXPECT_EQ(budget.held_bytes(), 0);
+}
+
+MemoryBudget::TimePoint fake_now;
+
+// A share of `bytes` whose caller is waited for, and how often it was given up.
+struct Waiting {
+  Waiting(MemoryBudget& budget, std::int64_t bytes) : share(budget) {
+    EXPECT_TRUE(share.Grow(bytes).ok());
+    share.AwaitCaller([this] { ++times_given_up; });
+  }
+  int times_given_up = 0;
+  MemoryBudget::Share share;
+};
+
+TEST(MemoryBudgetTest, NewcomerTakesTheRoomOfTheRepliesThatWaitedLongest) {
+  MemoryBudget budget(100, [] { return fake_now; });
+  MemoryBudget::Share under_way(budget);
+  ASSERT_TRUE(under_way.Grow(10).ok());
+  Waiting oldest(budget, 30);
+  Waiting taken(budget, 10);
+  fake_now += std::chrono::milliseconds(1);
+  Waiting second(budget, 30);
+  fake_now += MemoryBudget::kLeastWait - std::chrono::milliseconds(1);
+  Waiting fresh(budget, 20);
+  taken.share.Release();  // Its caller came.
+  {
+    MemoryBudget::Share fitting(budget);
+    ASSERT_TRUE(fitting.Grow(10).ok());
+    EXPECT_EQ(oldest.times_given_up, 0) << "there was room";
+    EXPECT_EQ(fitting.Grow(31).code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_EQ(oldest.times_given_up, 0) << "not worth it: the second is too young by a little";
+    ASSERT_TRUE(fitting.Grow(30).ok());
+    EXPECT_EQ(oldest.times_given_up, 1);
+    EXPECT_EQ(budget.held_bytes(), 100);
+  }
+  fake_now += MemoryBudget::kLeastWait;
+  MemoryBudget::Share newcomer(budget);
+  EXPECT_FALSE(newcomer.Grow(91).ok()) << "what is under way is never given up";
+  EXPECT_TRUE(newcomer.Grow(60).ok());
+  EXPECT_EQ(second.times_given_up, 1);
+  EXPECT_EQ(fresh.times_given_up, 0) << "only as many as are needed";
+  EXPECT_EQ(oldest.times_given_up, 1);
+  EXPECT_EQ(taken.times_given_up, 0);
+  second.share.Release();
+  EXPECT_EQ(budget.held_bytes(), 90) << "what was taken from it is not given back again";
+}
+
+TEST(MemoryBudgetTest, RepliesBeyondHalfMakeRoomHoweverYoungTheyAre) {
+  MemoryBudget budget(100, [] { return fake_now; });
+  Waiting first(budget, 40);
+  Waiting second(budget, 40);
+  MemoryBudget::Share newcomer(budget);
+  ASSERT_TRUE(newcomer.Grow(30).ok());
+  EXPECT_EQ(first.times_given_up, 1);
+  MemoryBudget::Share another(budget);
+  EXPECT_FALSE(another.Grow(40).ok()) << "what is left is less than half";
+  EXPECT_EQ(second.times_given_up, 0);
+  EXPECT_EQ(budget.held_bytes(), 70);
+}
+
+TEST(MemoryBudgetTest, WaitingRepliesAreGivenUpBesideTheirReleaseOnOtherThreads) {
+  // Every reply is old at once, so that each newcomer gives up whatever is being released.
+  MemoryBudget budget(100, [] {
+    static std::atomic<std::int64_t> seconds = 0;
+    return MemoryBudget::TimePoint(std::chrono::seconds(seconds += 2));
+  });
+  std::vector<std::thread> threads;
+  std::atomic<int> refused = 0;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&budget, &refused] {
+      for (int round = 0; round < 5000; ++round) {
+        const auto given_up = std::make_unique<int>(0);
+        MemoryBudget::Share share(budget);
+        if (!share.Grow(60).ok()) {
+          ++refused;
+          continue;
+        }
+        share.AwaitCaller([&given_up] { ++*given_up; });
+        if (round % 2 == 0) std::this_thread::yield();
+        share.Release();
+        EXPECT_LE(*given_up, 1);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_LT(refused, 4 * 5000);
   EXPECT_EQ(budget.held_bytes(), 0);
 }
 
@@ -136,6 +227,11 @@ TEST_F(HeldBytesTest, ReplyThatWaitsHoldsItsOutputAndNotItsRequest) {
   EXPECT_EQ(context.memory.held_bytes(), 0);
   const auto refused = start(bytes.substr(1));
   EXPECT_EQ(context.memory.held_bytes(), 0);
+  sink_.HandleBy([](std::unique_ptr<PendingRequest> request) {
+    request->Complete({absl::UnavailableError("the worker has gone"), {}, 0});
+  });
+  const auto failed = start(bytes);
+  EXPECT_EQ(context.memory.held_bytes(), 0) << "what says that it failed is small";
 }
 
 }  // namespace
