@@ -125,7 +125,7 @@ def test_reply_that_is_not_read_is_given_up_after_its_time(cluster, rng):
 def small_memory(checkpoint, start_cluster):
     """Where an unread reply is ended by its own time only long after others have looked."""
     arguments = [
-        *("--reply-timeout-ms", int(5000 * SLOWNESS), "--max-held-bytes", HELD_BYTES),
+        *("--reply-timeout-ms", 600000, "--max-held-bytes", HELD_BYTES),
         *("--lease-ms", 6000),
     ]
     with start_cluster(checkpoint(), workers=2, coordinator_args=arguments) as running:
@@ -153,8 +153,8 @@ def test_caller_that_reads_nothing_makes_room_for_others(small_memory, rng, meth
     try:
         call.wait_begun()
         served = is_served(small_memory, batch)
-        assert not served or time.monotonic() - start >= 1, "it may be about to read"
-        wait_until(lambda: is_served(small_memory, batch), 4, "others are served")
+        assert not served or time.monotonic() - start >= 10, "it may be about to read"
+        wait_until(lambda: is_served(small_memory, batch), 20, "others are served")
         assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
     finally:
         call.close()
@@ -170,8 +170,8 @@ def test_replies_behind_one_that_is_not_read_make_room_too(small_memory, rng):
     try:
         wait_until(lambda: small_memory.metrics()[answered] == before + 2, 10, "both are answered")
         served = is_served(small_memory, batch)
-        assert not served or time.monotonic() - start >= 1, "there was room for others"
-        wait_until(lambda: is_served(small_memory, batch), 4, "others are served")
+        assert not served or time.monotonic() - start >= 10, "there was room for others"
+        wait_until(lambda: is_served(small_memory, batch), 20, "others are served")
         assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
     finally:
         call.close()
@@ -218,16 +218,11 @@ def test_callers_that_open_unread_calls_anew_do_not_lock_others_out(small_memory
     for hog in hogs:
         hog.start()
     try:
-        wait_until(lambda: not is_served(small_memory, batch), 10, "they hold all there is")
-        time.sleep(1)
-        looks = []
-        end = time.monotonic() + 8
-        while time.monotonic() < end:
-            looks.append(is_served(small_memory, batch))
-            time.sleep(0.2)
+        for _ in range(2):
+            wait_until(lambda: not is_served(small_memory, batch), 20, "they hold all there is")
+            wait_until(lambda: is_served(small_memory, batch), 30, "others are served in between")
     finally:
         stopped.set()
         for hog in hogs:
             hog.join()
-    assert sum(hog.opened for hog in hogs) > 2 * len(hogs), "they come back"
-    assert 2 * sum(looks) >= len(looks), looks
+    assert sum(hog.opened for hog in hogs) > len(hogs), "they come back"

@@ -29,7 +29,6 @@ void MemoryBudget::Share::AwaitCaller(std::function<void()> give_up) {
   if (bytes_ == 0) return;  // Nobody would gain by it.
   give_up_ = std::move(give_up);
   waits_since_ = budget_.now_();
-  budget_.unread_bytes_ += bytes_;
   place_ = budget_.waiting_.insert(budget_.waiting_.end(), this);
 }
 
@@ -51,12 +50,10 @@ bool MemoryBudget::MakeRoom(std::int64_t bytes, std::int64_t own) {
   if (HasRoom(bytes, own, held_bytes_)) return true;
   const TimePoint latest = now_() - kLeastWait;
   std::int64_t held = held_bytes_;
-  std::int64_t unread = unread_bytes_;
   auto end = waiting_.begin();
   for (; end != waiting_.end() && !HasRoom(bytes, own, held); ++end) {
-    if ((*end)->waits_since_ > latest && unread <= max_bytes_ / 2) break;
+    if ((*end)->waits_since_ > latest) break;
     held -= (*end)->bytes_;
-    unread -= (*end)->bytes_;
   }
   if (!HasRoom(bytes, own, held)) return false;
   while (waiting_.begin() != end) {
@@ -70,7 +67,6 @@ bool MemoryBudget::MakeRoom(std::int64_t bytes, std::int64_t own) {
 }
 
 void MemoryBudget::StopWaiting(Share* share) {
-  unread_bytes_ -= share->bytes_;
   waiting_.erase(*share->place_);
   share->place_.reset();
   share->give_up_ = nullptr;
