@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -51,9 +52,11 @@ TEST_F(InferServiceTest, CancelledCallReachesTheSinkAndItsMemoryOutlivesTheCalle
 
 // The sink has the rows in memory of its own, and keeps them there as long as they are wanted.
 TEST_F(InferServiceTest, LentOutputIsTheReplyAndIsLetGoOnceItHasBeenTaken) {
+  std::mutex mutex;  // Whoever waits for a reply is not seen to follow what made it.
   std::string expected;
   std::weak_ptr<const std::string> rows_of_last;
   const auto lend = [&](std::unique_ptr<PendingRequest> request) {
+    const std::lock_guard lock(mutex);
     auto rows = std::make_shared<std::string>(request->request.output_bytes, 'r');
     rows->front() = 'f';
     rows->back() = 'l';
@@ -65,6 +68,7 @@ TEST_F(InferServiceTest, LentOutputIsTheReplyAndIsLetGoOnceItHasBeenTaken) {
     request->Complete(Ok());
   };
   const auto let_go = [&] {
+    const std::lock_guard lock(mutex);
     const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
     while (!rows_of_last.expired() && std::chrono::steady_clock::now() < until) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -74,7 +78,10 @@ TEST_F(InferServiceTest, LentOutputIsTheReplyAndIsLetGoOnceItHasBeenTaken) {
   sink_.HandleBy(lend);
   ModelInferResponse response;
   ASSERT_TRUE(Infer(ValidMessage(), &response).ok());
-  EXPECT_EQ(response.raw_output_contents(0), expected);
+  {
+    const std::lock_guard lock(mutex);
+    EXPECT_EQ(response.raw_output_contents(0), expected);
+  }
   EXPECT_TRUE(let_go());
 
   // A caller that goes before the answer: nobody wants it.
