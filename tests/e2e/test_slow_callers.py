@@ -142,6 +142,14 @@ def is_served(cluster, batch):
     return True
 
 
+def await_room(cluster, batch, call, start):
+    """Others are served once the call's replies, unread since `start` at the earliest, are old."""
+    served = is_served(cluster, batch)
+    assert not served or time.monotonic() - start >= 10, "there was room, or it was made too soon"
+    wait_until(lambda: is_served(cluster, batch), 20, "others are served")
+    assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
+
+
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
 def test_caller_that_reads_nothing_makes_room_for_others(small_memory, rng, method):
     """Its connection is well and stays so: nothing but the need of others ends it so soon."""
@@ -152,10 +160,7 @@ def test_caller_that_reads_nothing_makes_room_for_others(small_memory, rng, meth
     call = UnreadCall(small_memory.port, FRONT_DOOR + method, message)
     try:
         call.wait_begun()
-        served = is_served(small_memory, batch)
-        assert not served or time.monotonic() - start >= 10, "it may be about to read"
-        wait_until(lambda: is_served(small_memory, batch), 20, "others are served")
-        assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
+        await_room(small_memory, batch, call, start)
     finally:
         call.close()
 
@@ -169,10 +174,7 @@ def test_replies_behind_one_that_is_not_read_make_room_too(small_memory, rng):
     call = UnreadCall(small_memory.port, FRONT_DOOR + "ModelStreamInfer", *messages)
     try:
         wait_until(lambda: small_memory.metrics()[answered] == before + 2, 10, "both are answered")
-        served = is_served(small_memory, batch)
-        assert not served or time.monotonic() - start >= 10, "there was room for others"
-        wait_until(lambda: is_served(small_memory, batch), 20, "others are served")
-        assert b"--max-held-bytes" in call.wait_end(), "why it was ended"
+        await_room(small_memory, batch, call, start)
     finally:
         call.close()
 
