@@ -97,6 +97,7 @@ class FakeSink final : public RequestSink {
 class FakeDeviceHost final : public DeviceRegionHost {
  public:
   void OpenDeviceRegion(std::shared_ptr<const ShmRegion> region, Done done) override {
+    absl::Status answer;
     {
       const std::lock_guard lock(mutex_);
       ++opened_;
@@ -105,21 +106,34 @@ class FakeDeviceHost final : public DeviceRegionHost {
         done_ = std::move(done);
         return;
       }
+      answer = answer_;
     }
-    done(answer_);
+    done(answer);
   }
   void CloseDeviceRegions(std::vector<std::uint64_t> regions, Done done) override {
+    absl::Status answer;
     {
       const std::lock_guard lock(mutex_);
       ++closings_;
       closed_.insert(closed_.end(), regions.begin(), regions.end());
+      answer = closing_answer_;
     }
-    done(closing_answer_);
+    done(answer);
   }
 
-  void AnswerWith(absl::Status answer) { answer_ = std::move(answer); }         // before any call
-  void CloseWith(absl::Status answer) { closing_answer_ = std::move(answer); }  // between calls
-  void Keep() { keeps_ = true; }                                                // before any call
+  void AnswerWith(absl::Status answer) {
+    const std::lock_guard lock(mutex_);
+    answer_ = std::move(answer);
+  }
+  // A caller may have its reply while the answer before this one is still being looked at.
+  void CloseWith(absl::Status answer) {
+    const std::lock_guard lock(mutex_);
+    closing_answer_ = std::move(answer);
+  }
+  void Keep() {
+    const std::lock_guard lock(mutex_);
+    keeps_ = true;
+  }
   // What was kept is answered.
   void Answer(const absl::Status& status) {
     Done done;
