@@ -382,6 +382,15 @@ std::vector<ShardMessage> BatchStore::Start(const StartProbe& start, TimeUs now_
   return MakeShards(common, batch, {&segment, 1});
 }
 
+void BatchStore::HoldBack(EpochId epoch, BatchId id, const ShardPlan& plan, ShardMessage shard) {
+  if (KeptBatch* batch = Find(epoch, id)) batch->held_back.push_back({plan, std::move(shard)});
+}
+
+std::vector<HeldShard> BatchStore::TakeHeldBack(EpochId epoch, BatchId id) {
+  KeptBatch* batch = Find(epoch, id);
+  return batch == nullptr ? std::vector<HeldShard>() : std::exchange(batch->held_back, {});
+}
+
 absl::Status BatchStore::TakeOutput(const BatchDone& done, std::string output,
                                     const WorkerTimes& times, TimeUs now_us, int* rank,
                                     std::span<const RegionFault> faults) {
@@ -437,7 +446,8 @@ void BatchStore::Drop(EpochId epoch, BatchId id, const std::function<bool(Stream
   std::set<StreamId> at_it;
   for (std::size_t i = 0; i < batch->shards.size(); ++i) {
     const StreamId stream = batch->shards[i].stream;
-    const bool touches = batch->direct[i] || batch->on_device[i];
+    const bool touches =
+        batch->shards[i].rows.size() > 0 && (batch->direct[i] || batch->on_device[i]);
     if (touches && !batch->ended[i] && is_open(stream)) at_it.insert(stream);
   }
   RegionUse::Regions regions;

@@ -54,6 +54,10 @@ class BatchStore {
   std::vector<ShardMessage> Start(const StartBatch& start,
                                   std::span<const ValidatedRequest* const> requests, TimeUs now_us);
   std::vector<ShardMessage> Start(const StartProbe& start, TimeUs now_us);
+  // Keeps a shard of the batch, which is to bring its counts, until these are known.
+  void HoldBack(EpochId epoch, BatchId batch, const ShardPlan& plan, ShardMessage shard);
+  // What was kept of the batch, once.
+  std::vector<HeldShard> TakeHeldBack(EpochId epoch, BatchId batch);
 
   // The batch's part of a BatchDone with code OK. INTERNAL: wrong size, nothing taken. `rank`
   // receives the reporting rank, or -1 where the batch, or the stream's part in it, is unknown or

@@ -19,6 +19,7 @@
 #include "runtime/base/status.h"
 #include "runtime/base/unique_fd.h"
 #include "runtime/symmetric/stale_heaps.h"
+#include "server/common/small_batch.h"
 #include "server/coordinator/access.h"
 #include "server/coordinator/admin_service.h"
 #include "server/coordinator/control_service.h"
@@ -67,6 +68,17 @@ CountExchangeMode CountExchangeModeOf(std::string_view option) {
   return option == "device" ? CountExchangeMode::kDevice : CountExchangeMode::kAuto;
 }
 
+// What one core sums in the time that a message takes or two, of fp32 rows; and what its heap holds
+// of one rank's.
+std::int64_t SingleSourceTokens(const Config& config, std::int64_t hidden) {
+  constexpr std::int64_t kMostBytes = 128 << 10;
+  const std::int64_t shard_tokens =
+      runtime::MaxShardTokens(config.max_batch_tokens, config.num_workers);
+  const std::int64_t tokens = kMostBytes / (hidden * std::int64_t{sizeof(float)});
+  return std::max<std::int64_t>(
+      std::min({tokens, std::int64_t{server::kSmallBatchRows}, shard_tokens}), 1);
+}
+
 Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
                   const Coordinator::Pace& pace) {
   Config config;
@@ -75,6 +87,7 @@ Config MakeConfig(const Options& options, const runtime::ModelInfo& model,
   config.topk = model.topk;
   config.layers = model.layers;
   config.max_batch_tokens = options.max_batch_tokens;
+  config.single_source_tokens = SingleSourceTokens(config, model.hidden);
   config.num_slots = options.num_slots;
   config.queue_capacity = options.queue_capacity;
   config.merge_queued = options.merge_queued;

@@ -286,7 +286,7 @@ void Host::Handle(std::unique_ptr<PendingRequest>& request) {
   event.routed = validated.routed;
   event.ids_hidden = validated.ids_source.region != nullptr;
   event.num_tokens = validated.num_tokens;
-  if (event.num_tokens == 1 && event.routed && !event.ids_hidden) {
+  if (event.num_tokens <= config_.single_source_tokens && event.routed && !event.ids_hidden) {
     event.rank_of_most_experts =
         runtime::RankOfMostExperts(validated.topk_ids, machine_->placement());
   }

@@ -192,6 +192,8 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   // Nothing of a client is in use, or open, at the worker any more.
   void LeaveRegions(StreamId stream);
   bool TakesPart(const ShardMessage& shard, const ShardPlan& plan) const;
+  // Or says for the rank that it is done, where it takes no part.
+  void SendShard(const ShardPlan& plan, ShardMessage shard);
   void SendShards(const std::vector<ShardPlan>& plans, std::vector<ShardMessage> shards);
 
   template <typename StreamCommand>

@@ -159,15 +159,21 @@ void Host::Execute(StartBatch& command) {
   std::vector<int> order = SendingOrder(command.shards);
   // Where the ranks are to count first, those that have rows to count are waited for.
   if (command.counts != CountExchange::kCoordinator) std::reverse(order.begin(), order.end());
+  const bool holds_back = command.single_source && command.counts == CountExchange::kStreams;
   for (const int rank : order) {
     const ShardPlan& plan = command.shards[rank];
     ShardMessage& shard = shards[rank];
-    if (TakesPart(shard, plan)) {
-      Send(plan.stream, std::move(shard));
+    if (holds_back && plan.rows.size() == 0) {
+      batches_->HoldBack(command.epoch, command.batch, plan, std::move(shard));
     } else {
-      raised_.push_back(BatchDone{plan.stream, command.epoch, command.batch});
+      SendShard(plan, std::move(shard));
     }
   }
+}
+
+void Host::SendShard(const ShardPlan& plan, ShardMessage shard) {
+  if (TakesPart(shard, plan)) return Send(plan.stream, std::move(shard));
+  raised_.push_back(BatchDone{plan.stream, shard.epoch, shard.batch});
 }
 
 // A batch of few tokens has no rows for most workers. Those on CPUs have then nothing to do in it:
@@ -184,8 +190,17 @@ bool Host::TakesPart(const ShardMessage& shard, const ShardPlan& plan) const {
 
 void Host::Execute(SendCountMatrix& command) {
   const auto counts = std::make_shared<const runtime::CountMatrix>(std::move(command.counts));
-  for (StreamId stream : command.streams) {
-    Send(stream, CountMatrixMessage{command.epoch, command.batch, counts});
+  std::vector<HeldShard> held = batches_->TakeHeldBack(command.epoch, command.batch);
+  for (const StreamId stream : command.streams) {
+    const bool told = std::any_of(held.begin(), held.end(), [stream](const HeldShard& shard) {
+      return shard.plan.stream == stream;
+    });
+    if (!told) Send(stream, CountMatrixMessage{command.epoch, command.batch, counts});
+  }
+  // The source's peers wait for its rows.
+  for (HeldShard& shard : held) {
+    shard.message.counts = counts;
+    SendShard(shard.plan, std::move(shard.message));
   }
 }
 

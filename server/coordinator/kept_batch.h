@@ -33,6 +33,11 @@ struct KeptPart {
   absl::Status fault;  // not OK: some of its rows could not be read or written
 };
 
+struct HeldShard {
+  ShardPlan plan;
+  ShardMessage message;
+};
+
 struct KeptBatch {
   std::int64_t layer = 0;
   std::int64_t row_bytes = 0;  // H * size of the row type
@@ -44,6 +49,7 @@ struct KeptBatch {
   std::vector<bool> direct;          // by rank: reads and writes clients' system regions itself
   std::vector<bool> on_device;       // by rank: reads or writes clients' CUDA memory
   std::vector<bool> answers_rows;    // by rank: its output comes in a message
+  std::vector<HeldShard> held_back;  // not sent yet, since they are to bring the counts
   std::vector<KeptPart> parts;       // in batch order
   std::int64_t direct_bytes = 0;     // in clients' regions, read and written by workers
   std::int64_t copied_bytes = 0;     // in clients' regions, read and written here

@@ -6,7 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
-#include "server/common/small_shard.h"
+#include "server/common/small_batch.h"
 #include "server/worker/clock.h"
 #include "server/worker/shard_check.h"
 #include "server/worker/shard_input.h"
@@ -14,13 +14,14 @@
 namespace epserve::worker {
 namespace {
 
-// A batch is small where no rank sends another more rows than a small shard has. Where the counts
-// are still to come, this rank's rows tell of the others': shards are even.
-bool IsSmall(const Shard& shard) {
-  if (shard.num_tokens > server::kSmallShardRows) return false;
-  if (!shard.counts) return true;
-  return std::all_of(shard.counts->rows.begin(), shard.counts->rows.end(),
-                     [](std::int32_t rows) { return rows <= server::kSmallShardRows; });
+// Whether no rank has many rows to compute, as each waits for the others. Where the counts are
+// still to come, this rank's tokens tell of the others': shards are even.
+bool IsSmall(const Shard& shard, int num_ranks) {
+  if (!shard.counts) return shard.num_tokens * num_ranks <= server::kSmallBatchRows;
+  for (int rank = 0; rank < shard.counts->num_ranks; ++rank) {
+    if (shard.counts->NumReceived(rank) > server::kSmallBatchRows) return false;
+  }
+  return shard.num_tokens <= server::kSmallBatchRows;
 }
 
 }  // namespace
@@ -164,9 +165,10 @@ void BatchExecutor::Submit(Shard shard) {
 // nothing else is held: the others' shards would wait behind it. It never waits for `changed`,
 // which is thereby the slot's thread's alone.
 bool BatchExecutor::MayRunHere(const Shard& shard) const {
-  return state_ == EpochState::kRunning && engine_->runs_on_any_thread() && IsSmall(shard) &&
-         !shard.separate_triggers && shard.sources.empty() && shard.targets.empty() &&
-         shard.device_rows.empty() && IdleBut(nullptr);
+  return state_ == EpochState::kRunning && engine_->runs_on_any_thread() &&
+         IsSmall(shard, placement_.num_ranks()) && !shard.separate_triggers &&
+         shard.sources.empty() && shard.targets.empty() && shard.device_rows.empty() &&
+         IdleBut(nullptr);
 }
 
 // Runs the slot's batch in the caller's thread. The next one may have come meanwhile.

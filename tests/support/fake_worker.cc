@@ -113,12 +113,14 @@ void FakeWorker::Beat() {
   }
 }
 
-bool FakeWorker::WaitFor(v1::CoordinatorMessage::MessageCase kind, v1::CoordinatorMessage* out) {
+bool FakeWorker::WaitFor(v1::CoordinatorMessage::MessageCase kind, v1::CoordinatorMessage* out,
+                         int skipped) {
   std::unique_lock<std::mutex> lock(mu_);
   const v1::CoordinatorMessage* found = nullptr;
   changed_.wait_for(lock, kWaitLimit, [&] {
+    int others = skipped;
     for (const auto& message : received_) {
-      if (message.message_case() == kind) found = &message;
+      if (message.message_case() == kind && others-- == 0) found = &message;
       if (found != nullptr) break;
     }
     return found != nullptr || closed_;

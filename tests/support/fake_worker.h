@@ -45,8 +45,9 @@ class FakeWorker {
   void Kill();  // The stream breaks at once.
 
   // Whether a message of that kind came within 10 s of real time (a bound against hanging, not a
-  // wait that tests rely on); `out` receives the first.
-  bool WaitFor(v1::CoordinatorMessage::MessageCase kind, v1::CoordinatorMessage* out = nullptr);
+  // wait that tests rely on); `out` receives the first, or the one after `skipped` others.
+  bool WaitFor(v1::CoordinatorMessage::MessageCase kind, v1::CoordinatorMessage* out = nullptr,
+               int skipped = 0);
   bool WaitClosed();
   grpc::Status status() const;  // REQUIRES: WaitClosed() returned true
   // Messages of that kind so far, once there are `expected` of them or 10 s have passed: an answer

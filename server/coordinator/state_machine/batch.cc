@@ -43,6 +43,12 @@ void Batch::DropRequest(RequestId id) {
   std::erase_if(requests, [&](const RequestRows& rows) { return rows.request == id; });
 }
 
+void Batch::ExpectCountsOf(int source) {
+  for (const ShardPlan& shard : shards) {
+    if (shard.rank != source) counted.Insert(shard.rank);
+  }
+}
+
 absl::Status Batch::AddCounts(int rank, const Counts& event, const runtime::Placement& placement,
                               int topk) {
   const std::size_t num_ranks = shards.size();

@@ -56,6 +56,8 @@ struct Batch {
   std::vector<StreamId> Streams() const;  // [R] in their SendingOrder
   void DropRequest(RequestId id);
 
+  // The other ranks have no rows to count.
+  void ExpectCountsOf(int source);
   // Adds one rank's counts. INVALID_ARGUMENT: they do not fit the placement or the rank's shard,
   // and nothing is taken.
   absl::Status AddCounts(int rank, const Counts& event, const runtime::Placement& placement,

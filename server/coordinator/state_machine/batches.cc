@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "server/common/small_shard.h"
+#include "server/common/small_batch.h"
 #include "server/coordinator/state_machine/state_machine_impl.h"
 
 namespace epserve::coordinator {
@@ -167,21 +167,36 @@ std::vector<ShardPlan> StateMachine::Impl::PlanShards(std::int64_t num_tokens) c
   return shards;
 }
 
-// The row of a batch that has no other is the rank's that does most for it: of CPUs' ranks those
-// that have neither rows nor experts for it take no part, see Host::TakesPart.
-std::vector<ShardPlan> StateMachine::Impl::PlanLoneRow(int lone_rank) const {
+// Few rows are one rank's, which then is the only one that waits for others: on CPUs each message
+// and each wait costs more than such rows do. Best the rank's that does most for the first request.
+// GPUs' exchanges are in step.
+std::optional<int> StateMachine::Impl::SingleSource(const RequestArrived& head, BatchId batch,
+                                                    std::int64_t num_tokens) const {
+  if (num_tokens > config_.single_source_tokens || membership_.AtRank(0)->backend != "host") {
+    return std::nullopt;
+  }
+  const int rank = head.rank_of_most_experts;
+  if (rank >= 0 && rank < config_.num_workers) return rank;
+  return static_cast<int>(batch % static_cast<BatchId>(config_.num_workers));
+}
+
+std::vector<ShardPlan> StateMachine::Impl::PlanSingleSource(std::int64_t num_tokens,
+                                                            int source) const {
   std::vector<ShardPlan> shards = PlanShards(0);
   for (ShardPlan& shard : shards) {
-    shard.rows.begin = shard.rank > lone_rank ? 1 : 0;
-    shard.rows.end = shard.rank >= lone_rank ? 1 : 0;
+    shard.rows.begin = shard.rank > source ? num_tokens : 0;
+    shard.rows.end = shard.rank >= source ? num_tokens : 0;
   }
   return shards;
 }
 
-CountExchange StateMachine::Impl::ExchangeFor(bool routed) const {
+CountExchange StateMachine::Impl::ExchangeFor(bool routed, bool single_source) const {
   if (config_.count_exchange == CountExchangeMode::kDevice) return CountExchange::kDevice;
   if (routed) return CountExchange::kCoordinator;
-  if (config_.count_exchange == CountExchangeMode::kCoordinator) return CountExchange::kStreams;
+  // A single source's counts reach its peers with their shards.
+  if (config_.count_exchange == CountExchangeMode::kCoordinator || single_source) {
+    return CountExchange::kStreams;
+  }
   for (int rank = 0; rank < config_.num_workers; ++rank) {
     if (!membership_.AtRank(rank)->device_counts) return CountExchange::kStreams;
   }
@@ -193,7 +208,7 @@ void StateMachine::Impl::StartProbeBatch() {
   const std::int64_t num_tokens =
       std::min<std::int64_t>(std::max(2 * config_.num_workers, 2), config_.max_batch_tokens);
   batch.probe = true;
-  batch.exchange = ExchangeFor(/*routed=*/true);
+  batch.exchange = ExchangeFor(/*routed=*/true, /*single_source=*/false);
   batch.shards = PlanShards(num_tokens);
   Emit(StartProbe{epoch_, batch.id, batch.slot, config_.layers.front(), num_tokens, batch.shards,
                   config_.trigger, batch.exchange});
@@ -207,12 +222,11 @@ void StateMachine::Impl::StartProbeBatch() {
 // about the time that its messages take.
 bool StateMachine::Impl::SmallBatchRuns() const {
   if (membership_.AtRank(0)->backend != "host" || batch_us_ > kShortBatchUs) return false;
-  const std::int64_t most_tokens = std::int64_t{server::kSmallShardRows} * config_.num_workers;
   const std::optional<RequestKind> next = queue_.NextKind();
   return std::any_of(batches_.begin(), batches_.end(), [&](const auto& entry) {
     const Batch& batch = entry.second;
     return !batch.failed && !batch.probe && batch.kind == next &&
-           batch.shards.back().rows.end <= most_tokens;
+           batch.shards.back().rows.end <= server::kSmallBatchRows;
   });
 }
 
@@ -250,14 +264,14 @@ void StateMachine::Impl::PumpQueue() {
       num_tokens = end;
     }
     batch.kind = KindOf(head);
-    batch.exchange = ExchangeFor(head.routed && !head.ids_hidden);
-    const bool lone = num_tokens == 1 && head.rank_of_most_experts >= 0 &&
-                      head.rank_of_most_experts < config_.num_workers &&
-                      membership_.AtRank(0)->backend == "host";
-    batch.shards = lone ? PlanLoneRow(head.rank_of_most_experts) : PlanShards(num_tokens);
-    Emit(StartBatch{epoch_, batch.id, slot, head.layer, head.row_type, head.routed, num_tokens,
-                    batch.requests, batch.shards, config_.trigger, batch.exchange});
+    const std::optional<int> source = SingleSource(head, batch.id, num_tokens);
+    batch.exchange = ExchangeFor(head.routed && !head.ids_hidden, source.has_value());
+    batch.shards = source ? PlanSingleSource(num_tokens, *source) : PlanShards(num_tokens);
     const bool counts_follow = batch.exchange == CountExchange::kStreams;
+    if (source && counts_follow) batch.ExpectCountsOf(*source);
+    Emit(StartBatch{epoch_, batch.id, slot, head.layer, head.row_type, head.routed, num_tokens,
+                    batch.requests, batch.shards, config_.trigger, batch.exchange,
+                    source.has_value()});
     if (!counts_follow && config_.trigger == TriggerMode::kSeparate) {
       Emit(SendDispatchTrigger{epoch_, batch.id, batch.Streams()});
     }

@@ -94,7 +94,8 @@ struct StartProbe {
 
 // Send each rank its shard. The batch's rows are the requests' rows one after another. For
 // CountExchange::kCoordinator the host computes the count matrix from the ids and sends it with the
-// shards.
+// shards. For CountExchange::kStreams the shards of a single source's peers are kept until
+// SendCountMatrix, which they then bring along.
 struct StartBatch {
   EpochId epoch = 0;
   BatchId batch = 0;
@@ -107,6 +108,7 @@ struct StartBatch {
   std::vector<ShardPlan> shards;      // [R], by rank
   TriggerMode trigger = TriggerMode::kTogether;
   CountExchange counts = CountExchange::kCoordinator;  // kCoordinator: ids are seen here
+  bool single_source = false;                          // One shard has all rows.
 };
 
 // The matrix gathered from all ranks' Counts, to all ranks.

@@ -19,6 +19,9 @@ struct Config {
   int topk = 1;                      // K
   std::vector<std::int64_t> layers;  // model layer numbers, ascending; the probe takes the first
   std::int64_t max_batch_tokens = 4096;
+  // On CPUs all rows of a batch of up to so many tokens are one rank's: no more than a shard of a
+  // full batch has.
+  std::int64_t single_source_tokens = 1;
   int num_slots = 2;
   std::int64_t queue_capacity = 1024;  // requests not yet in a batch
   // Requests that wait in the queue when a batch starts share it where they can.

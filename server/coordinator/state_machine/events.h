@@ -140,7 +140,7 @@ struct RequestArrived {
   bool routed = true;       // ids and weights are given
   bool ids_hidden = false;  // given, but where only the workers can read them
   std::int64_t num_tokens = 0;
-  // Of one token whose ids are seen: the rank that owns most of its experts; -1: not known.
+  // Of few tokens whose ids are seen: the rank that owns most of their experts; -1: not known.
   int rank_of_most_experts = -1;
   TimeUs deadline_us = kNever;
 };

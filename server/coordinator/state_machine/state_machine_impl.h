@@ -110,9 +110,12 @@ class StateMachine::Impl {
   bool MayStartBatch() const;
   int FreeSlot() const;  // -1: all taken
   // Of a batch of the present epoch. `routed`: its ids are seen here.
-  CountExchange ExchangeFor(bool routed) const;
+  CountExchange ExchangeFor(bool routed, bool single_source) const;
   std::vector<ShardPlan> PlanShards(std::int64_t num_tokens) const;
-  std::vector<ShardPlan> PlanLoneRow(int rank) const;
+  // The rank that has all rows of the batch whose first request is `head`; nullopt: all have some.
+  std::optional<int> SingleSource(const RequestArrived& head, BatchId batch,
+                                  std::int64_t num_tokens) const;
+  std::vector<ShardPlan> PlanSingleSource(std::int64_t num_tokens, int source) const;
   Batch* BatchOf(EpochId epoch, BatchId batch);
   void FailBatch(Batch& batch, absl::StatusCode code, const std::string& message);
   void RetireBatch(Batch& batch);

@@ -23,7 +23,8 @@
 // A batch: started ─► [counts from all R ─► matrix to all] ─► [dispatch trigger ─► PhaseDone from
 // all R ─► combine trigger] ─► BatchDone from all R ─► finished, and its slot is free again. An
 // error in a BatchDone fails its requests at once; the slot stays taken until all R have answered.
-// Counts come from the workers in CountExchange::kStreams alone.
+// Counts come from the workers in CountExchange::kStreams alone; where a single rank has all rows,
+// from that one.
 //
 // A request ends exactly once: by CompleteRequest or by standing in FinishBatch.requests.
 //
@@ -71,7 +72,9 @@ constexpr const char* CountExchangeName(CountExchange exchange) {
 
 // Which of them batches take.
 enum class CountExchangeMode {
-  kAuto,         // as kCoordinator, but kDevice instead of kStreams where all workers offer it
+  // As kCoordinator, but kDevice instead of kStreams where all workers offer it and several ranks
+  // have rows.
+  kAuto,
   kCoordinator,  // kCoordinator where it sees the ids, else kStreams
   kDevice,       // kDevice; a worker that does not offer it may not join
 };

@@ -354,6 +354,17 @@ TEST_F(BatchStoreRegionTest, RegionsOfADroppedBatchAreKeptUntilItsWorkersHaveLef
   EXPECT_TRUE(*released_);
 }
 
+TEST_F(BatchStoreRegionTest, RegionsOfADroppedBatchDoNotWaitForWorkersWithoutRows) {
+  start_.shards = {{0, 11, {0, 4}}, {1, 12, {4, 4}}};
+  ReachBy({11, 12});
+  std::vector<ShardMessage> shards = Start();
+  store_.HoldBack(5, 9, start_.shards[1], std::move(shards[1]));
+  store_.Drop(5, 9, [](StreamId) { return true; });
+  EXPECT_FALSE(ReleasedAfterUnregister());
+  store_.regions().Leave(11);
+  EXPECT_TRUE(*released_);
+}
+
 TEST_F(BatchStoreRegionTest, RegionsOfADroppedBatchAreFreeWhereItsWorkersAreGone) {
   ReachBy({11, 12});
   Start();
@@ -437,6 +448,19 @@ TEST_F(BatchStoreDeviceTest, RegionIsKeptUntilTheWorkersOfADroppedBatchHaveLeft)
   EXPECT_FALSE(*released_);
   store_.regions().Leave(12);
   EXPECT_TRUE(*released_);
+}
+
+TEST_F(BatchStoreTest, ShardsHeldBackAreGivenOnce) {
+  start_.shards = {{0, 11, {0, 4}}, {1, 12, {4, 4}}};
+  std::vector<ShardMessage> shards = Start();
+  store_.HoldBack(5, 8, start_.shards[1], shards[1]);
+  EXPECT_TRUE(store_.TakeHeldBack(5, 8).empty()) << "there is no such batch";
+  store_.HoldBack(5, 9, start_.shards[1], std::move(shards[1]));
+  const std::vector<HeldShard> held = store_.TakeHeldBack(5, 9);
+  ASSERT_EQ(held.size(), 1u);
+  EXPECT_EQ(held[0].plan.stream, 12u);
+  EXPECT_EQ(held[0].message.batch, 9u);
+  EXPECT_TRUE(store_.TakeHeldBack(5, 9).empty());
 }
 
 TEST_F(BatchStoreTest, UnknownBatchStreamOrRepeatIsNotTaken) {

@@ -141,7 +141,7 @@ TEST_F(CoordinatorTest, MergedRequestsEachGetTheirOwnRows) {
 
 TEST_F(CoordinatorTest, MergedBatchStartsBesideOneInFlightOnceNothingElseHasCome) {
   options_.merge_queued = true;
-  options_.max_batch_tokens = 64;  // so that there are batches that are not small
+  options_.max_batch_tokens = 80;  // so that there are batches that are not small
   ASSERT_NO_FATAL_FAILURE(StartCoordinator());
   FakeWorkerOptions silent = WorkerOptions(0);  // but for the probe
   silent.on_shard = [](const v1::Shard& shard, v1::BatchDone*) { return shard.batch() == 1; };
@@ -149,9 +149,9 @@ TEST_F(CoordinatorTest, MergedBatchStartsBesideOneInFlightOnceNothingElseHasCome
   StartWorker(WorkerOptions(1));
   StartWorker(WorkerOptions(2));
   ASSERT_TRUE(readiness_->WaitFor(true));
-  auto first = InferLater(MakeCase(60, 1));
+  auto first = InferLater(MakeCase(70, 1));
   EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
-  auto second = InferLater(MakeCase(60, 2));
+  auto second = InferLater(MakeCase(70, 2));
   EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 3), 3)
       << "the second batch waits for the first one's end";
   coordinator_->Stop();
@@ -174,6 +174,27 @@ TEST_F(CoordinatorTest, WorkersWithoutRowsHearNothingOfABatch) {
   EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kShard, 4), 4);
   EXPECT_EQ(workers_[1]->NumReceived(v1::CoordinatorMessage::kShard, 3), 3);
   EXPECT_EQ(workers_[2]->NumReceived(v1::CoordinatorMessage::kShard, 2), 2);
+}
+
+TEST_F(CoordinatorTest, PeersOfASingleSourceAreSentTheirShardsWithItsCounts) {
+  ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
+  InferCase request = MakeCase(3, 1);
+  request.routed = false;
+  const InferReply reply = Infer(request);
+  ASSERT_TRUE(reply.status.ok()) << reply.status.error_message();
+  EXPECT_EQ(reply.output, Expected(request));
+  // Rank 2 is the second batch's source; the fakes route all rows to experts of rank 0.
+  v1::CoordinatorMessage source;
+  ASSERT_TRUE(workers_[2]->WaitFor(v1::CoordinatorMessage::kShard, &source, /*skipped=*/1));
+  EXPECT_EQ(source.shard().num_tokens(), 3);
+  EXPECT_FALSE(source.shard().has_counts());
+  EXPECT_EQ(workers_[2]->NumReceived(v1::CoordinatorMessage::kCountMatrix, 1), 1);
+  v1::CoordinatorMessage peer;
+  ASSERT_TRUE(workers_[0]->WaitFor(v1::CoordinatorMessage::kShard, &peer, /*skipped=*/1));
+  EXPECT_EQ(peer.shard().num_tokens(), 0);
+  EXPECT_TRUE(peer.shard().has_counts());
+  EXPECT_EQ(workers_[0]->NumReceived(v1::CoordinatorMessage::kCountMatrix, 0), 0);
+  EXPECT_EQ(workers_[1]->NumReceived(v1::CoordinatorMessage::kShard, 1), 1) << "the probe's alone";
 }
 
 TEST_F(CoordinatorTest, WorkersOnGpusTakePartInEveryBatch) {

@@ -45,8 +45,8 @@ TEST_F(BatchInCallersThreadTest, WhatIsLargeOrWaitsForTheCoordinatorRunsInItsSlo
     shard->counts.reset();
     shard->separate_triggers = true;
   });
-  expect_elsewhere(3, [](Shard* shard) { shard->counts->rows[0] = 17; });
-  expect_elsewhere(4, [](Shard* shard) { shard->num_tokens = 17; });
+  expect_elsewhere(3, [](Shard* shard) { shard->counts->rows = {33, 0, 32, 0}; });
+  expect_elsewhere(4, [](Shard* shard) { shard->num_tokens = 65; });
   expect_elsewhere(5, [](Shard* shard) { shard->targets.push_back({}); });
 }
 

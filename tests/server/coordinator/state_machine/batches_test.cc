@@ -1,5 +1,8 @@
 // Batches: slots, shards, merging, counts, triggers and failures.
 #include "server/coordinator/state_machine/batch.h"
+
+#include <algorithm>
+
 #include "tests/server/coordinator/state_machine/state_machine_fixture.h"
 
 namespace epserve::coordinator {
@@ -58,15 +61,24 @@ TEST(BatchesTest, StartsAtOnceWithShardsByRank) {
   EXPECT_EQ(batch->shards[3].rows.end, 6);
 }
 
-// The ranks' rows of the batch that a request of one token makes.
-std::vector<std::int64_t> RowsOfLoneToken(const std::string& backend, RequestArrived request) {
-  TestCluster cluster;
-  for (int i = 0; i < 4; ++i) {
-    cluster.Join("w" + std::to_string(i), {.backend = backend});
-  }
+Config SingleSourceUpTo(std::int64_t tokens) {
+  Config config = TestConfig();
+  config.single_source_tokens = tokens;
+  return config;
+}
+
+void ServeOn(TestCluster& cluster, const std::string& backend) {
+  for (int i = 0; i < 4; ++i) cluster.Join("w" + std::to_string(i), {.backend = backend});
   for (int i = 0; i < 4; ++i) cluster.Load(i, i);
   cluster.FormAndProbe();
-  const auto batch = First<StartBatch>(cluster.Request(1, 1, request));
+}
+
+// The ranks' rows of the batch that such a request makes, whose number is 2.
+std::vector<std::int64_t> RowsByRank(const std::string& backend, std::int64_t num_tokens,
+                                     RequestArrived request, std::int64_t single_source_tokens) {
+  TestCluster cluster(SingleSourceUpTo(single_source_tokens));
+  ServeOn(cluster, backend);
+  const auto batch = First<StartBatch>(cluster.Request(1, num_tokens, request));
   EXPECT_TRUE(batch);
   std::vector<std::int64_t> rows;
   std::int64_t end = 0;
@@ -75,20 +87,55 @@ std::vector<std::int64_t> RowsOfLoneToken(const std::string& backend, RequestArr
     end = shard.rows.end;
     rows.push_back(shard.rows.size());
   }
-  EXPECT_EQ(end, 1);
+  EXPECT_EQ(end, num_tokens);
+  EXPECT_EQ(batch->single_source,
+            std::count(rows.begin(), rows.end(), 0) == 3 && backend == "host");
   return rows;
 }
 
-TEST(BatchesTest, LoneTokenIsTheRanksThatOwnsMostOfItsExperts) {
-  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 2}), ElementsAre(0, 0, 1, 0));
-  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 0}), ElementsAre(1, 0, 0, 0));
-  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 3}), ElementsAre(0, 0, 0, 1));
+TEST(BatchesTest, FewRowsAreAllTheRanksThatOwnsMostOfTheirExperts) {
+  EXPECT_THAT(RowsByRank("host", 1, {.rank_of_most_experts = 2}, 1), ElementsAre(0, 0, 1, 0));
+  EXPECT_THAT(RowsByRank("host", 8, {.rank_of_most_experts = 0}, 8), ElementsAre(8, 0, 0, 0));
+  EXPECT_THAT(RowsByRank("host", 7, {.rank_of_most_experts = 3}, 8), ElementsAre(0, 0, 0, 7));
 }
 
-TEST(BatchesTest, LoneTokenIsTheFirstRanksWhereItsExpertsAreNotKnownOrAllTakePart) {
-  EXPECT_THAT(RowsOfLoneToken("host", {}), ElementsAre(1, 0, 0, 0));
-  EXPECT_THAT(RowsOfLoneToken("host", {.rank_of_most_experts = 4}), ElementsAre(1, 0, 0, 0));
-  EXPECT_THAT(RowsOfLoneToken("cuda", {.rank_of_most_experts = 2}), ElementsAre(1, 0, 0, 0));
+TEST(BatchesTest, FewRowsWhoseExpertsAreNotKnownAreTheRanksByTurns) {
+  EXPECT_THAT(RowsByRank("host", 1, {}, 1), ElementsAre(0, 0, 1, 0));
+  EXPECT_THAT(RowsByRank("host", 3, {.rank_of_most_experts = 4}, 8), ElementsAre(0, 0, 3, 0));
+  TestCluster cluster(SingleSourceUpTo(8));
+  ServeOn(cluster, "host");
+  for (BatchId batch = 2; batch < 10; ++batch) {
+    const auto start = First<StartBatch>(cluster.Request(batch));
+    ASSERT_TRUE(start);
+    EXPECT_EQ(start->shards[batch % 4].rows.size(), 8) << batch;
+    cluster.Finish(batch);
+  }
+}
+
+TEST(BatchesTest, MoreRowsAndThoseOfGpusAreDividedAmongTheRanks) {
+  EXPECT_THAT(RowsByRank("host", 9, {.rank_of_most_experts = 2}, 8), ElementsAre(3, 2, 2, 2));
+  EXPECT_THAT(RowsByRank("cuda", 1, {.rank_of_most_experts = 2}, 8), ElementsAre(1, 0, 0, 0));
+  EXPECT_THAT(RowsByRank("cuda", 8, {.rank_of_most_experts = 2}, 8), ElementsAre(2, 2, 2, 2));
+}
+
+TEST(BatchesTest, MergedRequestsThatAreFewTogetherHaveTheFirstOnesSource) {
+  Config config = SingleSourceUpTo(8);
+  config.merge_queued = true;
+  config.input_is_told = true;
+  TestCluster cluster(config);
+  ServeOn(cluster, "host");
+  cluster.Request(1, 3, {.rank_of_most_experts = 1});
+  cluster.Request(2, 5, {.rank_of_most_experts = 3});
+  const auto few = First<StartBatch>(cluster.Do(InputTaken{}));
+  ASSERT_TRUE(few);
+  EXPECT_EQ(few->shards[1].rows.size(), 8);
+  cluster.Finish(few->batch);
+  cluster.Request(3, 4, {.rank_of_most_experts = 1});
+  cluster.Request(4, 5, {.rank_of_most_experts = 1});
+  const auto many = First<StartBatch>(cluster.Do(InputTaken{}));
+  ASSERT_TRUE(many);
+  EXPECT_EQ(many->shards[1].rows.size(), 2);
+  EXPECT_FALSE(many->single_source);
 }
 
 TEST(BatchesTest, RanksWithoutRowsAreSentTheirShardsFirst) {
@@ -183,12 +230,10 @@ TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
       config.merge_queued = true;
       config.max_batch_tokens = 128;
       TestCluster cluster(config);
-      for (int i = 0; i < 4; ++i) cluster.Join("w" + std::to_string(i), {.backend = backend});
-      for (int i = 0; i < 4; ++i) cluster.Load(i, i);
-      cluster.FormAndProbe();
+      ServeOn(cluster, backend);
       EXPECT_TRUE(Has<StartBatch>(cluster.Request(1, tokens)));
       EXPECT_TRUE(cluster.Request(2, 8).empty());
-      const bool waits = backend == "host" && tokens == 64;  // 16 of each rank
+      const bool waits = backend == "host" && tokens == 64;
       EXPECT_EQ(cluster.machine.WantsInputTaken(), !waits) << backend << tokens;
       EXPECT_EQ(Has<StartBatch>(cluster.Do(InputTaken{})), !waits) << backend << tokens;
       EXPECT_EQ(Has<StartBatch>(cluster.Finish(2)), waits) << backend << tokens;
@@ -198,11 +243,7 @@ TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
 
 class MergingOnCpus : public TestCluster {
  public:
-  MergingOnCpus() : TestCluster(MergeQueued()) {
-    for (int i = 0; i < 4; ++i) Join("w" + std::to_string(i), {.backend = "host"});
-    for (int i = 0; i < 4; ++i) Load(i, i);
-    FormAndProbe();
-  }
+  MergingOnCpus() : TestCluster(MergeQueued()) { ServeOn(*this, "host"); }
 
  private:
   static Config MergeQueued() {

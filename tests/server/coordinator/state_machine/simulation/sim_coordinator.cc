@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 #include <variant>
 
 namespace epserve::coordinator::sim {
@@ -207,10 +208,10 @@ void SimCoordinator::TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch
       world_.Fail(absl::StrCat("batches ", other, " and ", batch, " share slot ", slot));
     }
   }
-  batches_[batch] = {slot, probe, counts, {}};
+  batches_[batch] = {.slot = slot, .probe = probe, .counts = counts};
 }
 
-CountExchange SimCoordinator::ExpectedCounts(bool routed) const {
+CountExchange SimCoordinator::ExpectedCounts(bool routed, bool single_source) const {
   switch (config_.count_exchange) {
     case CountExchangeMode::kDevice:
       return CountExchange::kDevice;
@@ -220,6 +221,7 @@ CountExchange SimCoordinator::ExpectedCounts(bool routed) const {
       break;
   }
   if (routed) return CountExchange::kCoordinator;
+  if (single_source) return CountExchange::kStreams;
   const std::vector<int>& members = world_.members.at(epoch_);
   const bool all = std::all_of(members.begin(), members.end(), [this](int process) {
     return world_.offers_device_counts.at(process);
@@ -228,26 +230,35 @@ CountExchange SimCoordinator::ExpectedCounts(bool routed) const {
 }
 
 template <typename T>
-void SimCoordinator::SendShards(const T& start, bool routed) {
-  if (start.counts != ExpectedCounts(routed)) {
+void SimCoordinator::SendShards(const T& start, bool routed, bool single_source) {
+  const CountExchange expected = ExpectedCounts(routed, single_source);
+  if (start.counts != expected) {
     world_.Fail(absl::StrCat("a batch is counted by ", CountExchangeName(start.counts), ", not by ",
-                             CountExchangeName(ExpectedCounts(routed))));
+                             CountExchangeName(expected)));
   }
   std::int64_t next = 0;
+  int sources = 0;
   for (const ShardPlan& shard : start.shards) {
     if (shard.rows.begin != next) world_.Fail("shards do not follow one another");
     next = shard.rows.end;
-    if (!MayGo(shard.stream, start.epoch)) return;
-    network_.ToWorkerEnd(shard.stream,
-                         ShardMessage{start.epoch, start.batch, start.slot, start.trigger,
-                                      shard.rows.size(), start.counts});
+    sources += shard.rows.size() > 0;
+    ShardMessage message{start.epoch,   start.batch,       start.slot,
+                         start.trigger, shard.rows.size(), start.counts};
+    if (single_source && start.counts == CountExchange::kStreams && shard.rows.size() == 0) {
+      batches_[start.batch].held_back[shard.stream] = message;
+    } else if (MayGo(shard.stream, start.epoch)) {
+      network_.ToWorkerEnd(shard.stream, message);
+    } else {
+      return;
+    }
   }
+  if (single_source && sources != 1) world_.Fail("a single source is none");
   if (next != start.num_tokens || next > config_.max_batch_tokens) world_.Fail("wrong shards");
 }
 
 void SimCoordinator::On(const StartProbe& c) {
   TakeSlot(c.batch, c.slot, true, c.epoch, c.counts);
-  SendShards(c, true);
+  SendShards(c, true, false);
 }
 
 void SimCoordinator::On(const StartBatch& c) {
@@ -265,17 +276,26 @@ void SimCoordinator::On(const StartBatch& c) {
     batches_[c.batch].requests.insert(rows.request);
   }
   if (next != c.num_tokens) world_.Fail("requests do not fill their batch");
-  SendShards(c, c.routed);
+  SendShards(c, c.routed, c.single_source);
 }
 
 void SimCoordinator::On(const SendCountMatrix& c) {
-  if (const auto it = batches_.find(c.batch);
-      it == batches_.end() || it->second.counts != CountExchange::kStreams) {
-    world_.Fail(absl::StrCat("a count matrix went out for batch ", c.batch));
+  const auto it = batches_.find(c.batch);
+  if (it == batches_.end() || it->second.counts != CountExchange::kStreams) {
+    return world_.Fail(absl::StrCat("a count matrix went out for batch ", c.batch));
   }
+  std::map<StreamId, ShardMessage> held = std::exchange(it->second.held_back, {});
   for (const StreamId stream : c.streams) {
-    if (MayGo(stream, c.epoch)) network_.ToWorkerEnd(stream, MatrixMessage{c.epoch, c.batch});
+    if (!MayGo(stream, c.epoch)) continue;
+    if (const auto shard = held.find(stream); shard != held.end()) {
+      shard->second.counts = CountExchange::kCoordinator;  // They come along, as from there.
+      network_.ToWorkerEnd(stream, shard->second);
+      held.erase(shard);
+    } else {
+      network_.ToWorkerEnd(stream, MatrixMessage{c.epoch, c.batch});
+    }
   }
+  if (!held.empty()) world_.Fail("the counts did not go to all that wait for their shards");
 }
 
 void SimCoordinator::On(const SendDispatchTrigger& c) {

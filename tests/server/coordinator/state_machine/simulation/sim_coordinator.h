@@ -47,6 +47,7 @@ class SimCoordinator {
     int slot = 0;
     bool probe = false;
     CountExchange counts = CountExchange::kCoordinator;
+    std::map<StreamId, ShardMessage> held_back;  // to be sent with the counts
     std::set<RequestId> requests;
   };
 
@@ -89,11 +90,11 @@ class SimCoordinator {
   bool MayGo(StreamId stream, EpochId epoch);
   void TakeSlot(BatchId batch, int slot, bool probe, EpochId epoch, CountExchange counts);
   // How a batch must be counted.
-  CountExchange ExpectedCounts(bool routed) const;
+  CountExchange ExpectedCounts(bool routed, bool single_source) const;
   void FreeBatch(EpochId epoch, BatchId batch, bool probe);
   void CheckAllDone(EpochId epoch, BatchId batch);
   template <typename T>
-  void SendShards(const T& start, bool routed);
+  void SendShards(const T& start, bool routed, bool single_source);
 
   World& world_;
   Network& network_;

@@ -80,6 +80,7 @@ class Schedule {
     config_.topk = 2;
     config_.layers = {0, 1};
     config_.max_batch_tokens = 16;
+    config_.single_source_tokens = world_.Chance(0.5) ? 4 : 1;
     config_.num_slots = static_cast<int>(world_.Between(1, 3));
     config_.queue_capacity = world_.Between(1, 6);
     config_.batch_window_us = world_.Chance(0.5) ? world_.Between(100, 5 * kMs) : 0;
