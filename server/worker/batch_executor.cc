@@ -6,26 +6,11 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
-#include "server/common/small_batch.h"
 #include "server/worker/clock.h"
 #include "server/worker/shard_check.h"
 #include "server/worker/shard_input.h"
 
 namespace epserve::worker {
-namespace {
-
-// Whether no rank has many rows to compute, as each waits for the others. Where the counts are
-// still to come, this rank's tokens tell of the others': shards are even.
-bool IsSmall(const Shard& shard, int num_ranks) {
-  if (!shard.counts) return shard.num_tokens * num_ranks <= server::kSmallBatchRows;
-  for (int rank = 0; rank < shard.counts->num_ranks; ++rank) {
-    if (shard.counts->NumReceived(rank) > server::kSmallBatchRows) return false;
-  }
-  return shard.num_tokens <= server::kSmallBatchRows;
-}
-
-}  // namespace
-
 BatchExecutor::BatchExecutor(const Config& config, runtime::Engine* engine, const Lease* lease,
                              BatchReporter* reporter)
     : config_(config), engine_(engine), lease_(lease), reporter_(reporter) {

@@ -9,6 +9,7 @@
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 #include "server/common/region_io.h"
+#include "server/common/small_batch.h"
 
 namespace epserve::worker {
 namespace {
@@ -138,6 +139,14 @@ absl::Status CheckShard(const Shard& shard, const ShardLimits& limits) {
   const std::int64_t index_bytes = shard.routed ? in_message * shard.topk * 4 : 0;
   EPS_RETURN_IF_ERROR(CheckBytes("topk_ids", shard.topk_ids.size(), index_bytes));
   return CheckBytes("topk_weights", shard.topk_weights.size(), index_bytes);
+}
+
+bool IsSmall(const Shard& shard, int num_ranks) {
+  if (!shard.counts) return shard.num_tokens * num_ranks <= server::kSmallBatchRows;
+  for (int rank = 0; rank < shard.counts->num_ranks; ++rank) {
+    if (shard.counts->NumReceived(rank) > server::kSmallBatchRows) return false;
+  }
+  return shard.num_tokens <= server::kSmallBatchRows;
 }
 
 absl::Status CheckCounts(const Shard& shard, const runtime::ShardCounts& staged,

@@ -1,4 +1,5 @@
-// Whether a shard fits this worker and itself: sizes and places follow from what it says.
+// Whether a shard fits this worker and itself, as sizes and places follow from what it says, and
+// whether its batch is small.
 #ifndef EPSERVE_SERVER_WORKER_SHARD_CHECK_H_
 #define EPSERVE_SERVER_WORKER_SHARD_CHECK_H_
 
@@ -27,6 +28,10 @@ std::int64_t RowBytes(const Shard& shard, const runtime::ModelInfo& model);
 
 // INVALID_ARGUMENT or INTERNAL, naming what does not fit.
 absl::Status CheckShard(const Shard& shard, const ShardLimits& limits);
+
+// Whether no rank has many rows to compute for the shard's batch, as each waits for the others.
+// Where the counts are still to come, this rank's tokens tell of the others': shards are even.
+bool IsSmall(const Shard& shard, int num_ranks);
 
 // What the count matrix says of this rank's rows must be what was counted here: offsets in the
 // peers' memory follow from it. INVALID_ARGUMENT or INTERNAL. REQUIRES: the shard has the matrix.

@@ -111,7 +111,7 @@ class IncludeRules(unittest.TestCase):
         own = "server/coordinator/state_machine/"
         clocks = {"chrono", "thread", "mutex", "ctime", "time.h", "condition_variable", "random"}
 
-        pure = ("runtime/routing/count_matrix.h", "server/common/small_shard.h")
+        pure = ("runtime/routing/count_matrix.h", "server/common/small_batch.h")
 
         def allowed(_, header):
             if header in clocks or header.startswith(("absl/time/clock", "absl/synchronization/")):

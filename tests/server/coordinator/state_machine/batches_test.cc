@@ -1,8 +1,5 @@
 // Batches: slots, shards, merging, counts, triggers and failures.
 #include "server/coordinator/state_machine/batch.h"
-
-#include <algorithm>
-
 #include "tests/server/coordinator/state_machine/state_machine_fixture.h"
 
 namespace epserve::coordinator {
@@ -31,14 +28,6 @@ std::vector<RequestId> Ids(const std::vector<RequestRows>& rows) {
   return ids;
 }
 
-Counts CountsOf(TestCluster& cluster, int i, BatchId batch, std::int32_t rows) {
-  Counts counts{cluster.stream(i), cluster.epoch, batch};
-  counts.rows_to_rank.assign(4, rows);
-  counts.rows_per_expert.assign(64, 0);
-  counts.rows_per_expert[i] = rows;
-  return counts;
-}
-
 TEST(BatchesTest, StartsAtOnceWithShardsByRank) {
   TestCluster cluster;
   cluster.Serve();
@@ -59,83 +48,6 @@ TEST(BatchesTest, StartsAtOnceWithShardsByRank) {
     EXPECT_EQ(batch->shards[r].rows.begin, begins[r]);
   }
   EXPECT_EQ(batch->shards[3].rows.end, 6);
-}
-
-Config SingleSourceUpTo(std::int64_t tokens) {
-  Config config = TestConfig();
-  config.single_source_tokens = tokens;
-  return config;
-}
-
-void ServeOn(TestCluster& cluster, const std::string& backend) {
-  for (int i = 0; i < 4; ++i) cluster.Join("w" + std::to_string(i), {.backend = backend});
-  for (int i = 0; i < 4; ++i) cluster.Load(i, i);
-  cluster.FormAndProbe();
-}
-
-// The ranks' rows of the batch that such a request makes, whose number is 2.
-std::vector<std::int64_t> RowsByRank(const std::string& backend, std::int64_t num_tokens,
-                                     RequestArrived request, std::int64_t single_source_tokens) {
-  TestCluster cluster(SingleSourceUpTo(single_source_tokens));
-  ServeOn(cluster, backend);
-  const auto batch = First<StartBatch>(cluster.Request(1, num_tokens, request));
-  EXPECT_TRUE(batch);
-  std::vector<std::int64_t> rows;
-  std::int64_t end = 0;
-  for (const ShardPlan& shard : batch->shards) {
-    EXPECT_EQ(shard.rows.begin, end);
-    end = shard.rows.end;
-    rows.push_back(shard.rows.size());
-  }
-  EXPECT_EQ(end, num_tokens);
-  EXPECT_EQ(batch->single_source,
-            std::count(rows.begin(), rows.end(), 0) == 3 && backend == "host");
-  return rows;
-}
-
-TEST(BatchesTest, FewRowsAreAllTheRanksThatOwnsMostOfTheirExperts) {
-  EXPECT_THAT(RowsByRank("host", 1, {.rank_of_most_experts = 2}, 1), ElementsAre(0, 0, 1, 0));
-  EXPECT_THAT(RowsByRank("host", 8, {.rank_of_most_experts = 0}, 8), ElementsAre(8, 0, 0, 0));
-  EXPECT_THAT(RowsByRank("host", 7, {.rank_of_most_experts = 3}, 8), ElementsAre(0, 0, 0, 7));
-}
-
-TEST(BatchesTest, FewRowsWhoseExpertsAreNotKnownAreTheRanksByTurns) {
-  EXPECT_THAT(RowsByRank("host", 1, {}, 1), ElementsAre(0, 0, 1, 0));
-  EXPECT_THAT(RowsByRank("host", 3, {.rank_of_most_experts = 4}, 8), ElementsAre(0, 0, 3, 0));
-  TestCluster cluster(SingleSourceUpTo(8));
-  ServeOn(cluster, "host");
-  for (BatchId batch = 2; batch < 10; ++batch) {
-    const auto start = First<StartBatch>(cluster.Request(batch));
-    ASSERT_TRUE(start);
-    EXPECT_EQ(start->shards[batch % 4].rows.size(), 8) << batch;
-    cluster.Finish(batch);
-  }
-}
-
-TEST(BatchesTest, MoreRowsAndThoseOfGpusAreDividedAmongTheRanks) {
-  EXPECT_THAT(RowsByRank("host", 9, {.rank_of_most_experts = 2}, 8), ElementsAre(3, 2, 2, 2));
-  EXPECT_THAT(RowsByRank("cuda", 1, {.rank_of_most_experts = 2}, 8), ElementsAre(1, 0, 0, 0));
-  EXPECT_THAT(RowsByRank("cuda", 8, {.rank_of_most_experts = 2}, 8), ElementsAre(2, 2, 2, 2));
-}
-
-TEST(BatchesTest, MergedRequestsThatAreFewTogetherHaveTheFirstOnesSource) {
-  Config config = SingleSourceUpTo(8);
-  config.merge_queued = true;
-  config.input_is_told = true;
-  TestCluster cluster(config);
-  ServeOn(cluster, "host");
-  cluster.Request(1, 3, {.rank_of_most_experts = 1});
-  cluster.Request(2, 5, {.rank_of_most_experts = 3});
-  const auto few = First<StartBatch>(cluster.Do(InputTaken{}));
-  ASSERT_TRUE(few);
-  EXPECT_EQ(few->shards[1].rows.size(), 8);
-  cluster.Finish(few->batch);
-  cluster.Request(3, 4, {.rank_of_most_experts = 1});
-  cluster.Request(4, 5, {.rank_of_most_experts = 1});
-  const auto many = First<StartBatch>(cluster.Do(InputTaken{}));
-  ASSERT_TRUE(many);
-  EXPECT_EQ(many->shards[1].rows.size(), 2);
-  EXPECT_FALSE(many->single_source);
 }
 
 TEST(BatchesTest, RanksWithoutRowsAreSentTheirShardsFirst) {
@@ -230,7 +142,7 @@ TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
       config.merge_queued = true;
       config.max_batch_tokens = 128;
       TestCluster cluster(config);
-      ServeOn(cluster, backend);
+      cluster.ServeOn(backend);
       EXPECT_TRUE(Has<StartBatch>(cluster.Request(1, tokens)));
       EXPECT_TRUE(cluster.Request(2, 8).empty());
       const bool waits = backend == "host" && tokens == 64;
@@ -243,7 +155,7 @@ TEST(BatchesTest, NoMergedBatchStartsBesideASmallOneOnCpus) {
 
 class MergingOnCpus : public TestCluster {
  public:
-  MergingOnCpus() : TestCluster(MergeQueued()) { ServeOn(*this, "host"); }
+  MergingOnCpus() : TestCluster(MergeQueued()) { ServeOn("host"); }
 
  private:
   static Config MergeQueued() {
@@ -342,7 +254,7 @@ TEST(BatchesTest, RoutedBatchNeedsNoCounts) {
   TestCluster cluster;
   cluster.Serve();
   cluster.Request(1);
-  EXPECT_TRUE(cluster.Do(CountsOf(cluster, 0, 2, 1)).empty());
+  EXPECT_TRUE(cluster.Do(cluster.CountsOf(0, 2, 1)).empty());
   EXPECT_EQ(cluster.snapshot().stale_messages, 1u);
 }
 
@@ -350,9 +262,9 @@ TEST(BatchesTest, CountsOfAnUnroutedBatchAreGatheredAndSentToAll) {
   TestCluster cluster;
   cluster.Serve();
   EXPECT_FALSE(First<StartBatch>(cluster.Request(1, 8, {.routed = false}))->routed);
-  for (int i : {3, 1, 0}) EXPECT_TRUE(cluster.Do(CountsOf(cluster, i, 2, i % 2)).empty());
-  EXPECT_TRUE(cluster.Do(CountsOf(cluster, 0, 2, 2)).empty());  // Repeated: the first holds.
-  const auto sent = First<SendCountMatrix>(cluster.Do(CountsOf(cluster, 2, 2, 2)));
+  for (int i : {3, 1, 0}) EXPECT_TRUE(cluster.Do(cluster.CountsOf(i, 2, i % 2)).empty());
+  EXPECT_TRUE(cluster.Do(cluster.CountsOf(0, 2, 2)).empty());  // Repeated: the first holds.
+  const auto sent = First<SendCountMatrix>(cluster.Do(cluster.CountsOf(2, 2, 2)));
   ASSERT_TRUE(sent);
   EXPECT_EQ(sent->streams.size(), 4u);
   EXPECT_THAT(sent->counts.rows, ElementsAre(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1));
@@ -365,7 +277,7 @@ TEST(BatchesTest, CountsThatDoNotFitFailTheBatchAndEndTheEpoch) {
     TestCluster cluster;
     cluster.Serve();
     cluster.Request(1, 8, {.routed = false});
-    Counts counts = CountsOf(cluster, 1, 2, 1);
+    Counts counts = cluster.CountsOf(1, 2, 1);
     if (what == 0) counts.rows_to_rank.pop_back();
     if (what == 1) counts.rows_to_rank[3] = 3;  // of a shard of 2
     if (what == 2) counts.rows_per_expert[5] = -1;
@@ -401,8 +313,8 @@ TEST(BatchesTest, SeparateTriggerOfAnUnroutedBatchFollowsItsCounts) {
   TestCluster cluster(Separate());
   cluster.Serve();
   EXPECT_FALSE(Has<SendDispatchTrigger>(cluster.Request(1, 8, {.routed = false})));
-  for (int i : {0, 1, 2}) cluster.Do(CountsOf(cluster, i, 2, 1));
-  const Commands commands = cluster.Do(CountsOf(cluster, 3, 2, 1));
+  for (int i : {0, 1, 2}) cluster.Do(cluster.CountsOf(i, 2, 1));
+  const Commands commands = cluster.Do(cluster.CountsOf(3, 2, 1));
   EXPECT_GE(IndexOf<SendCountMatrix>(commands), 0);
   EXPECT_LT(IndexOf<SendCountMatrix>(commands), IndexOf<SendDispatchTrigger>(commands));
 }

@@ -15,13 +15,6 @@ Config With(CountExchangeMode mode, TriggerMode trigger = TriggerMode::kTogether
   return config;
 }
 
-Counts CountsOf(TestCluster& cluster, int i, BatchId batch) {
-  Counts counts{cluster.stream(i), cluster.epoch, batch};
-  counts.rows_to_rank.assign(4, 1);
-  counts.rows_per_expert.assign(64, 0);
-  return counts;
-}
-
 // How a batch is counted whose ids are seen, and one whose ids are not.
 void ExpectCounts(TestCluster& cluster, CountExchange seen, CountExchange unseen) {
   EXPECT_EQ(First<StartBatch>(cluster.Request(1, 8, {.routed = true}))->counts, seen);
@@ -60,7 +53,7 @@ TEST(CountExchangeTest, IdsThatOnlyWorkersCanReadAreCountedByThemAndNotMergedWit
   cluster.Request(2, 8, hidden);
   cluster.Request(3, 8);
   cluster.Request(4, 8, hidden);
-  for (int i = 0; i < 4; ++i) cluster.Do(CountsOf(cluster, i, first->batch));
+  for (int i = 0; i < 4; ++i) cluster.Do(cluster.CountsOf(i, first->batch));
   const std::optional<StartBatch> second = First<StartBatch>(cluster.Finish(first->batch));
   ASSERT_TRUE(second.has_value());
   ASSERT_EQ(second->requests.size(), 2u);
@@ -80,76 +73,6 @@ TEST(CountExchangeTest, DeviceLeavesEveryBatchToTheWorkers) {
   cluster.device_counts = true;
   cluster.Serve();
   ExpectCounts(cluster, CountExchange::kDevice, CountExchange::kDevice);
-}
-
-// Four workers on CPUs that offer to count, and a batch of few rows whose ids are not seen.
-class SingleSourceTest : public ::testing::TestWithParam<CountExchangeMode> {
- protected:
-  SingleSourceTest() : cluster_(WithSingleSource(GetParam())) {
-    cluster_.device_counts = true;
-    for (int i = 0; i < 4; ++i) cluster_.Join("w" + std::to_string(i), {.backend = "host"});
-    for (int i = 0; i < 4; ++i) cluster_.Load(i, i);
-    cluster_.FormAndProbe();
-    start_ = First<StartBatch>(cluster_.Request(1, 8, {.routed = false}));
-  }
-  static Config WithSingleSource(CountExchangeMode mode) {
-    Config config = With(mode);
-    config.single_source_tokens = 8;
-    return config;
-  }
-
-  TestCluster cluster_;
-  std::optional<StartBatch> start_;
-};
-
-INSTANTIATE_TEST_SUITE_P(OverStreams, SingleSourceTest,
-                         ::testing::Values(CountExchangeMode::kAuto,
-                                           CountExchangeMode::kCoordinator));
-
-TEST_P(SingleSourceTest, MatrixGoesOutOnceTheSourceAloneHasCounted) {
-  ASSERT_TRUE(start_);
-  EXPECT_TRUE(start_->single_source);
-  EXPECT_EQ(start_->counts, CountExchange::kStreams);
-  ASSERT_EQ(start_->shards[2].rows.size(), 8);
-  Counts counts = CountsOf(cluster_, 2, start_->batch);
-  counts.rows_to_rank = {8, 0, 3, 5};
-  counts.rows_per_expert[0] = 8;
-  const auto matrix = First<SendCountMatrix>(cluster_.Do(counts));
-  ASSERT_TRUE(matrix);
-  EXPECT_EQ(matrix->streams.size(), 4u);
-  EXPECT_EQ(matrix->counts.NumSent(2), 16);
-  EXPECT_EQ(matrix->counts.NumReceived(0), 8);
-  EXPECT_EQ(matrix->counts.rows_per_expert[0], 8);
-  EXPECT_TRUE(Has<FinishBatch>(cluster_.Finish(start_->batch)));
-}
-
-TEST_P(SingleSourceTest, CountsOfTheOthersAreStale) {
-  ASSERT_TRUE(start_);
-  for (const int i : {0, 1, 3}) {
-    EXPECT_TRUE(cluster_.Do(CountsOf(cluster_, i, start_->batch)).empty());
-  }
-  EXPECT_EQ(cluster_.snapshot().stale_messages, 3u);
-}
-
-TEST_P(SingleSourceTest, SourceThatNeverCountsIsNamedAlone) {
-  ASSERT_TRUE(start_);
-  const auto ended = First<SendEpochEnded>(cluster_.Run(60'000'000));
-  ASSERT_TRUE(ended);
-  EXPECT_THAT(ended->reason, HasSubstr("waited for worker w2 (rank 2) to count"));
-}
-
-TEST(CountExchangeTest, DeviceLeavesASingleSourcesCountsToTheWorkersToo) {
-  Config config = With(CountExchangeMode::kDevice);
-  config.single_source_tokens = 8;
-  TestCluster cluster(config);
-  cluster.device_counts = true;
-  for (int i = 0; i < 4; ++i) cluster.Join("w" + std::to_string(i), {.backend = "host"});
-  for (int i = 0; i < 4; ++i) cluster.Load(i, i);
-  cluster.FormAndProbe();
-  const auto start = First<StartBatch>(cluster.Request(1, 8, {.routed = false}));
-  ASSERT_TRUE(start);
-  EXPECT_TRUE(start->single_source);
-  EXPECT_EQ(start->counts, CountExchange::kDevice);
 }
 
 TEST(CountExchangeTest, ProbeIsCountedAsABatchWhoseIdsAreSeen) {
@@ -180,7 +103,7 @@ TEST(CountExchangeTest, CountsOfABatchThatTheWorkersCountAreStale) {
   cluster.device_counts = true;
   cluster.Serve();
   cluster.Request(1, 8, {.routed = false});
-  for (int i = 0; i < 4; ++i) EXPECT_TRUE(cluster.Do(CountsOf(cluster, i, 2)).empty());
+  for (int i = 0; i < 4; ++i) EXPECT_TRUE(cluster.Do(cluster.CountsOf(i, 2)).empty());
   EXPECT_EQ(cluster.snapshot().stale_messages, 4u);
   EXPECT_TRUE(Has<FinishBatch>(cluster.Finish(2)));
 }

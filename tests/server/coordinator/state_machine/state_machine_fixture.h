@@ -135,6 +135,14 @@ class TestCluster {
     for (int r = 0; r < config.num_workers; ++r) Append(&all, Do(PeersOpened{AtRank(r), epoch}));
     return all;
   }
+  // That rank i sends so many rows to each rank, all of them to its i-th expert.
+  Counts CountsOf(int i, BatchId batch, std::int32_t rows = 1) const {
+    Counts counts{stream(i), epoch, batch};
+    counts.rows_to_rank.assign(static_cast<std::size_t>(config.num_workers), rows);
+    counts.rows_per_expert.assign(static_cast<std::size_t>(config.num_experts), 0);
+    counts.rows_per_expert[static_cast<std::size_t>(i)] = rows;
+    return counts;
+  }
   Commands Finish(BatchId batch) {
     Commands all;
     for (int r = 0; r < config.num_workers; ++r) {
@@ -155,6 +163,14 @@ class TestCluster {
   }
   void Serve() {
     JoinAndLoadAll();
+    FormAndProbe();
+    ASSERT_EQ(machine.TakeSnapshot().state, ClusterState::kServing);
+  }
+  void ServeOn(const std::string& backend) {
+    for (int i = 0; i < config.num_workers; ++i) {
+      Join("w" + std::to_string(i), {.backend = backend});
+    }
+    for (int i = 0; i < config.num_workers; ++i) Load(i, i);
     FormAndProbe();
     ASSERT_EQ(machine.TakeSnapshot().state, ClusterState::kServing);
   }
