@@ -100,7 +100,7 @@ def separate(checkpoint, start_cluster, request):
         yield cluster
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 40])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 40, 100])
 def test_phases_triggered_one_by_one_give_the_same_answers(separate, rng, num_tokens):
     served = separate.checkpoint
     batch = random_batch(served.spec, rng, num_tokens)

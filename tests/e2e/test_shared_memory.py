@@ -17,7 +17,8 @@ from infer import TOLERANCE, infer, random_batch
 from regions import Region, open_descriptors, region_request
 
 WORKERS = 2
-TOKENS = 12
+# More than are a single worker's, so that each has rows.
+TOKENS = 96
 ARGUMENTS = ["--allow-client-shm", "--lease-ms", 5000]
 
 
@@ -96,11 +97,11 @@ def test_output_of_one_worker_never_replaces_rows_that_another_has_yet_to_read(
     cluster, rng, shift_rows
 ):
     spec = cluster.checkpoint.spec
-    hidden, ids, weights = random_batch(spec, rng, 64)
+    hidden, ids, weights = random_batch(spec, rng, TOKENS)
     # No row leaves its worker, so that the second worker ends while the first has not begun.
-    ids[:32] = rng.permutation(spec.experts // 2)[: spec.topk]
-    ids[32:] = spec.experts // 2 + rng.permutation(spec.experts // 2)[: spec.topk]
-    row_bytes = hidden.nbytes // 64
+    ids[: TOKENS // 2] = rng.permutation(spec.experts // 2)[: spec.topk]
+    ids[TOKENS // 2 :] = spec.experts // 2 + rng.permutation(spec.experts // 2)[: spec.topk]
+    row_bytes = hidden.nbytes // TOKENS
     first = next(w.worker_id for w in cluster.status().workers if w.rank == 0)
     with Region(cluster, hidden.nbytes + 16 * row_bytes) as region:
         target = (8 + shift_rows) * row_bytes
@@ -110,7 +111,7 @@ def test_output_of_one_worker_never_replaces_rows_that_another_has_yet_to_read(
             (region, 8 * row_bytes),
             (region, target),
         )
-        last_row = (target + 63 * row_bytes, np.float32, (spec.hidden,))
+        last_row = (target + (TOKENS - 1) * row_bytes, np.float32, (spec.hidden,))
         before = region.read(*last_row)
         with paused(cluster.workers[int(first[1:])]):
             call = cluster.front_door.ModelInfer.future(request, timeout=20)
