@@ -160,8 +160,8 @@ absl::StatusOr<InferRequestMessage> ParseWhole(const grpc::ByteBuffer& bytes) {
   return InferRequestMessage{message, message->id(), ViewOf(*message)};
 }
 
-// Puts what was cut out of a message into the view of its rest. False, and nothing written, where
-// the two were counted otherwise than the fields, which are counted alike.
+// Puts what was cut out of a message into the view of its rest. Both count entries and inputs
+// alike; were it not so, nothing must be written elsewhere: false.
 bool PutBack(const LargeField& field, RawView bytes, RequestView& view) {
   if (field.kind == LargeField::Kind::kRawContents) {
     if (field.index >= view.raw_contents.size()) return false;

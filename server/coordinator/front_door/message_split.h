@@ -35,8 +35,8 @@ struct LargeField {
   Kind kind = Kind::kRawContents;
   std::size_t index = 0;  // which of raw_input_contents, or which of the inputs
   std::size_t begin = 0;  // in the message
-  // The field's own, and before it those of the fields that it lies in; not a byte of them is that
-  // of another large field.
+  // Its own comes last, behind those of the fields that it lies in. No other large field has any of
+  // them.
   absl::InlinedVector<FieldLength, 3> lengths;
 
   std::size_t size() const { return lengths.back().value; }
