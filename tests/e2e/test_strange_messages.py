@@ -9,22 +9,11 @@ import pytest
 import protos
 from infer import infer, random_batch
 from raw_calls import FRONT_DOOR
+from wire_bytes import field, varint
 
 SIZE = 64 << 20
 # Its bytes, what gRPC holds of them meanwhile, and the allocator's leavings.
 MOST_GROWTH = 3 * SIZE
-
-
-def varint(number):
-    text = b""
-    while number > 127:
-        text += bytes([number & 127 | 128])
-        number >>= 7
-    return text + bytes([number])
-
-
-def field(number, content):
-    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def tensor(content):

@@ -19,6 +19,7 @@
 #include "server/coordinator/front_door/message_split.h"
 #include "server/coordinator/front_door/plain_request.h"
 #include "server/coordinator/front_door/request_bounds.h"
+#include "server/coordinator/front_door/request_fields.h"
 #include "server/coordinator/front_door/request_validation.h"
 #include "server/coordinator/front_door/shm_registry.h"
 
@@ -27,6 +28,35 @@ namespace {
 
 using inference::ModelInferRequest;
 using inference::ModelInferResponse;
+
+// What request_fields.h says. An entry of a map has the same two numbers in every message.
+static_assert(RequestField::kModelName == ModelInferRequest::kModelNameFieldNumber);
+static_assert(RequestField::kModelVersion == ModelInferRequest::kModelVersionFieldNumber);
+static_assert(RequestField::kId == ModelInferRequest::kIdFieldNumber);
+static_assert(RequestField::kParameters == ModelInferRequest::kParametersFieldNumber);
+static_assert(RequestField::kInputs == ModelInferRequest::kInputsFieldNumber);
+static_assert(RequestField::kOutputs == ModelInferRequest::kOutputsFieldNumber);
+static_assert(RequestField::kRawContents == ModelInferRequest::kRawInputContentsFieldNumber);
+using Input = ModelInferRequest::InferInputTensor;
+static_assert(InputField::kName == Input::kNameFieldNumber);
+static_assert(InputField::kDatatype == Input::kDatatypeFieldNumber);
+static_assert(InputField::kShape == Input::kShapeFieldNumber);
+static_assert(InputField::kParameters == Input::kParametersFieldNumber);
+static_assert(InputField::kContents == Input::kContentsFieldNumber);
+using RequestedOutput = ModelInferRequest::InferRequestedOutputTensor;
+static_assert(OutputField::kName == RequestedOutput::kNameFieldNumber);
+static_assert(OutputField::kParameters == RequestedOutput::kParametersFieldNumber);
+using Contents = inference::InferTensorContents;
+static_assert(ContentsField::kInt32 == Contents::kIntContentsFieldNumber);
+static_assert(ContentsField::kInt64 == Contents::kInt64ContentsFieldNumber);
+static_assert(ContentsField::kFp32 == Contents::kFp32ContentsFieldNumber);
+static_assert(ContentsField::kBytes == Contents::kBytesContentsFieldNumber);
+using Parameter = inference::InferParameter;
+static_assert(ParameterField::kBool == Parameter::kBoolParamFieldNumber);
+static_assert(ParameterField::kInt64 == Parameter::kInt64ParamFieldNumber);
+static_assert(ParameterField::kString == Parameter::kStringParamFieldNumber);
+static_assert(ParameterField::kDouble == Parameter::kDoubleParamFieldNumber);
+static_assert(ParameterField::kUint64 == Parameter::kUint64ParamFieldNumber);
 
 // Outputs up to this size are copied into one piece with the rest of the reply, which is then sent
 // as one.
@@ -63,16 +93,22 @@ std::vector<ParameterView> ViewsOf(const Map& parameters) {
 }
 
 template <typename T>
-std::span<const char> BytesOf(const google::protobuf::RepeatedField<T>& elements) {
+std::string_view BytesOf(const google::protobuf::RepeatedField<T>& elements) {
   return {reinterpret_cast<const char*>(elements.data()),
           static_cast<std::size_t>(elements.size()) * sizeof(T)};
 }
 
+// A tensor has `size` elements in its field of `kind`.
+void AddTyped(TypedKind kind, std::size_t size, RawView bytes, InputView& view) {
+  if (size == 0) return;
+  const bool first = view.typed_kind == TypedKind::kNone;
+  view.typed_kind = first ? kind : TypedKind::kSeveral;
+  view.typed_bytes = first ? std::move(bytes) : RawView();
+}
+
 void ViewTypedContents(const inference::InferTensorContents& contents, InputView& view) {
-  const auto found = [&view](TypedKind kind, int size, std::span<const char> bytes) {
-    if (size == 0) return;
-    view.typed_bytes = view.typed_kind == TypedKind::kNone ? bytes : std::span<const char>();
-    view.typed_kind = view.typed_kind == TypedKind::kNone ? kind : TypedKind::kSeveral;
+  const auto found = [&view](TypedKind kind, int size, std::string_view bytes) {
+    AddTyped(kind, static_cast<std::size_t>(size), bytes, view);
   };
   found(TypedKind::kBool, contents.bool_contents_size(), {});
   found(TypedKind::kInt32, contents.int_contents_size(), BytesOf(contents.int_contents()));
@@ -110,7 +146,7 @@ RequestView ViewOf(const ModelInferRequest& message) {
 
 // What a request's views point into.
 struct RequestParts {
-  std::vector<grpc::Slice> slices;           // of the large raw entries, where there are any
+  std::vector<grpc::Slice> slices;           // of the large fields, where there are any
   std::string bytes;                         // of the rest, where that is plain
   PlainShapes shapes;                        // likewise
   std::optional<ModelInferRequest> message;  // of the rest, where it is not
@@ -122,6 +158,19 @@ absl::StatusOr<InferRequestMessage> ParseWhole(const grpc::ByteBuffer& bytes) {
   grpc::ProtoBufferReader reader(&shared);
   if (!message->ParseFromZeroCopyStream(&reader)) return Malformed();
   return InferRequestMessage{message, message->id(), ViewOf(*message)};
+}
+
+// Puts what was cut out of a message into the view of its rest. Both count entries and inputs
+// alike; were it not so, nothing must be written elsewhere: false.
+bool PutBack(const LargeField& field, RawView bytes, RequestView& view) {
+  if (field.kind == LargeField::Kind::kRawContents) {
+    if (field.index >= view.raw_contents.size()) return false;
+    view.raw_contents[field.index] = std::move(bytes);
+    return true;
+  }
+  if (field.index >= view.inputs.size()) return false;
+  AddTyped(TypedKind::kFp32, field.size(), std::move(bytes), view.inputs[field.index]);
+  return true;
 }
 
 const char* WireDataType(runtime::DataType type) {
@@ -151,30 +200,24 @@ std::string TraceOf(const InferTimes& times) {
   return absl::StrCat(text, "]}");
 }
 
-// The fields of InferParameter, and of a map's entry.
-constexpr int kIntValue = inference::InferParameter::kInt64ParamFieldNumber;
-constexpr int kTextValue = inference::InferParameter::kStringParamFieldNumber;
-constexpr int kEntryName = 1;
-constexpr int kEntryValue = 2;
-
 // Begins an entry of the map that is the field `field`; a value of `value_bytes` is to follow.
 void AppendEntryHead(int field, std::string_view name, std::size_t value_bytes, std::string& text) {
   wire::AppendFieldHead(field,
                         wire::FieldHeadBytes(name.size()) + name.size() +
                             wire::FieldHeadBytes(value_bytes) + value_bytes,
                         text);
-  wire::AppendBytesField(kEntryName, name, text);
-  wire::AppendFieldHead(kEntryValue, value_bytes, text);
+  wire::AppendBytesField(EntryField::kName, name, text);
+  wire::AppendFieldHead(EntryField::kValue, value_bytes, text);
 }
 
 void AppendParameter(int field, std::string_view name, std::int64_t value, std::string& text) {
   AppendEntryHead(field, name, 1 + wire::VarintBytes(static_cast<std::uint64_t>(value)), text);
-  wire::AppendIntField(kIntValue, value, text);
+  wire::AppendIntField(ParameterField::kInt64, value, text);
 }
 
 void AppendParameter(int field, std::string_view name, std::string_view value, std::string& text) {
   AppendEntryHead(field, name, wire::FieldHeadBytes(value.size()) + value.size(), text);
-  wire::AppendBytesField(kTextValue, value, text);
+  wire::AppendBytesField(ParameterField::kString, value, text);
 }
 
 void AppendHead(const ServedModel& model, std::string_view id, std::string& text) {
@@ -263,22 +306,15 @@ absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& by
                                                       const RequestLimits& limits) {
   if (!bytes.Valid()) return Malformed();
   const bool large = bytes.Length() >= limits.large_entry_bytes;
-  const auto parts = std::make_shared<RequestParts>();
+  RequestOutline outline;
   if (large) {
-    EPS_ASSIGN_OR_RETURN(const RequestCounts counts, CheckRequestBounds(bytes, limits));
+    EPS_ASSIGN_OR_RETURN(outline, CheckRequestBounds(bytes, limits));
     // Most of it is elements, then, and the parser takes them from where they are.
-    if (counts.raw_contents == 0) return ParseWhole(bytes);
+    if (outline.raw_contents == 0 && outline.large.empty()) return ParseWhole(bytes);
   }
+  const auto parts = std::make_shared<RequestParts>();
   if (!bytes.Dump(&parts->slices).ok()) return Malformed();
-  SplitMessage split;
-  if (large) {
-    split = SplitLargeEntries(parts->slices, limits.large_entry_bytes);
-  } else {
-    split.rest.reserve(bytes.Length());
-    for (const grpc::Slice& slice : parts->slices) {
-      split.rest.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
-    }
-  }
+  SplitMessage split = SplitLargeFields(parts->slices, outline.large);
   // The slices are parts of larger buffers of gRPC's, which they would keep.
   if (split.large.empty()) parts->slices.clear();
 
@@ -291,10 +327,8 @@ absl::StatusOr<InferRequestMessage> ParseInferRequest(const grpc::ByteBuffer& by
     result.view = ViewOf(*parts->message);
     result.id = parts->message->id();
   }
-  for (auto& [index, raw] : split.large) {
-    // Both count the entries alike; were it not so, nothing must be written elsewhere.
-    if (index >= result.view.raw_contents.size()) return Malformed();
-    result.view.raw_contents[index] = std::move(raw);
+  for (std::size_t i = 0; i < split.large.size(); ++i) {
+    if (!PutBack(outline.large[i], std::move(split.large[i]), result.view)) return Malformed();
   }
   result.owner = parts;
   return result;

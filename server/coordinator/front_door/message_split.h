@@ -1,8 +1,9 @@
-// A request's message, with its large raw entries left where gRPC put them.
+// A request's message, with the bytes of its large tensors left where gRPC put them.
 //
-// A prefill batch is 59 MB in a thousand pieces. The parser would copy them into one string, which
-// grows as it goes, and the rows would be copied out of that again. So the large entries are cut
-// out before the parser sees the message, which gets an empty entry in the place of each.
+// A prefill batch is 59 MB in a thousand pieces. The parser would copy them into one string, or one
+// array, which grows as it goes, and the rows would be copied out of that again. So large raw
+// entries and large packed fp32_contents, which are a tensor's bytes as they stand, are cut out
+// before the parser sees the message, which gets an empty field in the place of each.
 //
 // Pure functions, safe from any thread.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_MESSAGE_SPLIT_H_
@@ -13,24 +14,44 @@
 #include <cstddef>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "server/coordinator/front_door/request_view.h"
 
 namespace epserve::coordinator {
 
-struct SplitMessage {
-  // The message without the bytes of its large entries. It is one exactly where the whole was.
-  std::string rest;
-  // Those entries: which of raw_input_contents each is, and its bytes, in the slices' memory.
-  std::vector<std::pair<std::size_t, RawView>> large;
+// The number of bytes of a field, as it stands on the wire.
+struct FieldLength {
+  std::size_t at = 0;         // in the message
+  std::size_t num_bytes = 0;  // that it takes there
+  std::size_t value = 0;
 };
 
-// `slices` are the bytes of what should be a ModelInferRequest; entries of `large_bytes` and more
-// are large. Whatever is not plain (groups, overlong numbers, lengths past the end) is left in
-// `rest`, with all that follows it, for the parser to judge.
-SplitMessage SplitLargeEntries(std::span<const grpc::Slice> slices, std::size_t large_bytes);
+// Bytes of a message that are to be cut out of it.
+struct LargeField {
+  enum class Kind { kRawContents, kFp32Contents };
+
+  Kind kind = Kind::kRawContents;
+  std::size_t index = 0;  // which of raw_input_contents, or which of the inputs
+  std::size_t begin = 0;  // in the message
+  // Its own comes last, behind those of the fields that it lies in. No other large field has any of
+  // them.
+  absl::InlinedVector<FieldLength, 3> lengths;
+
+  std::size_t size() const { return lengths.back().value; }
+};
+
+struct SplitMessage {
+  // The message without the bytes of its large fields. It is one exactly where the whole was.
+  std::string rest;
+  // Those fields' bytes, in the slices' memory, in the order of the fields.
+  std::vector<RawView> large;
+};
+
+// REQUIRES: `large` is what CheckRequestBounds has found in the bytes of `slices`.
+SplitMessage SplitLargeFields(std::span<const grpc::Slice> slices,
+                              std::span<const LargeField> large);
 
 }  // namespace epserve::coordinator
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "proto/wire/plain_fields.h"
+#include "server/coordinator/front_door/request_fields.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -23,19 +24,19 @@ bool ReadPlainValue(std::string_view bytes, ParameterView::Value& value) {
   PlainFields fields(bytes);
   if (fields.done()) return false;
   switch (fields.Tag()) {
-    case VarintTag(1):
+    case VarintTag(ParameterField::kBool):
       value = fields.Varint() != 0;
       break;
-    case VarintTag(2):
+    case VarintTag(ParameterField::kInt64):
       value = static_cast<std::int64_t>(fields.Varint());
       break;
-    case BytesTag(3):
+    case BytesTag(ParameterField::kString):
       value = fields.Text();
       break;
-    case Fixed64Tag(4):
+    case Fixed64Tag(ParameterField::kDouble):
       value = fields.Fixed64AsDouble();
       break;
-    case VarintTag(5):
+    case VarintTag(ParameterField::kUint64):
       value = fields.Varint();
       break;
     default:
@@ -52,10 +53,10 @@ bool ReadPlainParameter(std::string_view bytes, std::vector<ParameterView>& para
   bool has_value = false;
   while (!fields.done()) {
     switch (fields.Tag()) {
-      case BytesTag(1):
+      case BytesTag(EntryField::kName):
         ReadText(fields, parameter.name, has_name);
         break;
-      case BytesTag(2):
+      case BytesTag(EntryField::kValue):
         if (has_value || !ReadPlainValue(fields.Bytes(), parameter.value)) return false;
         has_value = true;
         break;
@@ -91,17 +92,17 @@ bool ReadPlainInput(std::string_view bytes, const RequestLimits& limits,
   bool has_shape = false;
   while (!fields.done()) {
     switch (fields.Tag()) {
-      case BytesTag(1):
+      case BytesTag(InputField::kName):
         ReadText(fields, input.name, has_name);
         break;
-      case BytesTag(2):
+      case BytesTag(InputField::kDatatype):
         ReadText(fields, input.datatype, has_type);
         break;
-      case BytesTag(3):
+      case BytesTag(InputField::kShape):
         if (has_shape || !ReadPlainShape(fields.Bytes(), shapes, input.shape)) return false;
         has_shape = true;
         break;
-      case BytesTag(4):
+      case BytesTag(InputField::kParameters):
         if (++num_parameters > limits.max_parameters) return false;
         if (!ReadPlainParameter(fields.Bytes(), input.parameters)) return false;
         break;
@@ -118,10 +119,10 @@ bool ReadPlainOutput(std::string_view bytes, const RequestLimits& limits,
   bool has_name = false;
   while (!fields.done()) {
     switch (fields.Tag()) {
-      case BytesTag(1):
+      case BytesTag(OutputField::kName):
         ReadText(fields, output.name, has_name);
         break;
-      case BytesTag(2):
+      case BytesTag(OutputField::kParameters):
         if (++num_parameters > limits.max_parameters) return false;
         if (!ReadPlainParameter(fields.Bytes(), output.parameters)) return false;
         break;
@@ -146,34 +147,34 @@ bool ReadPlainRequest(std::string_view bytes, const RequestLimits& limits, Plain
   bool has_id = false;
   while (!fields.done()) {
     switch (fields.Tag()) {
-      case BytesTag(1):
+      case BytesTag(RequestField::kModelName):
         ReadText(fields, view.model_name, has_name);
         break;
-      case BytesTag(2):
+      case BytesTag(RequestField::kModelVersion):
         ReadText(fields, view.model_version, has_version);
         break;
-      case BytesTag(3):
+      case BytesTag(RequestField::kId):
         ReadText(fields, id, has_id);
         break;
-      case BytesTag(4):
+      case BytesTag(RequestField::kParameters):
         if (view.parameters.size() == limits.max_parameters) return false;
         if (!ReadPlainParameter(fields.Bytes(), view.parameters)) return false;
         break;
-      case BytesTag(5):
+      case BytesTag(RequestField::kInputs):
         if (view.inputs.size() == limits.max_inputs) return false;
         if (!ReadPlainInput(fields.Bytes(), limits, num_tensor_parameters, shapes,
                             view.inputs.emplace_back())) {
           return false;
         }
         break;
-      case BytesTag(6):
+      case BytesTag(RequestField::kOutputs):
         if (view.outputs.size() == limits.max_outputs) return false;
         if (!ReadPlainOutput(fields.Bytes(), limits, num_tensor_parameters,
                              view.outputs.emplace_back())) {
           return false;
         }
         break;
-      case BytesTag(7):
+      case BytesTag(RequestField::kRawContents):
         if (view.raw_contents.size() == limits.max_inputs) return false;
         view.raw_contents.emplace_back(fields.Bytes());
         break;

@@ -7,6 +7,9 @@
 // its own bytes, so that nobody's message keeps the others waiting. Looking ends where a bound is
 // passed, and skips what is in one piece.
 //
+// It also finds what the parser need not see: see message_split.h. What it must see has a lower
+// bound, and one look tells the two apart, so that none is taken for the other.
+//
 // Pure functions, safe from any thread.
 #ifndef EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_BOUNDS_H_
 #define EPSERVE_SERVER_COORDINATOR_FRONT_DOOR_REQUEST_BOUNDS_H_
@@ -14,8 +17,10 @@
 #include <grpcpp/support/byte_buffer.h>
 
 #include <cstddef>
+#include <vector>
 
 #include "absl/status/statusor.h"
+#include "server/coordinator/front_door/message_split.h"
 #include "server/coordinator/front_door/request_view.h"
 #include "server/coordinator/front_door/served_model.h"
 
@@ -24,14 +29,18 @@ namespace epserve::coordinator {
 // Those that a request to this model may need.
 RequestLimits RequestLimitsOf(const ServedModel& model);
 
-struct RequestCounts {
+struct RequestOutline {
   std::size_t raw_contents = 0;  // entries of raw_input_contents
+  // Raw entries of limits.large_entry_bytes and more, and fp32_contents of as many that are one
+  // packed field, the only one of their input: others the parser has to put together. In the
+  // message's order.
+  std::vector<LargeField> large;
 };
 
 // INVALID_ARGUMENT naming what is more than `limits` allow, or for bytes that are no
 // ModelInferRequest. Where it is OK they may still be none. REQUIRES: `bytes` is valid.
-absl::StatusOr<RequestCounts> CheckRequestBounds(const grpc::ByteBuffer& bytes,
-                                                 const RequestLimits& limits);
+absl::StatusOr<RequestOutline> CheckRequestBounds(const grpc::ByteBuffer& bytes,
+                                                  const RequestLimits& limits);
 
 }  // namespace epserve::coordinator
 

@@ -29,7 +29,7 @@ constexpr std::array<const char*, kNumSlots> kSlotNames = {kHiddenStates, kTopkI
 // Where a tensor's bytes are: inline, or in a region.
 struct Source {
   std::span<const char> bytes;
-  const RawView* raw = nullptr;             // inline in pieces, in place of `bytes`
+  const RawView* pieces = nullptr;          // inline in pieces, in place of `bytes`
   std::shared_ptr<const ShmRegion> region;  // null: inline
   std::uint64_t offset_bytes = 0;
 };
@@ -201,6 +201,16 @@ absl::Status LocateInRegion(Slot slot, const ShmWindow& window, const ShmRegistr
   return tensor.source.region->CheckWindow(window.offset_bytes, window.size_bytes);
 }
 
+// `bytes` stay where they are as long as the tensor is used.
+absl::Status LocateInline(Slot slot, const RawView& bytes, const char* where, Tensor& tensor) {
+  if (bytes.pieces().size() == 1) {
+    tensor.source.bytes = bytes.pieces().front();
+  } else {
+    tensor.source.pieces = &bytes;
+  }
+  return CheckSize(slot, tensor, bytes.size(), where);
+}
+
 // Finds every input's bytes. The raw entries belong to the inputs outside shared memory, in order.
 absl::Status LocateContents(const RequestView& view, const RequestLimits& limits,
                             const ShmRegistry& regions, Tensors& tensors) {
@@ -221,8 +231,7 @@ absl::Status LocateContents(const RequestView& view, const RequestLimits& limits
     ++num_inline;
     if (view.raw_contents.empty()) {
       EPS_RETURN_IF_ERROR(CheckTypedContents(slot, tensor));
-      tensor.source.bytes = input.typed_bytes;
-      EPS_RETURN_IF_ERROR(CheckSize(slot, tensor, input.typed_bytes.size(), "inline contents"));
+      EPS_RETURN_IF_ERROR(LocateInline(slot, input.typed_bytes, "inline contents", tensor));
       continue;
     }
     if (input.typed_kind != TypedKind::kNone) {
@@ -230,13 +239,8 @@ absl::Status LocateContents(const RequestView& view, const RequestLimits& limits
                      "raw_input_contents; use one of the two");
     }
     if (num_inline > view.raw_contents.size()) continue;  // Told below, with both counts.
-    const RawView& raw = view.raw_contents[num_inline - 1];
-    if (raw.pieces().size() == 1) {
-      tensor.source.bytes = raw.pieces().front();
-    } else {
-      tensor.source.raw = &raw;
-    }
-    EPS_RETURN_IF_ERROR(CheckSize(slot, tensor, raw.size(), "raw_input_contents"));
+    EPS_RETURN_IF_ERROR(
+        LocateInline(slot, view.raw_contents[num_inline - 1], "raw_input_contents", tensor));
   }
   const std::size_t num_raw = view.raw_contents.size();
   if (num_raw > num_inline || (num_raw > 0 && num_raw < num_inline)) {
@@ -292,8 +296,8 @@ absl::Status CopyTensor(const Tensor& tensor, void* destination) {
     return tensor.source.region->Read(tensor.source.offset_bytes,
                                       std::span<char>(static_cast<char*>(destination), size));
   }
-  if (tensor.source.raw != nullptr) {
-    tensor.source.raw->Copy(0, std::span<char>(static_cast<char*>(destination), size));
+  if (tensor.source.pieces != nullptr) {
+    tensor.source.pieces->Copy(0, std::span<char>(static_cast<char*>(destination), size));
     return absl::OkStatus();
   }
   std::memcpy(destination, tensor.source.bytes.data(), size);
@@ -342,7 +346,7 @@ absl::Status TakeHidden(const Tensor& tensor, ValidatedRequest& request) {
   const auto& source = tensor.source;
   if (source.region == nullptr) {
     request.hidden = source.bytes;
-    if (source.raw != nullptr) request.hidden_pieces = *source.raw;
+    if (source.pieces != nullptr) request.hidden_pieces = *source.pieces;
     return absl::OkStatus();
   }
   const RegionWindow& output = request.output;

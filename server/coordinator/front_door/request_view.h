@@ -38,21 +38,7 @@ enum class TypedKind {
   kSeveral
 };
 
-struct InputView {
-  std::string_view name;
-  std::string_view datatype;
-  std::span<const std::int64_t> shape;
-  std::vector<ParameterView> parameters;
-  TypedKind typed_kind = TypedKind::kNone;
-  std::span<const char> typed_bytes;  // the elements, for kInt32, kInt64 and kFp32
-};
-
-struct OutputView {
-  std::string_view name;
-  std::vector<ParameterView> parameters;
-};
-
-// The bytes of a raw entry: in one piece, or where they are many in the pieces they came in.
+// The bytes of a tensor: in one piece, or where they are many in the pieces they came in.
 class RawView {
  public:
   using Pieces = absl::InlinedVector<std::span<const char>, 1>;
@@ -95,6 +81,20 @@ class RawView {
   Pieces pieces_;
 };
 
+struct InputView {
+  std::string_view name;
+  std::string_view datatype;
+  std::span<const std::int64_t> shape;
+  std::vector<ParameterView> parameters;
+  TypedKind typed_kind = TypedKind::kNone;
+  RawView typed_bytes;  // the elements, for kInt32, kInt64 and kFp32
+};
+
+struct OutputView {
+  std::string_view name;
+  std::vector<ParameterView> parameters;
+};
+
 struct RequestView {
   std::string_view model_name;
   std::string_view model_version;
@@ -113,11 +113,13 @@ struct RequestLimits {
   std::size_t max_fields = 1024;    // in all; an element that is not packed is one
   // Beside raw entries and elements.
   std::size_t max_other_bytes = std::size_t{64} << 10;
-  // Of packed elements, over all tensors: what the largest batch of the served model has. See
-  // RequestLimitsOf.
+  // Of packed elements, over all tensors: what the largest batch of the served model has, and of
+  // those that have to be parsed no more than a small one. See RequestLimitsOf.
   std::size_t max_int_bytes = std::size_t{1} << 20;
   std::size_t max_fp32_bytes = std::size_t{1} << 20;
-  // Raw entries of so many bytes stay in the pieces that they came in.
+  std::size_t max_parsed_fp32_bytes = std::size_t{1} << 20;
+  // Raw entries, and fp32_contents in one field, of so many bytes stay in the pieces that they came
+  // in.
   std::size_t large_entry_bytes = 64 << 10;
 };
 

@@ -19,8 +19,8 @@ namespace {
 using inference::ModelInferRequest;
 using testing::HasSubstr;
 
-absl::StatusOr<RequestCounts> Look(const std::string& bytes, const RequestLimits& limits,
-                                   std::size_t slice_bytes = 1000) {
+absl::StatusOr<RequestOutline> Look(const std::string& bytes, const RequestLimits& limits,
+                                    std::size_t slice_bytes = 1000) {
   std::vector<grpc::Slice> slices;
   for (std::size_t at = 0; at < bytes.size(); at += slice_bytes) {
     slices.emplace_back(bytes.substr(at, slice_bytes));
@@ -32,6 +32,8 @@ RequestLimits Limits() {
   RequestLimits limits = RequestLimitsOf(TestModel());
   limits.max_other_bytes = 2000;
   limits.max_fields = 300;
+  limits.max_parsed_fp32_bytes = 200;
+  limits.large_entry_bytes = 100;
   return limits;
 }
 
@@ -49,14 +51,17 @@ std::string Field(int number, const std::string& bytes) {
   return text + bytes;
 }
 
-TEST(RequestBoundsTest, TypedElementsAreForSmallRequestsHoweverLargeTheModel) {
+TEST(RequestBoundsTest, ElementsToBeParsedAreForSmallRequestsHoweverLargeTheModel) {
   ServedModel model;
   model.max_batch_tokens = 4096;
   model.hidden = 7168;
   model.topk = 256;
   const RequestLimits limits = RequestLimitsOf(model);
   EXPECT_EQ(limits.max_int_bytes, 4u << 20);
-  EXPECT_EQ(limits.max_fp32_bytes, 4u << 20);
+  EXPECT_EQ(limits.max_parsed_fp32_bytes, 4u << 20);
+  EXPECT_EQ(limits.max_fp32_bytes, 4096u * (7168 + 256) * 4);
+  model.max_batch_tokens = 2;
+  EXPECT_EQ(RequestLimitsOf(model).max_parsed_fp32_bytes, 2u * (7168 + 256) * 4);
 }
 
 TEST(RequestBoundsTest, EachBoundPassesAtItsLimitAndRefusesPastItByName) {
@@ -86,7 +91,25 @@ TEST(RequestBoundsTest, EachBoundPassesAtItsLimitAndRefusesPastItByName) {
       {[&](int more) { return in_contents(3, 320 + more); }, "320 bytes of int_contents"},
       {[&](int more) { return in_contents(2, 160) + in_contents(3, 160 + more); },
        "320 bytes of int_contents"},
-      {[&](int more) { return in_contents(6, 384 + more); }, "384 bytes of fp32_contents"},
+      {[&](int more) { return in_contents(6, 384 + more); }, "384 bytes of fp32_contents;"},
+      {[&](int more) { return in_contents(6, 200) + in_contents(6, 184 + more); },
+       "384 bytes of fp32_contents;"},
+      // What has to be parsed: in several fields of an input, and in small ones.
+      {[&](int more) {
+         const auto part = [](int size) { return Field(6, std::string(size, '\1')); };
+         return Field(5, Field(5, part(100) + part(100 + 4 * more)));
+       },
+       "200 bytes of fp32_contents that are not one packed field"},
+      {[&](int more) {
+         const auto part = [](int size) { return Field(5, Field(6, std::string(size, '\1'))); };
+         return Field(5, part(100) + part(100 + 4 * more));
+       },
+       "200 bytes of fp32_contents that are not one packed field"},
+      {[&](int more) {
+         return in_contents(6, 120) + in_contents(6, 96) + in_contents(6, 96) +
+                in_contents(6, 8 + 4 * more);
+       },
+       "200 bytes of fp32_contents that are not one packed field"},
       // Fields that nobody knows, of each kind and on each level.
       {[](int more) { return Times(300 + more, Field(15, "")); }, "300 fields"},
       {[](int more) { return Times(300 + more, std::string("\x78\1")); }, "300 fields"},
@@ -145,10 +168,12 @@ TEST(RequestBoundsTest, LargestBatchOfTheModelIsWithinThemInEitherForm) {
   const auto of_typed = Look(typed.SerializeAsString(), RequestLimitsOf(model));
   ASSERT_TRUE(of_typed.ok()) << of_typed.status();
   EXPECT_EQ(of_typed->raw_contents, 0u);
+  EXPECT_TRUE(of_typed->large.empty()) << "it is a small model";
   for (int i = 0; i < 3; ++i) raw.add_raw_input_contents(std::string(100'000, 'x'));
   const auto of_raw = Look(raw.SerializeAsString(), RequestLimitsOf(model));
   ASSERT_TRUE(of_raw.ok()) << of_raw.status();
   EXPECT_EQ(of_raw->raw_contents, 3u);
+  EXPECT_EQ(of_raw->large.size(), 3u);
 }
 
 TEST(RequestBoundsTest, BytesThatAreNoMessageAndGroupsAreRefused) {

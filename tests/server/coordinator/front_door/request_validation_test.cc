@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -88,6 +89,33 @@ TEST_F(RequestValidationTest, TypedContentsAreAccepted) {
   result = Validate(request);
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_THAT(result->topk_ids, ElementsAre(1, 2, 3, 4, 5, 6));
+}
+
+TEST_F(RequestValidationTest, TypedContentsInPiecesAreTakenWhereTheyAre) {
+  TestRequest request = ValidRequest();
+  const TypedKind kinds[] = {TypedKind::kFp32, TypedKind::kInt32, TypedKind::kFp32};
+  RequestView view = request.View();
+  view.raw_contents.clear();
+  for (std::size_t i = 0; i < 3; ++i) {
+    const std::string_view bytes = request.raw[i];
+    view.inputs[i].typed_kind = kinds[i];
+    view.inputs[i].typed_bytes = RawView(bytes.substr(0, 5));
+    view.inputs[i].typed_bytes.Append({bytes.data() + 5, bytes.size() - 5});
+  }
+  const auto result = ValidateRequest(view, model_, RequestLimits(), regions_);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_TRUE(result->hidden.empty());
+  ASSERT_EQ(result->hidden_pieces.pieces().size(), 2u);
+  EXPECT_EQ(result->hidden_pieces.pieces()[0].data(), request.raw[0].data()) << "not copied";
+  EXPECT_EQ(result->hidden_pieces.pieces()[1].data(), request.raw[0].data() + 5);
+  EXPECT_EQ(result->hidden_pieces.size(), 48u);
+  EXPECT_THAT(result->topk_ids, ElementsAre(0, 7, -1, 3, 5, 5));
+  EXPECT_THAT(result->topk_weights, ElementsAre(0.5f, 0.5f, 1, 0, 0.25f, 0.75f));
+
+  view.inputs[0].typed_bytes.Append({request.raw[0].data(), 4});
+  const auto surplus = ValidateRequest(view, model_, RequestLimits(), regions_);
+  EXPECT_THAT(std::string(surplus.status().message()),
+              HasSubstr("needs 48 bytes, but has 52 in inline contents"));
 }
 
 TEST_F(RequestValidationTest, NoTokensAreOrdinaryWithAndWithoutContents) {

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "runtime/base/unique_fd.h"
@@ -66,7 +67,7 @@ struct TestRequest {
     view.parameters = parameters;
     for (const TestInput& input : inputs) {
       view.inputs.push_back({input.name, input.datatype, input.shape, input.parameters,
-                             input.typed_kind, input.typed_bytes});
+                             input.typed_kind, std::string_view(input.typed_bytes)});
     }
     view.outputs = outputs;
     for (const std::string& bytes : raw) view.raw_contents.emplace_back(std::string_view(bytes));
