@@ -100,7 +100,7 @@ class UpTest : public ::testing::Test {
   }
   std::map<std::string, std::string> ReadyFile() {
     std::map<std::string, std::string> values;
-    std::istringstream lines(directory_.Read("ready"));
+    std::istringstream lines(directory_.Read(ready_file_));
     for (std::string line; std::getline(lines, line);) {
       values.insert(
           std::pair<std::string, std::string>(absl::StrSplit(line, absl::MaxSplits('=', 1))));
@@ -225,6 +225,29 @@ TEST_F(UpTest, CrashedWorkerIsRestartedAndNobodyElse) {
   EXPECT_THAT(directory_.Read("err"), HasSubstr("worker-1 was killed by signal 9"));
   kill(pid_, SIGTERM);
   EXPECT_EQ(Wait(), 0);
+}
+
+TEST_F(UpTest, ReadyFileThatCannotBeWrittenStartsNoChildTwice) {
+  std::filesystem::create_directory(directory_.File("run"));
+  ready_file_ = "run/ready";
+  Start();
+  ASSERT_TRUE(Eventually([&] { return std::filesystem::exists(directory_.File(ready_file_)); }));
+  ASSERT_TRUE(Eventually([&] { return Lines("started-worker-1").size() == 1; }));
+  const pid_t crashed = Pid("worker_1");
+  std::filesystem::rename(directory_.File("run"), directory_.File("away"));
+  kill(crashed, SIGKILL);
+  EXPECT_TRUE(Eventually([&] {
+    return directory_.Read("err").find("/run/ready': No such file") != std::string::npos;
+  })) << directory_.Read("err");
+  std::filesystem::rename(directory_.File("away"), directory_.File("run"));
+  EXPECT_TRUE(Eventually([&] { return Pid("worker_1") > 0 && Pid("worker_1") != crashed; }));
+  // The one that is in the file is the second in all: nobody was started beside it.
+  const std::string restarted = absl::StrCat(Pid("worker_1"), " ");
+  EXPECT_TRUE(Eventually([&] { return Lines("started-worker-1").back().find(restarted) == 0; }));
+  EXPECT_EQ(Lines("started-worker-1").size(), 2u);
+  kill(pid_, SIGTERM);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("--ready-file: up to date again"));
 }
 
 TEST_F(UpTest, CrashedCoordinatorComesBackAtTheSameAddress) {
