@@ -17,6 +17,7 @@
 namespace epserve::client {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 MakeCheckpointOptions Small(const std::string& directory) {
@@ -127,6 +128,23 @@ TEST(RandomCheckpointTest, DirectoryThatIsNotEmptyIsLeftAloneWithoutForce) {
   EXPECT_TRUE(ReferenceModel::Open(directory.path()).ok());
 }
 
+TEST(RandomCheckpointTest, ForceRemovesWhatARunThatWasKilledLeft) {
+  const TestDirectory directory;
+  for (const char* name : {"model.safetensors.partial-17-0",
+                           "model-00001-of-00003.safetensors.partial-123-0", "model.partial"}) {
+    directory.Write(name, "half");
+  }
+  MakeCheckpointOptions options = Small(directory.path());
+  options.output_dir = directory.path();
+  options.force = true;
+  ASSERT_TRUE(WriteRandomCheckpoint(options, nullptr).ok());
+  std::set<std::string> left;
+  for (const auto& entry : std::filesystem::directory_iterator(directory.path())) {
+    left.insert(entry.path().filename());
+  }
+  EXPECT_THAT(left, ElementsAre("config.json", "model.partial", "model.safetensors"));
+}
+
 TEST(RandomCheckpointTest, WithoutRouterThereIsNone) {
   const TestDirectory directory;
   MakeCheckpointOptions options = Small(directory.path());
@@ -212,8 +230,8 @@ TEST(RandomCheckpointTest, ImpossibleShapesAreRefused) {
 }
 
 TEST(RandomCheckpointTest, DeepseekGroupsLeaveEnoughExpertsForTopk) {
-  for (const auto& [experts, topk] :
-       std::vector<std::pair<int, int>>{{8, 8}, {7, 5}, {6, 4}, {16, 1}, {1, 1}, {64, 33}}) {
+  for (const auto& [experts, topk] : std::vector<std::pair<int, int>>{
+           {8, 8}, {7, 5}, {6, 4}, {16, 1}, {1, 1}, {64, 33}}) {
     const TestDirectory directory;
     MakeCheckpointOptions options = Small(directory.path());
     options.architecture = "deepseek_v3";
