@@ -12,6 +12,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/client/cpu_time.h"
 #include "tests/client/test_directory.h"
 
 namespace epserve::client {
@@ -143,6 +144,21 @@ TEST(RandomCheckpointTest, ForceRemovesWhatARunThatWasKilledLeft) {
     left.insert(entry.path().filename());
   }
   EXPECT_THAT(left, ElementsAre("config.json", "model.partial", "model.safetensors"));
+}
+
+// Also the index: four times the tensors take about four times as long.
+TEST(RandomCheckpointTest, TimeIsLinearInTheNumberOfTensors) {
+  const TestDirectory directory;
+  MakeCheckpointOptions options = Small(directory.path());
+  options.hidden = options.intermediate = 1;
+  options.num_experts = 2600;
+  options.num_shards = 2;
+  options.force = true;
+  const auto seconds = [&](std::int64_t num_layers) {
+    options.num_layers = num_layers;
+    return LeastCpuSeconds([&] { EXPECT_TRUE(WriteRandomCheckpoint(options, nullptr).ok()); });
+  };
+  EXPECT_LT(seconds(4), 7 * seconds(1));
 }
 
 TEST(RandomCheckpointTest, WithoutRouterThereIsNone) {
