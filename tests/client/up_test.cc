@@ -331,6 +331,18 @@ TEST_F(UpTest, ReadyFileThatCannotBeWrittenIsSaidBeforeAnythingStarts) {
   }
 }
 
+TEST_F(UpTest, ScratchDirectoryThatCannotBeMadeIsSaidWithWhereToSetIt) {
+  const char* const before = getenv("TMPDIR");
+  const std::string kept = before != nullptr ? before : "";
+  setenv("TMPDIR", directory_.File("missing").c_str(), 1);
+  Start();
+  before != nullptr ? setenv("TMPDIR", kept.c_str(), 1) : unsetenv("TMPDIR");
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("FAILED_PRECONDITION"));
+  EXPECT_THAT(directory_.Read("err"), HasSubstr(directory_.File("missing") + "': No such file"));
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("set TMPDIR to"));
+}
+
 TEST_F(UpTest, LogDirectoryThatCannotBeWrittenIsSaidBeforeAnythingStarts) {
   directory_.Write("file", "");
   for (const char* path : {"no/such", "file"}) {
