@@ -324,6 +324,11 @@ absl::Status CheckOptions(const MakeCheckpointOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat("make-checkpoint: --topk ", options.topk,
                                                    " exceeds --experts ", options.num_experts));
   }
+  if (options.architecture == "deepseek_v3" && options.num_experts < 2) {
+    return absl::InvalidArgumentError(
+        "make-checkpoint: --experts 1 is too few for deepseek_v3, which scores a group by the two "
+        "best in it; give at least 2");
+  }
   if (options.dtype == "fp8" && options.architecture != "deepseek_v3") {
     return absl::InvalidArgumentError(absl::StrCat("make-checkpoint: --dtype fp8 is not a type of ",
                                                    options.architecture,

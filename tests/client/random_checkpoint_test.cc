@@ -245,9 +245,22 @@ TEST(RandomCheckpointTest, ImpossibleShapesAreRefused) {
             absl::StatusCode::kInvalidArgument);
 }
 
+TEST(RandomCheckpointTest, DeepseekOfOneExpertIsRefusedAsTheServiceWould) {
+  const TestDirectory directory;
+  MakeCheckpointOptions options = Small(directory.path());
+  options.architecture = "deepseek_v3";
+  options.num_experts = options.topk = 1;
+  const absl::Status refused = WriteRandomCheckpoint(options, nullptr).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("--experts 1"));
+  EXPECT_FALSE(std::filesystem::exists(options.output_dir));
+  options.architecture = "mixtral";
+  EXPECT_TRUE(WriteRandomCheckpoint(options, nullptr).ok());
+}
+
 TEST(RandomCheckpointTest, DeepseekGroupsLeaveEnoughExpertsForTopk) {
   for (const auto& [experts, topk] : std::vector<std::pair<int, int>>{
-           {8, 8}, {7, 5}, {6, 4}, {16, 1}, {1, 1}, {64, 33}}) {
+           {8, 8}, {7, 5}, {6, 4}, {16, 1}, {2, 1}, {3, 3}, {64, 33}}) {
     const TestDirectory directory;
     MakeCheckpointOptions options = Small(directory.path());
     options.architecture = "deepseek_v3";
