@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -34,6 +35,8 @@ class AsOrdinaryUser {
   ~AsOrdinaryUser() {
     if (!changed_) return;
     EXPECT_EQ(::seteuid(0), 0);
+    // The change has taken it away, and LeakSanitizer looks at the process as a debugger does.
+    EXPECT_EQ(::prctl(PR_SET_DUMPABLE, 1), 0);
   }
 
  private:
