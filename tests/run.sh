@@ -46,6 +46,16 @@ while (($#)); do
   shift
 done
 
+# Flags given through the environment are meant for another service; what is left says how the tests
+# run.
+for variable in "${!EPSERVE_@}"; do
+  case "$variable" in
+    EPSERVE_SOAK_SECONDS | EPSERVE_CUDA_IMAGE | EPSERVE_SIM_* | EPSERVE_FUZZ_*) ;;
+    EPSERVE_TEST_SLOWNESS) ;;
+    *) unset "$variable" ;;
+  esac
+done
+
 # With ccache, objects of one checkout serve another: paths count relative to the checkout.
 export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
 # Here the tests in Python have their packages; a test that skips for want of them has failed.

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/command/format.h"
+#include "client/command/interruption.h"
 #include "client/command/progress.h"
 #include "client/command/random_checkpoint.h"
 #include "client/cpp/status.h"
@@ -14,13 +15,14 @@ namespace epserve::client {
 
 absl::Status RunMakeCheckpoint(const MakeCheckpointOptions& options) {
   const absl::Time started = absl::Now();
+  EPC_ASSIGN_OR_RETURN(const auto interruption, Interruption::Create());
   Progress progress("writing");
-  EPC_ASSIGN_OR_RETURN(
-      const CheckpointSummary summary,
-      WriteRandomCheckpoint(options, [&](std::uint64_t written, std::uint64_t total) {
-        progress.Update(static_cast<double>(written) / static_cast<double>(total),
-                        absl::StrCat(FormatBytes(written), " of ", FormatBytes(total)));
-      }));
+  const auto show = [&](std::uint64_t written, std::uint64_t total) {
+    progress.Update(static_cast<double>(written) / static_cast<double>(total),
+                    absl::StrCat(FormatBytes(written), " of ", FormatBytes(total)));
+  };
+  EPC_ASSIGN_OR_RETURN(const CheckpointSummary summary,
+                       WriteRandomCheckpoint(options, show, interruption.get()));
   progress.Hide();
   std::printf("wrote %s: %s, %lld layers of %lld experts, top-%lld, H %lld, I %lld, %s\n",
               options.output_dir.c_str(), options.architecture.c_str(),

@@ -277,7 +277,7 @@ void AddMakeCheckpoint(CLI::App& app, Parsed& parsed) {
                    "Type of the weights: bf16, fp16, fp32, fp8 (deepseek_v3 only)")
       ->check(CLI::IsMember({"bf16", "fp16", "fp32", "fp8"}))
       ->capture_default_str();
-  add("--shards", options.num_shards, 99999, "Files to spread the tensors over");
+  add("--shards", options.num_shards, 900, "Files to spread the tensors over");
   make->add_option("--seed", options.seed, "Seed of the random weights")
       ->check(WholeNumber())
       ->capture_default_str();

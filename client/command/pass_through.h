@@ -61,8 +61,8 @@ inline constexpr PassThrough kPassThrough[] = {
      false, true},
     {"--shm-key-prefix", "Prefix that a client's shared-memory key must have (default: any)", true,
      false},
-    {"--secrets-file", "File of lines '<frontend|worker|operator> <secret>' (default: none)", true,
-     false},
+    {"--secrets-file",
+     "File of lines '<frontend|worker|operator|metrics> <secret>' (default: none)", true, false},
     {"--count-exchange", "How the count matrix is made: coordinator, device, auto (default: auto)",
      true, false},
     {"--row-transport", "How rows reach the workers: shared or messages (default: shared)", true,
@@ -83,6 +83,10 @@ inline constexpr PassThrough kPassThrough[] = {
      "--backend=cuda, nccl or auto where looking leaves two cores, else 0)",
      true, true, true},
     {"--peer-timeout-ms", "Longest wait for a peer, milliseconds (default: the worker's own)",
+     false, true, true},
+    {"--leave-timeout-ms",
+     "Longest that a worker which is told to go waits for the coordinator, and then again for its "
+     "own batches, milliseconds (default: the worker's own)",
      false, true, true},
     {"--log-level", "Least level logged: debug, info, warning, error (default: info)", true, true},
 };

@@ -15,6 +15,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "client/command/undo.h"
 #include "client/cpp/element_type.h"
 #include "client/cpp/reference_config.h"
 #include "client/cpp/safetensors_file.h"
@@ -280,23 +281,9 @@ class TensorMaker {
   std::vector<double> scales_;
 };
 
-// What a run has made on the file system, undone when this goes unless Keep was called: an
-// incomplete checkpoint helps nobody, and its disk may be full.
-class Undo {
- public:
-  ~Undo() {
-    std::error_code ignored;
-    // In the opposite order; a directory that someone else has put something into stays.
-    for (auto path = paths_.rbegin(); path != paths_.rend(); ++path) fs::remove(*path, ignored);
-  }
-  void Add(fs::path path) { paths_.push_back(std::move(path)); }
-  void Keep() { paths_.clear(); }
-
- private:
-  std::vector<fs::path> paths_;
-};
-
-absl::Status WriteText(const std::string& path, const std::string& text) {
+absl::Status WriteText(const std::string& path, const std::string& text, Undo& undo) {
+  Undo::Step step(&undo);
+  step.Made(path);
   std::ofstream file(path, std::ios::binary | std::ios::trunc);
   file << text << "\n";
   if (file.flush()) return absl::OkStatus();
@@ -318,7 +305,8 @@ absl::Status CreateDirectories(const fs::path& path, Undo& undo) {
     if (at == at.parent_path()) break;
   }
   for (auto at = missing.rbegin(); at != missing.rend(); ++at) {
-    if (fs::create_directory(*at, error)) undo.Add(*at);
+    Undo::Step step(&undo);
+    if (fs::create_directory(*at, error)) step.Made(*at);
     if (error) break;
   }
   if (!error && !fs::is_directory(path, error) && !error) {
@@ -335,6 +323,11 @@ absl::Status CheckOptions(const MakeCheckpointOptions& options) {
   if (options.topk > options.num_experts) {
     return absl::InvalidArgumentError(absl::StrCat("make-checkpoint: --topk ", options.topk,
                                                    " exceeds --experts ", options.num_experts));
+  }
+  if (options.architecture == "deepseek_v3" && options.num_experts < 2) {
+    return absl::InvalidArgumentError(
+        "make-checkpoint: --experts 1 is too few for deepseek_v3, which scores a group by the two "
+        "best in it; give at least 2");
   }
   if (options.dtype == "fp8" && options.architecture != "deepseek_v3") {
     return absl::InvalidArgumentError(absl::StrCat("make-checkpoint: --dtype fp8 is not a type of ",
@@ -359,7 +352,10 @@ absl::Status PrepareDirectory(const std::string& path, bool force, Undo& undo) {
   for (const auto& entry : fs::directory_iterator(path, error)) {
     const std::string name = entry.path().filename().string();
     const bool shard = absl::StartsWith(name, "model-") && absl::EndsWith(name, ".safetensors");
-    if (shard || name == kSingleName || name == kIndexName || name == "config.json") {
+    // What a run left that could not undo it.
+    const bool partial =
+        absl::StartsWith(name, "model") && absl::StrContains(name, ".safetensors.partial-");
+    if (shard || partial || name == kSingleName || name == kIndexName || name == "config.json") {
       old.push_back(entry.path());
     }
   }
@@ -396,7 +392,7 @@ std::vector<std::vector<PlannedTensor>> Cut(const std::vector<PlannedTensor>& pl
 
 absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
     const MakeCheckpointOptions& options,
-    const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+    const std::function<void(std::uint64_t, std::uint64_t)>& progress, Interruption* interruption) {
   EPC_RETURN_IF_ERROR(CheckOptions(options));
   const std::vector<PlannedTensor> plan = Plan(options);
   CheckpointSummary summary;
@@ -408,7 +404,7 @@ absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
                                                    " exceeds the ", summary.num_tensors,
                                                    " tensors"));
   }
-  Undo undo;
+  Undo undo(interruption);
   EPC_RETURN_IF_ERROR(PrepareDirectory(options.output_dir, options.force, undo));
 
   const Architecture architecture = ToArchitecture(options.architecture);
@@ -417,6 +413,9 @@ absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
                                                                 : DeepseekConfig(options);
   TensorMaker maker(options.seed);
   Json weight_map = Json::object();
+  // As a list: operator[] would look through all of it each time.
+  auto& places = weight_map.get_ref<Json::object_t&>();
+  places.reserve(plan.size());
   std::uint64_t written = 0;
   const auto shards = Cut(plan, options.num_shards, summary.bytes);
   for (std::size_t i = 0; i < shards.size(); ++i) {
@@ -425,25 +424,29 @@ absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
                                                                   i + 1, shards.size());
     std::vector<TensorSpec> specs;
     for (const PlannedTensor& planned : shards[i]) specs.push_back(planned.spec);
-    EPC_ASSIGN_OR_RETURN(const auto writer,
-                         SafetensorsWriter::Create(options.output_dir + "/" + name, specs));
+    const std::string path = options.output_dir + "/" + name;
+    std::unique_ptr<SafetensorsWriter> writer;
+    {
+      Undo::Step step(&undo);
+      EPC_ASSIGN_OR_RETURN(writer, SafetensorsWriter::Create(path, specs));
+      step.Made(writer->written_path());
+    }
     for (const PlannedTensor& planned : shards[i]) {
       EPC_RETURN_IF_ERROR(writer->Append(maker.Make(planned)));
-      weight_map[planned.spec.name] = name;
+      if (shards.size() > 1) places.emplace_back(planned.spec.name, name);
       written += planned.bytes();
       if (progress) progress(written, summary.bytes);
     }
+    Undo::Step step(&undo);
     EPC_RETURN_IF_ERROR(writer->Finish());
-    undo.Add(options.output_dir + "/" + name);
+    step.Made(path);
   }
   if (shards.size() > 1) {
     const Json index = {{"metadata", {{"total_size", summary.bytes}}}, {"weight_map", weight_map}};
-    undo.Add(options.output_dir + "/" + kIndexName);
-    EPC_RETURN_IF_ERROR(WriteText(options.output_dir + "/" + kIndexName, index.dump(2)));
+    EPC_RETURN_IF_ERROR(WriteText(options.output_dir + "/" + kIndexName, index.dump(2), undo));
   }
   // Last, so that a directory with a config holds a whole checkpoint.
-  undo.Add(options.output_dir + "/config.json");
-  EPC_RETURN_IF_ERROR(WriteText(options.output_dir + "/config.json", config.dump(2)));
+  EPC_RETURN_IF_ERROR(WriteText(options.output_dir + "/config.json", config.dump(2), undo));
   undo.Keep();
   return summary;
 }

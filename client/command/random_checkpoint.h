@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "client/command/interruption.h"
 #include "client/command/options.h"
 
 namespace epserve::client {
@@ -24,13 +25,15 @@ struct CheckpointSummary {
 };
 
 // `progress(written, total)` in bytes, after each tensor; may be null.
-// INVALID_ARGUMENT: K exceeds E, fp8 for another architecture than deepseek_v3, more shards than
-// tensors. FAILED_PRECONDITION: the directory is not empty and `force` is not set. With `force` the
-// files of an older checkpoint are removed first. RESOURCE_EXHAUSTED: the disk is full. After an
-// error nothing is left of what this call wrote and created.
+// INVALID_ARGUMENT: K exceeds E, one expert in deepseek_v3, fp8 for another architecture than that,
+// more shards than tensors. FAILED_PRECONDITION: the directory is not empty and `force` is not set.
+// With `force` the files of an older checkpoint, also of one half-written, are removed first.
+// RESOURCE_EXHAUSTED: the disk is full. After an error, or a signal that `interruption` (may be
+// null) takes, nothing is left of what this call wrote and created.
 absl::StatusOr<CheckpointSummary> WriteRandomCheckpoint(
     const MakeCheckpointOptions& options,
-    const std::function<void(std::uint64_t, std::uint64_t)>& progress);
+    const std::function<void(std::uint64_t, std::uint64_t)>& progress,
+    Interruption* interruption = nullptr);
 
 }  // namespace epserve::client
 

@@ -21,10 +21,13 @@ namespace epserve::client {
 class ScratchDirectory {
  public:
   static absl::StatusOr<std::unique_ptr<ScratchDirectory>> Create() {
-    const char* parent = std::getenv("TMPDIR");
-    std::string path = absl::StrCat(parent != nullptr ? parent : "/tmp", "/epserve-up-XXXXXX");
+    const char* const tmpdir = std::getenv("TMPDIR");
+    const std::string parent = tmpdir != nullptr && *tmpdir != '\0' ? tmpdir : "/tmp";
+    std::string path = parent + "/epserve-up-XXXXXX";
     if (mkdtemp(path.data()) == nullptr) {
-      return absl::InternalError(absl::StrCat("create '", path, "': ", strerror(errno)));
+      return absl::FailedPreconditionError(
+          absl::StrCat("scratch directory in '", parent, "': ", strerror(errno),
+                       "; set TMPDIR to a directory that exists and can be written"));
     }
     return std::unique_ptr<ScratchDirectory>(new ScratchDirectory(path));
   }

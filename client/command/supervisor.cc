@@ -95,6 +95,10 @@ absl::StatusOr<FileHandle> Supervisor::OpenLog(const std::string& name) const {
 }
 
 absl::Status Supervisor::Start(const std::string& name, const std::vector<std::string>& argv) {
+  if (IsRunning(name)) {
+    return absl::InternalError(
+        absl::StrCat("start ", name, ": process ", PidOf(name), " of that name still runs"));
+  }
   Child child;
   child.started = absl::Now();
   FileHandle child_side;
@@ -113,7 +117,7 @@ absl::Status Supervisor::Start(const std::string& name, const std::vector<std::s
   }
   EPC_ASSIGN_OR_RETURN(child.pid, SpawnChild(argv, child_side.get()));
   last_lines_[name].clear();
-  children_.insert_or_assign(name, std::move(child));
+  children_.emplace(name, std::move(child));
   return absl::OkStatus();
 }
 

@@ -53,7 +53,7 @@ class Supervisor {
   Supervisor(const Supervisor&) = delete;
   Supervisor& operator=(const Supervisor&) = delete;
 
-  // REQUIRES: no child of that name runs.
+  // INTERNAL: a child of that name runs, or the system refuses to start one.
   absl::Status Start(const std::string& name, const std::vector<std::string>& argv);
   // Waits for at most `timeout` for output, ends and signals, and returns what happened.
   SupervisorEvents Poll(absl::Duration timeout);

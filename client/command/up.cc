@@ -1,6 +1,5 @@
 #include "client/command/up.h"
 
-#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -28,7 +27,7 @@
 #include "client/command/scratch_directory.h"
 #include "client/command/supervisor.h"
 #include "client/command/terminal.h"
-#include "client/cpp/file_handle.h"
+#include "client/cpp/output_file.h"
 #include "client/cpp/status.h"
 
 namespace epserve::client {
@@ -39,6 +38,7 @@ constexpr char kCoordinator[] = "coordinator";
 constexpr absl::Duration kPollInterval = absl::Milliseconds(50);
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(200);
 constexpr absl::Duration kMaxBackoff = absl::Seconds(10);
+constexpr absl::Duration kReadyFileInterval = absl::Seconds(1);  // between attempts to write it
 // A child that has run for so long starts its backoff anew.
 constexpr absl::Duration kStableLifetime = absl::Seconds(30);
 // What a drained process may take beyond its drain before it is killed.
@@ -54,8 +54,6 @@ std::optional<int> ReadPort(const std::string& path, int least = 1) {
     return std::nullopt;
   return port;
 }
-
-std::string PartialPath(const std::string& ready_file) { return ready_file + ".partial"; }
 
 struct Restart {
   absl::Time at = absl::InfiniteFuture();
@@ -86,6 +84,8 @@ class Session {
   void HandleExit(const ChildExit& exit);
   void TellLastLines(const ChildExit& exit);
   void RestartDue();
+  void ScheduleRestart(Restart& restart);
+  void UpdateReadyFile();
   void ReportReadiness();
   absl::Status Stop();
   void StopOne(const std::vector<std::string>& names, absl::Duration patience);
@@ -111,7 +111,9 @@ class Session {
   std::unique_ptr<Progress> progress_;
   std::unique_ptr<ReadinessWatch> watch_;
   std::map<std::string, Restart> restarts_;
-  std::string told_failure_;  // why the last epoch ended, as it was told while starting
+  absl::Time ready_file_due_ = absl::InfiniteFuture();
+  bool ready_file_failed_ = false;  // as it was told
+  std::string told_failure_;        // why the last epoch ended, as it was told while starting
   int stop_requests_ = 0;
   bool was_ready_ = true;
   absl::Time unready_since_;
@@ -268,22 +270,15 @@ void Session::PrintEndpoints(absl::Duration took) {
 
 absl::Status Session::WriteReadyFile() const {
   if (options_.ready_file.empty()) return absl::OkStatus();
-  const std::string partial = PartialPath(options_.ready_file);
-  {
-    std::ofstream file(partial, std::ios::trunc);
-    file << "grpc=" << address_ << "\nmetrics=" << metrics_address_ << "\nup_pid=" << getpid()
-         << "\ncoordinator_pid=" << supervisor_->PidOf(kCoordinator) << "\n";
-    for (int index = 0; index < options_.num_workers; ++index) {
-      file << "worker_" << index << "_pid=" << supervisor_->PidOf(WorkerName(index)) << "\n";
-    }
-    if (!file.flush())
-      return absl::InvalidArgumentError("--ready-file '" + partial + "': not written");
+  std::string text =
+      absl::StrCat("grpc=", address_, "\nmetrics=", metrics_address_, "\nup_pid=", getpid(),
+                   "\ncoordinator_pid=", supervisor_->PidOf(kCoordinator), "\n");
+  for (int index = 0; index < options_.num_workers; ++index) {
+    absl::StrAppend(&text, "worker_", index, "_pid=", supervisor_->PidOf(WorkerName(index)), "\n");
   }
-  if (rename(partial.c_str(), options_.ready_file.c_str()) != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--ready-file '", options_.ready_file, "': ", strerror(errno)));
-  }
-  return absl::OkStatus();
+  EPC_ASSIGN_OR_RETURN(const auto file, OutputFile::Create(options_.ready_file));
+  EPC_RETURN_IF_ERROR(file->Write(text.data(), text.size()));
+  return file->Finish();
 }
 
 // With --log-dir nobody has seen what the child wrote.
@@ -308,9 +303,13 @@ void Session::HandleExit(const ChildExit& exit) {
   }
   Restart& restart = restarts_[exit.name];
   if (exit.lifetime > kStableLifetime) restart.backoff = kFirstBackoff;
-  restart.at = absl::Now() + restart.backoff;
   Say(Color::kYellow,
       absl::StrCat(what, "; restarting in ", absl::FormatDuration(restart.backoff)));
+  ScheduleRestart(restart);
+}
+
+void Session::ScheduleRestart(Restart& restart) {
+  restart.at = absl::Now() + restart.backoff;
   restart.backoff = std::min(restart.backoff * 2, kMaxBackoff);
 }
 
@@ -318,13 +317,25 @@ void Session::RestartDue() {
   for (auto& [name, restart] : restarts_) {
     if (absl::Now() < restart.at) continue;
     restart.at = absl::InfiniteFuture();
-    absl::Status status = StartChild(name);
-    if (status.ok()) status = WriteReadyFile();
-    if (!status.ok()) {
+    if (const absl::Status status = StartChild(name); !status.ok()) {
       Say(Color::kRed, std::string(status.message()));
-      restart.at = absl::Now() + restart.backoff;
+      ScheduleRestart(restart);
+    } else {
+      ready_file_due_ = absl::Now();  // It has the children's process ids.
     }
   }
+}
+
+// Apart from the restarts: children run whether or not their ids can be written down.
+void Session::UpdateReadyFile() {
+  if (absl::Now() < ready_file_due_) return;
+  const absl::Status status = WriteReadyFile();
+  ready_file_due_ = status.ok() ? absl::InfiniteFuture() : absl::Now() + kReadyFileInterval;
+  if (status.ok() != ready_file_failed_) return;
+  ready_file_failed_ = !status.ok();
+  if (status.ok()) return Say(Color::kGreen, "--ready-file: up to date again");
+  Say(Color::kRed, absl::StrCat("--ready-file: ", status.message(),
+                                "; its process ids are old until it can be written"));
 }
 
 void Session::ReportReadiness() {
@@ -353,6 +364,7 @@ absl::Status Session::Serve() {
   while (stop_requests_ == 0) {
     for (const ChildExit& exit : Poll()) HandleExit(exit);
     RestartDue();
+    UpdateReadyFile();
     ReportReadiness();
     const bool any_due = std::any_of(restarts_.begin(), restarts_.end(), [](const auto& item) {
       return item.second.at != absl::InfiniteFuture();
@@ -435,11 +447,6 @@ absl::Status Session::Run() {
 // Says now what would else be found out only when everything runs.
 absl::Status CheckReadyFile(const std::string& path) {
   if (path.empty()) return absl::OkStatus();
-  const auto refuse = [&](int error) {
-    return absl::InvalidArgumentError(absl::StrCat("--ready-file '", path, "': ", strerror(error),
-                                                   "; name a file in a directory that exists and "
-                                                   "can be written"));
-  };
   struct stat info {};
   if (lstat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(
@@ -447,10 +454,11 @@ absl::Status CheckReadyFile(const std::string& path) {
                      "': is there and is no regular file; it would be "
                      "replaced and removed: name another"));
   }
-  const std::string partial = PartialPath(path);
-  const FileHandle file(open(partial.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
-  if (file.get() < 0) return refuse(errno);
-  unlink(partial.c_str());
+  if (const auto file = OutputFile::Create(path); !file.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--ready-file '", path, "': ", file.status().message(),
+                     "; name a file in a directory that exists and can be written"));
+  }
   unlink(path.c_str());  // What an earlier service left says nothing of this one.
   return absl::OkStatus();
 }

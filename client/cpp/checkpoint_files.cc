@@ -48,20 +48,24 @@ absl::StatusOr<std::string> ReadTextFile(const std::string& path, std::size_t ma
 absl::StatusOr<std::unique_ptr<CheckpointFiles>> CheckpointFiles::Open(
     const std::string& directory) {
   std::unique_ptr<CheckpointFiles> files(new CheckpointFiles(directory));
-  const std::string single = directory + "/model.safetensors";
-  const std::string index = directory + "/model.safetensors.index.json";
-  if (Exists(index)) {
-    EPC_RETURN_IF_ERROR(files->OpenIndex(index));
+  // The single file first, as the service and the original loaders do; one that is there and cannot
+  // be read is not passed over.
+  auto single = SafetensorsFile::Open(directory + "/model.safetensors");
+  if (single.ok()) {
+    for (const auto& [name, entry] : (*single)->entries()) {
+      files->file_of_tensor_[name] = single->get();
+    }
+    files->files_.emplace("model.safetensors", *std::move(single));
     return files;
   }
-  if (!Exists(single)) {
+  if (!absl::IsNotFound(single.status())) return single.status();
+  const std::string index = directory + "/model.safetensors.index.json";
+  if (!Exists(index)) {
     return absl::NotFoundError(absl::StrCat("checkpoint: directory '", directory,
                                             "' holds neither model.safetensors nor "
                                             "model.safetensors.index.json"));
   }
-  EPC_ASSIGN_OR_RETURN(auto file, SafetensorsFile::Open(single));
-  for (const auto& [name, entry] : file->entries()) files->file_of_tensor_[name] = file.get();
-  files->files_.emplace("model.safetensors", std::move(file));
+  EPC_RETURN_IF_ERROR(files->OpenIndex(index));
   return files;
 }
 

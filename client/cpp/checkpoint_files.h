@@ -1,6 +1,6 @@
-// A HuggingFace checkpoint directory's tensors by name: one `model.safetensors`, or the shards that
-// `model.safetensors.index.json` lists. A shard's name must be a plain file name, so that an index
-// cannot lead out of the directory.
+// A HuggingFace checkpoint directory's tensors by name: one `model.safetensors`, or where that is
+// not there the shards that `model.safetensors.index.json` lists. A shard's name must be a plain
+// file name, so that an index cannot lead out of the directory.
 //
 // Thread safety: immutable after Open; Read may be called from several threads.
 #ifndef EPSERVE_CLIENT_CPP_CHECKPOINT_FILES_H_

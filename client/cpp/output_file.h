@@ -24,6 +24,8 @@ class OutputFile {
   OutputFile& operator=(const OutputFile&) = delete;
   ~OutputFile();  // Unfinished: what was there before stays.
 
+  // Where the bytes go until Finish: beside the file, or into it where it is written in place.
+  const std::string& written_path() const { return temporary_.empty() ? path_ : temporary_; }
   absl::Status Write(const char* data, std::size_t size);
   absl::Status Finish();
 

@@ -186,6 +186,9 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
     const std::string& path, const std::vector<TensorSpec>& specs) {
   nlohmann::ordered_json root = nlohmann::ordered_json::object();
   root["__metadata__"] = {{"format", "pt"}};
+  // As a list: operator[] would look through all of it for each tensor.
+  auto& described = root.get_ref<nlohmann::ordered_json::object_t&>();
+  described.reserve(specs.size() + 1);
   std::vector<std::pair<std::string, std::uint64_t>> pending;
   std::set<std::string> names;
   std::uint64_t offset = 0;
@@ -197,9 +200,10 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
                        "' is given twice, has no name or a bad shape ", ShapeString(spec.shape)));
     }
     const std::uint64_t bytes = static_cast<std::uint64_t>(*count) * ElementSize(spec.type);
-    root[spec.name] = {{"dtype", SafetensorsName(spec.type)},
-                       {"shape", spec.shape},
-                       {"data_offsets", {offset, offset + bytes}}};
+    described.emplace_back(spec.name,
+                           nlohmann::ordered_json{{"dtype", SafetensorsName(spec.type)},
+                                                  {"shape", spec.shape},
+                                                  {"data_offsets", {offset, offset + bytes}}});
     pending.emplace_back(spec.name, bytes);
     offset += bytes;
   }

@@ -73,6 +73,8 @@ class SafetensorsWriter {
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
+  // Where the bytes go until Finish: a name of its own beside `path`, or `path` itself.
+  const std::string& written_path() const { return file_->written_path(); }
   // The next tensor's bytes, in the order of `specs`. INVALID_ARGUMENT: not the size its spec says.
   absl::Status Append(std::string_view bytes);
   // FAILED_PRECONDITION: some tensors were not appended.

@@ -74,7 +74,8 @@ using LoadProgress = std::function<void(std::uint64_t loaded, std::uint64_t tota
 class Checkpoint {
  public:
   // NOT_FOUND: the directory, a file or a tensor is missing. INVALID_ARGUMENT: config.json or a
-  // tensor's type or shape says something that cannot be served. DATA_LOSS: a file is damaged.
+  // tensor's type or shape says something that cannot be served. DATA_LOSS: a file is damaged. A
+  // file that is there and cannot be opened: as of InputFile::Open.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& directory);
 
   const ModelConfig& config() const { return config_; }

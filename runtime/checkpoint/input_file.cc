@@ -27,6 +27,30 @@ absl::Status RefuseName(std::string_view name) {
                    "expected"));
 }
 
+// Only what is not there is NOT_FOUND: a checkpoint is looked for under another name then, and a
+// file that is there must not be passed over.
+absl::Status CannotOpen(const std::string& path, int error) {
+  const std::string message =
+      absl::StrCat("checkpoint: ", path, " cannot be opened: ", std::strerror(error));
+  switch (error) {
+    case ENOENT:
+    case ENOTDIR:
+      return absl::NotFoundError(message);
+    case EACCES:
+    case EPERM:
+      return absl::PermissionDeniedError(absl::StrCat(
+          message, "; make it, and the directories on the way, readable by uid ", ::geteuid()));
+    case EMFILE:
+      return absl::ResourceExhaustedError(
+          absl::StrCat(message, "; raise this process's limit (ulimit -n)"));
+    case ENFILE:
+      return absl::ResourceExhaustedError(
+          absl::StrCat(message, "; raise this machine's limit (sysctl fs.file-max)"));
+    default:
+      return absl::FailedPreconditionError(message);
+  }
+}
+
 bool IsPlainName(std::string_view name) {
   return !name.empty() && name.size() <= 255 && name != "." && name != ".." &&
          name.find('/') == std::string_view::npos && name.find('\0') == std::string_view::npos;
@@ -38,16 +62,10 @@ absl::StatusOr<InputFile> InputFile::Open(const std::string& directory, std::str
   if (!IsPlainName(name)) return RefuseName(name);
   const std::string file(name);
   UniqueFd dir(::open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
-  if (!dir.valid()) {
-    return absl::NotFoundError(absl::StrCat("checkpoint: directory ", directory,
-                                            " cannot be opened: ", std::strerror(errno)));
-  }
+  if (!dir.valid()) return CannotOpen("directory " + directory, errno);
   // O_NONBLOCK: a FIFO in the place of the file must not hang the start.
   UniqueFd fd(::openat(dir.get(), file.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!fd.valid()) {
-    return absl::NotFoundError(absl::StrCat("checkpoint: ", directory, "/", file,
-                                            " cannot be opened: ", std::strerror(errno)));
-  }
+  if (!fd.valid()) return CannotOpen(absl::StrCat(directory, "/", file), errno);
   struct stat info {};
   if (::fstat(fd.get(), &info) != 0 || !S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(

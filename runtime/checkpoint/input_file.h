@@ -17,8 +17,10 @@ namespace epserve::runtime {
 class InputFile {
  public:
   // Opens `directory`/`name`. NOT_FOUND: there is no such file. INVALID_ARGUMENT: the name is not a
-  // plain file name, or the file is not a regular one. Symbolic links are followed wherever they
-  // lead: the hub's download cache is made of links out of the snapshot's directory.
+  // plain file name, or the file is not a regular one. It is there and cannot be opened:
+  // PERMISSION_DENIED, RESOURCE_EXHAUSTED (no file descriptors left), else FAILED_PRECONDITION.
+  // Symbolic links are followed wherever they lead: the hub's download cache is made of links out
+  // of the snapshot's directory.
   static absl::StatusOr<InputFile> Open(const std::string& directory, std::string_view name);
 
   const std::string& name() const { return name_; }

@@ -98,9 +98,10 @@ TEST(OptionsTest, HelpAndVersionAreTextWithoutACommand) {
 }
 
 TEST(OptionsTest, UpHandsFlagsOnToThoseWhoTakeThem) {
-  const auto up = ParseAs<UpOptions>(
-      {"up", "--checkpoint=dir", "--max-batch-tokens=128", "--queue-capacity=9",
-       "--peer-timeout-ms=50", "--busy-poll-us=20", "--allow-client-shm", "--log-format=json"});
+  const auto up =
+      ParseAs<UpOptions>({"up", "--checkpoint=dir", "--max-batch-tokens=128", "--queue-capacity=9",
+                          "--peer-timeout-ms=50", "--leave-timeout-ms=60", "--busy-poll-us=20",
+                          "--allow-client-shm", "--log-format=json"});
   EXPECT_THAT(up.coordinator_args, Contains("--max-batch-tokens=128"));
   EXPECT_THAT(up.worker_args, Contains("--max-batch-tokens=128"));
   EXPECT_THAT(up.coordinator_args, Contains("--queue-capacity=9"));
@@ -109,6 +110,8 @@ TEST(OptionsTest, UpHandsFlagsOnToThoseWhoTakeThem) {
   EXPECT_THAT(up.worker_args, Contains("--busy-poll-us=20"));
   EXPECT_THAT(up.worker_args, Contains("--peer-timeout-ms=50"));
   EXPECT_THAT(up.coordinator_args, Not(Contains("--peer-timeout-ms=50")));
+  EXPECT_THAT(up.worker_args, Contains("--leave-timeout-ms=60"));
+  EXPECT_THAT(up.coordinator_args, Not(Contains("--leave-timeout-ms=60")));
   EXPECT_THAT(up.coordinator_args, Contains("--allow-client-shm"));
   EXPECT_THAT(up.coordinator_args, Contains("--log-format=json"));
   EXPECT_THAT(up.worker_args, Contains("--log-format=json"));
@@ -194,13 +197,12 @@ TEST(OptionsTest, UnknownFlagIsNamedBeforeOneThatIsMissing) {
 }
 
 TEST(OptionsTest, UpHandsTheCoordinatorsLimitsOn) {
-  const auto up =
-      ParseAs<UpOptions>({"up", "--checkpoint=x", "--max-held-bytes=100000", "--max-connections=7",
-                          "--message-timeout-ms=20", "--stream-idle-timeout-ms=30",
-                          "--reply-timeout-ms=40"});
-  for (const char* flag : {"--max-held-bytes=100000", "--max-connections=7",
-                           "--message-timeout-ms=20", "--stream-idle-timeout-ms=30",
-                           "--reply-timeout-ms=40"}) {
+  const auto up = ParseAs<UpOptions>({"up", "--checkpoint=x", "--max-held-bytes=100000",
+                                      "--max-connections=7", "--message-timeout-ms=20",
+                                      "--stream-idle-timeout-ms=30", "--reply-timeout-ms=40"});
+  for (const char* flag :
+       {"--max-held-bytes=100000", "--max-connections=7", "--message-timeout-ms=20",
+        "--stream-idle-timeout-ms=30", "--reply-timeout-ms=40"}) {
     EXPECT_THAT(up.coordinator_args, ::testing::Contains(flag));
     EXPECT_THAT(up.worker_args, ::testing::Not(::testing::Contains(flag)));
   }

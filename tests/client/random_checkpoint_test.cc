@@ -12,11 +12,13 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/client/cpu_time.h"
 #include "tests/client/test_directory.h"
 
 namespace epserve::client {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 MakeCheckpointOptions Small(const std::string& directory) {
@@ -127,6 +129,38 @@ TEST(RandomCheckpointTest, DirectoryThatIsNotEmptyIsLeftAloneWithoutForce) {
   EXPECT_TRUE(ReferenceModel::Open(directory.path()).ok());
 }
 
+TEST(RandomCheckpointTest, ForceRemovesWhatARunThatWasKilledLeft) {
+  const TestDirectory directory;
+  for (const char* name : {"model.safetensors.partial-17-0",
+                           "model-00001-of-00003.safetensors.partial-123-0", "model.partial"}) {
+    directory.Write(name, "half");
+  }
+  MakeCheckpointOptions options = Small(directory.path());
+  options.output_dir = directory.path();
+  options.force = true;
+  ASSERT_TRUE(WriteRandomCheckpoint(options, nullptr).ok());
+  std::set<std::string> left;
+  for (const auto& entry : std::filesystem::directory_iterator(directory.path())) {
+    left.insert(entry.path().filename());
+  }
+  EXPECT_THAT(left, ElementsAre("config.json", "model.partial", "model.safetensors"));
+}
+
+// Also the index: four times the tensors take about four times as long.
+TEST(RandomCheckpointTest, TimeIsLinearInTheNumberOfTensors) {
+  const TestDirectory directory;
+  MakeCheckpointOptions options = Small(directory.path());
+  options.hidden = options.intermediate = 1;
+  options.num_experts = 2600;
+  options.num_shards = 2;
+  options.force = true;
+  const auto seconds = [&](std::int64_t num_layers) {
+    options.num_layers = num_layers;
+    return LeastCpuSeconds([&] { EXPECT_TRUE(WriteRandomCheckpoint(options, nullptr).ok()); });
+  };
+  EXPECT_LT(seconds(4), 7 * seconds(1));
+}
+
 TEST(RandomCheckpointTest, WithoutRouterThereIsNone) {
   const TestDirectory directory;
   MakeCheckpointOptions options = Small(directory.path());
@@ -211,9 +245,22 @@ TEST(RandomCheckpointTest, ImpossibleShapesAreRefused) {
             absl::StatusCode::kInvalidArgument);
 }
 
+TEST(RandomCheckpointTest, DeepseekOfOneExpertIsRefusedAsTheServiceWould) {
+  const TestDirectory directory;
+  MakeCheckpointOptions options = Small(directory.path());
+  options.architecture = "deepseek_v3";
+  options.num_experts = options.topk = 1;
+  const absl::Status refused = WriteRandomCheckpoint(options, nullptr).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("--experts 1"));
+  EXPECT_FALSE(std::filesystem::exists(options.output_dir));
+  options.architecture = "mixtral";
+  EXPECT_TRUE(WriteRandomCheckpoint(options, nullptr).ok());
+}
+
 TEST(RandomCheckpointTest, DeepseekGroupsLeaveEnoughExpertsForTopk) {
-  for (const auto& [experts, topk] :
-       std::vector<std::pair<int, int>>{{8, 8}, {7, 5}, {6, 4}, {16, 1}, {1, 1}, {64, 33}}) {
+  for (const auto& [experts, topk] : std::vector<std::pair<int, int>>{
+           {8, 8}, {7, 5}, {6, 4}, {16, 1}, {2, 1}, {3, 3}, {64, 33}}) {
     const TestDirectory directory;
     MakeCheckpointOptions options = Small(directory.path());
     options.architecture = "deepseek_v3";

@@ -57,6 +57,20 @@ TEST_F(ReferenceModelTest, TinyExpertsGiveTheValuesComputedByHand) {
   }
 }
 
+TEST_F(ReferenceModelTest, SingleFileIsReadBeforeAnIndexBesideItAsTheServiceDoes) {
+  WriteMixtral(ElementType::kF32);
+  directory_.Write("model.safetensors.index.json",
+                   R"({"weight_map":{"x":"model-00001-of-00001.safetensors"}})");
+  EXPECT_TRUE(ReferenceModel::Open(directory_.path()).ok());
+  std::filesystem::remove(directory_.File("model.safetensors"));
+  EXPECT_THAT(std::string(ReferenceModel::Open(directory_.path()).status().message()),
+              HasSubstr("model-00001-of-00001.safetensors"));
+  // One that is there and cannot be opened is not passed over for the index.
+  std::filesystem::create_symlink("model.safetensors", directory_.File("model.safetensors"));
+  EXPECT_THAT(std::string(ReferenceModel::Open(directory_.path()).status().message()),
+              HasSubstr("/model.safetensors'"));
+}
+
 TEST_F(ReferenceModelTest, UnusedSlotsCountNothingAndRepeatedIdsTwice) {
   WriteMixtral(ElementType::kF32);
   const auto model = ReferenceModel::Open(directory_.path());

@@ -13,6 +13,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/client/cpu_time.h"
 #include "tests/client/test_directory.h"
 
 namespace epserve::client {
@@ -190,6 +191,23 @@ TEST_F(SafetensorsFileTest, UnfinishedWriterLeavesNothing) {
     EXPECT_EQ((*writer)->Finish().code(), absl::StatusCode::kFailedPrecondition);
   }
   EXPECT_TRUE(std::filesystem::is_empty(directory_.path()));
+}
+
+// Four times the tensors take about four times as long.
+TEST(SafetensorsWriterTest, TimeIsLinearInTheNumberOfTensors) {
+  const TestDirectory directory;
+  const auto seconds = [&](int num_tensors) {
+    std::vector<TensorSpec> specs;
+    for (int i = 0; i < num_tensors; ++i) {
+      specs.push_back({"model.layers.1.mlp.experts." + std::to_string(100'000 + i) + ".up",
+                       ElementType::kF32,
+                       {1, 1}});
+    }
+    return LeastCpuSeconds([&] {
+      EXPECT_TRUE(SafetensorsWriter::Create(directory.File("x.safetensors"), specs).ok());
+    });
+  };
+  EXPECT_LT(seconds(32'000), 7 * seconds(8'000));
 }
 
 TEST(SafetensorsWriterTest, FullDiskIsResourceExhausted) {

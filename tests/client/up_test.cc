@@ -100,7 +100,7 @@ class UpTest : public ::testing::Test {
   }
   std::map<std::string, std::string> ReadyFile() {
     std::map<std::string, std::string> values;
-    std::istringstream lines(directory_.Read("ready"));
+    std::istringstream lines(directory_.Read(ready_file_));
     for (std::string line; std::getline(lines, line);) {
       values.insert(
           std::pair<std::string, std::string>(absl::StrSplit(line, absl::MaxSplits('=', 1))));
@@ -227,6 +227,29 @@ TEST_F(UpTest, CrashedWorkerIsRestartedAndNobodyElse) {
   EXPECT_EQ(Wait(), 0);
 }
 
+TEST_F(UpTest, ReadyFileThatCannotBeWrittenStartsNoChildTwice) {
+  std::filesystem::create_directory(directory_.File("run"));
+  ready_file_ = "run/ready";
+  Start();
+  ASSERT_TRUE(Eventually([&] { return std::filesystem::exists(directory_.File(ready_file_)); }));
+  ASSERT_TRUE(Eventually([&] { return Lines("started-worker-1").size() == 1; }));
+  const pid_t crashed = Pid("worker_1");
+  std::filesystem::rename(directory_.File("run"), directory_.File("away"));
+  kill(crashed, SIGKILL);
+  EXPECT_TRUE(Eventually([&] {
+    return directory_.Read("err").find("/run/ready': No such file") != std::string::npos;
+  })) << directory_.Read("err");
+  std::filesystem::rename(directory_.File("away"), directory_.File("run"));
+  EXPECT_TRUE(Eventually([&] { return Pid("worker_1") > 0 && Pid("worker_1") != crashed; }));
+  // The one that is in the file is the second in all: nobody was started beside it.
+  const std::string restarted = absl::StrCat(Pid("worker_1"), " ");
+  EXPECT_TRUE(Eventually([&] { return Lines("started-worker-1").back().find(restarted) == 0; }));
+  EXPECT_EQ(Lines("started-worker-1").size(), 2u);
+  kill(pid_, SIGTERM);
+  EXPECT_EQ(Wait(), 0);
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("--ready-file: up to date again"));
+}
+
 TEST_F(UpTest, CrashedCoordinatorComesBackAtTheSameAddress) {
   Start();
   ASSERT_TRUE(WaitReady()) << directory_.Read("err");
@@ -306,6 +329,18 @@ TEST_F(UpTest, ReadyFileThatCannotBeWrittenIsSaidBeforeAnythingStarts) {
     EXPECT_THAT(directory_.Read("err"), HasSubstr("--ready-file '" + directory_.File(path)));
     EXPECT_FALSE(std::filesystem::exists(directory_.File("started-coordinator"))) << path;
   }
+}
+
+TEST_F(UpTest, ScratchDirectoryThatCannotBeMadeIsSaidWithWhereToSetIt) {
+  const char* const before = getenv("TMPDIR");
+  const std::string kept = before != nullptr ? before : "";
+  setenv("TMPDIR", directory_.File("missing").c_str(), 1);
+  Start();
+  before != nullptr ? setenv("TMPDIR", kept.c_str(), 1) : unsetenv("TMPDIR");
+  EXPECT_EQ(Wait(), 1);
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("FAILED_PRECONDITION"));
+  EXPECT_THAT(directory_.Read("err"), HasSubstr(directory_.File("missing") + "': No such file"));
+  EXPECT_THAT(directory_.Read("err"), HasSubstr("set TMPDIR to"));
 }
 
 TEST_F(UpTest, LogDirectoryThatCannotBeWrittenIsSaidBeforeAnythingStarts) {

@@ -77,6 +77,25 @@ def test_making_a_checkpoint_over_an_existing_one_is_refused(checkpoint):
     assert (directory / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_make_checkpoint_leaves_nothing(tmp_path, number):
+    directory = tmp_path / "new" / "checkpoint"
+    program = Program(
+        tmp_path / "make.log", "epserve", "make-checkpoint", "--output", directory,
+        "--layers", 64, "--hidden", 2048, "--intermediate", 2048, "--shards", 300,
+    )  # fmt: skip
+    try:
+        wait_until(
+            lambda: list(directory.glob("model-00002-*.partial-*")), 30, "the second shard"
+        )
+        program.send(number)
+        assert program.wait(10) == -number
+    finally:
+        if program.alive():
+            program.kill()
+    assert not (tmp_path / "new").exists()
+
+
 # ---- infer
 
 

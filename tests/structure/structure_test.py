@@ -258,6 +258,14 @@ class Readme(unittest.TestCase):
         tabled = set(re.findall(r"(?m)^\|\s*`(--[a-z][a-z0-9-]*)", self.text))
         self.assertEqual(set(), tabled - known)
 
+    def test_up_hands_on_every_flag_that_it_does_not_set_itself(self):
+        own = {
+            "--coordinator", "--device", "--health-listen", "--local-rank", "--metrics-port-file",
+            "--port-file", "--version", "--worker-id",
+        }  # fmt: skip
+        children = self.flags["epserve-coordinator"] | self.flags["epserve-worker"]
+        self.assertEqual(set(), children - own - self.flags["epserve up"])
+
     def test_every_metric_is_in_the_readme(self):
         source = (ROOT / "server" / "coordinator" / "metrics.cc").read_text()
         names = set(re.findall(r'"(epserve_[a-z_]+)"', source))
