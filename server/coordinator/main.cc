@@ -29,6 +29,7 @@
 #include "runtime/base/unique_fd.h"
 #include "runtime/checkpoint/checkpoint.h"
 #include "server/common/file_limit.h"
+#include "server/common/standard_streams.h"
 #include "server/coordinator/coordinator.h"
 #include "server/coordinator/grpc_log.h"
 #include "server/coordinator/options.h"
@@ -186,6 +187,10 @@ int Main(int argc, const char* const* argv) {
   // process at every lock of gRPC.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   KeepFreedMemory();
+  if (const absl::Status guarded = server::GuardStandardStreams(); !guarded.ok()) {
+    runtime::LogFailure(guarded);
+    return 1;
+  }
   const absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-coordinator: %s\n",

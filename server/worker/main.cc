@@ -16,6 +16,7 @@
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 #include "runtime/engine/engine.h"
+#include "server/common/standard_streams.h"
 #include "server/worker/clock.h"
 #include "server/worker/health_port.h"
 #include "server/worker/make_engine.h"
@@ -40,7 +41,6 @@ sigset_t BlockSignals() {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  signal(SIGPIPE, SIG_IGN);
   return signals;
 }
 
@@ -87,6 +87,9 @@ int Main(int argc, char** argv) {
   // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
   // process at every lock of gRPC.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  if (const absl::Status guarded = server::GuardStandardStreams(); !guarded.ok()) {
+    return Fail(guarded);
+  }
   absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-worker: %s\n", std::string(parsed.status().message()).c_str());
