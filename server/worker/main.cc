@@ -1,4 +1,5 @@
 // epserve-worker: flags, signals, and the daemon's exit code.
+#include <grpc/support/log.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -31,6 +32,7 @@ constexpr int kUsageExitCode = 2;
 
 int Fail(const absl::Status& status) {
   runtime::LogFailure(status);
+  runtime::FlushLog();
   return EXIT_FAILURE;
 }
 
@@ -83,6 +85,15 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   return config;
 }
 
+// gRPC's own lines would stand on stderr beside ours and wait for whoever reads it; what they tell
+// of, our calls' errors do.
+void TakeGrpcLog() {
+  gpr_set_log_function([](gpr_log_func_args* args) {
+    runtime::LogDebug("grpc",
+                      {{"file", args->file}, {"line", args->line}, {"text", args->message}});
+  });
+}
+
 int Main(int argc, char** argv) {
   // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
   // process at every lock of gRPC.
@@ -103,6 +114,7 @@ int Main(int argc, char** argv) {
   const absl::Status log =
       runtime::InitLog("epserve-worker", options.log_level, options.log_format);
   if (!log.ok()) return Fail(log);
+  TakeGrpcLog();
   const sigset_t signals = BlockSignals();
   if (!options.secret_file.empty()) {  // Read for each stream; a bad one is told of at once.
     const absl::StatusOr<std::string> secret = server::ReadSecret(options.secret_file);
@@ -128,7 +140,7 @@ int Main(int argc, char** argv) {
   if (!status.ok()) code = Fail(status);
   // Without destructors: a load that is under way would be waited for, and the signal thread still
   // refers to the worker. Run has released what outlives a process.
-  std::fflush(nullptr);
+  runtime::FlushLog();
   std::_Exit(code);
 }
 

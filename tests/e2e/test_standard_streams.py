@@ -24,6 +24,23 @@ def test_daemons_whose_log_nobody_reads_any_more_serve_and_drain(checkpoint, sta
             serve_and_drain(cluster)
 
 
+def test_daemons_whose_log_waits_for_its_reader_serve_and_drain(checkpoint, start_cluster):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"." * 4096):
+            pass
+    os.set_blocking(writer, True)
+    with open(reader, "rb") as log, contextlib.closing(os.fdopen(writer, "wb", 0)) as stderr:
+        with start_cluster(checkpoint(), workers=1, program_options={"stderr": stderr}) as cluster:
+            serve_and_drain(cluster)
+            # Who reads again gets what has waited.
+            cluster.start_coordinator()
+            stderr.close()
+            while b"listening" not in (text := log.readline()):
+                assert text, "the log has ended"
+
+
 def test_daemons_without_standard_streams_give_their_numbers_to_dev_null(checkpoint, start_cluster):
     def close():
         os.close(0)

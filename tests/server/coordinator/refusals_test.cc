@@ -31,6 +31,7 @@ class RefusalsTest : public ::testing::Test {
   static std::string LogOf(Refuse refuse) {
     ::testing::internal::CaptureStderr();
     refuse();
+    runtime::FlushLog();
     return ::testing::internal::GetCapturedStderr();
   }
 
