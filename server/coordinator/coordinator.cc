@@ -292,6 +292,12 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   HostHooks hooks;
   hooks.on_drained = std::move(on_drained);
   hooks.on_serving = [raw = parts.get()](bool serving) { raw->SetReady(serving); };
+  hooks.on_worker_refused = [raw = parts->refusals.get()](const HelloInfo& hello,
+                                                          const absl::Status& status,
+                                                          bool comes_back) {
+    raw->OnWorker(comes_back ? Refusals::Worker::kTurnedAway : Refusals::Worker::kRejected, hello,
+                  status);
+  };
   EPS_ASSIGN_OR_RETURN(const int reclaimed, runtime::ReclaimStaleHeaps(options.cluster_id));
   if (reclaimed > 0) {
     runtime::LogInfo("stale_segments_reclaimed",
@@ -307,7 +313,8 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
       std::make_unique<InferService>(MakeFrontDoorOptions(options, model), parts->regions.get(),
                                      parts->host.get(), parts->host.get());
   parts->infer->AddTo(&parts->server);
-  AddControlService(parts->host.get(), MakeHelloPolicy(options, model, pace), &parts->server);
+  AddControlService(parts->host.get(), MakeHelloPolicy(options, model, pace),
+                    parts->refusals.get(), &parts->server);
   AddAdminService(parts->host.get(), {options.cluster_id, EPSERVE_VERSION, options.model_name},
                   &parts->server);
   parts->health.AddTo(&parts->server);

@@ -72,8 +72,12 @@ def test_second_worker_of_one_name_waits_and_does_not_disturb_the_first(
             "--coordinator", cluster.target, "--worker-id", "w0",
         )  # fmt: skip
         cluster.programs.append(second)
-        turned_away = lambda: cluster.coordinator.log().count("worker_turned_away")
+        turned_away = lambda: cluster.metrics()['epserve_refused_total{reason="worker"}']
         wait_until(lambda: turned_away() > 2, 10, "it has tried again")
+        # However often it comes back, the log tells of it once a minute.
+        log = cluster.coordinator.log()
+        assert log.count("worker_turned_away worker=w0") == 1
+        assert log.count("worker_hello worker=w0") == 2
         assert "--worker-id of its own" in second.log()
         assert relative_error(infer(cluster, *batch), served.ffn(*batch)) <= 1e-5
         assert (cluster.status().epoch, first.alive()) == (epoch, True)
