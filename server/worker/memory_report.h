@@ -15,7 +15,8 @@ namespace epserve::worker {
 
 struct AvailableMemory {
   std::uint64_t memory_bytes = 0;
-  // What bounds it: "MemAvailable", a control group's memory.max, or "GPU 0 (NVIDIA H200)".
+  // What bounds it: "MemAvailable", a control group's memory.max (version 1: its
+  // memory.limit_in_bytes), or "GPU 0 (NVIDIA H200)".
   std::string memory_limit;
   // Free in /dev/shm, where the heap lies, which counts twice; nothing for a heap on a GPU.
   std::optional<std::uint64_t> shm_bytes;
