@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -17,7 +16,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "runtime/base/log.h"
-#include "runtime/base/status.h"
 #include "runtime/engine/engine.h"
 #include "server/common/file_limit.h"
 #include "server/common/standard_streams.h"
@@ -88,16 +86,6 @@ class SignalTaker {
   Worker* worker_ = nullptr;  // guarded by mutex_
 };
 
-// What the engine's memory plan is held against: its device's memory, or the host's.
-absl::StatusOr<AvailableMemory> ReadMemoryOf(const runtime::Engine& engine) {
-  EPS_ASSIGN_OR_RETURN(const std::optional<runtime::DeviceMemory> device,
-                       engine.ReadDeviceMemory());
-  if (!device) return ReadAvailableMemory("", "/dev/shm");
-  return AvailableMemory{.memory_bytes = device->available_bytes,
-                         .memory_limit = device->name,
-                         .shm_bytes = std::nullopt};
-}
-
 WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   WorkerConfig config;
   config.coordinator.target = options.coordinator;
@@ -114,7 +102,7 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   config.peer_timeout = absl::Milliseconds(options.peer_timeout_ms);
   config.leave_timeout = absl::Milliseconds(options.leave_timeout_ms);
   config.now_us = SteadyNowUs;
-  config.available_memory = [&engine] { return ReadMemoryOf(engine); };
+  config.available_memory = [&engine] { return ReadMemoryFor(engine, "", "/dev/shm"); };
   config.progress_on_terminal = isatty(STDERR_FILENO) == 1;
   return config;
 }

@@ -113,6 +113,20 @@ absl::StatusOr<AvailableMemory> ReadAvailableMemory(const std::string& root,
   return available;
 }
 
+absl::StatusOr<AvailableMemory> ReadMemoryFor(const runtime::Engine& engine,
+                                              const std::string& root, const std::string& shm_dir) {
+  EPS_ASSIGN_OR_RETURN(const std::optional<runtime::DeviceMemory> device,
+                       engine.ReadDeviceMemory());
+  if (device) {
+    return AvailableMemory{.memory_bytes = device->available_bytes,
+                           .memory_limit = device->name,
+                           .shm_bytes = std::nullopt};
+  }
+  EPS_ASSIGN_OR_RETURN(AvailableMemory available, ReadAvailableMemory(root, shm_dir));
+  available.memory_bytes += engine.held_host_bytes();
+  return available;
+}
+
 std::uint64_t ResidentBytes() {
   std::ifstream statm("/proc/self/statm");
   std::uint64_t size_pages = 0;

@@ -27,6 +27,11 @@ struct AvailableMemory {
 absl::StatusOr<AvailableMemory> ReadAvailableMemory(const std::string& root,
                                                     const std::string& shm_dir);
 
+// What the engine's memory plan is held against: its device's memory, or the host's; with what the
+// engine holds already.
+absl::StatusOr<AvailableMemory> ReadMemoryFor(const runtime::Engine& engine,
+                                              const std::string& root, const std::string& shm_dir);
+
 // Resident memory of this process; 0 where it cannot be read.
 std::uint64_t ResidentBytes();
 

@@ -8,6 +8,8 @@
 #include <fstream>
 #include <string>
 
+#include "tests/server/worker/fake_engine.h"
+
 namespace epserve::worker {
 namespace {
 
@@ -75,6 +77,14 @@ TEST_F(MemoryReportTest, ContainerOfVersion1SeesItsOwnGroupAtTheMount) {
   const auto available = ReadAvailableMemory(root_, root_);
   ASSERT_TRUE(available.ok()) << available.status();
   EXPECT_EQ(available->memory_bytes, kMiB);
+}
+
+TEST_F(MemoryReportTest, WhatTheEngineHoldsIsAvailableToIt) {
+  FakeEngine engine;
+  engine.set_held_host_bytes(3 * kMiB);
+  const auto available = ReadMemoryFor(engine, root_, root_);
+  ASSERT_TRUE(available.ok()) << available.status();
+  EXPECT_EQ(available->memory_bytes, 11 * kMiB);
 }
 
 TEST_F(MemoryReportTest, MissingMeminfoNamesTheFile) {
