@@ -17,7 +17,8 @@ constexpr std::size_t kMaxWaitingBytes = 1 << 20;
 // A line is written in some 20 us. A tenth of a second is long enough for a thread of a machine
 // that is busy, and far less than the lease of a worker that would wait so long.
 constexpr std::chrono::milliseconds kPatience{100};
-// After a wait in vain: a reader that is merely slow costs its writers a tenth of their time then.
+// After a wait in vain, also where the reader has caught up before: one that is merely slow costs
+// its writers a tenth of their time then.
 constexpr std::chrono::seconds kWaitsAgainAfter{1};
 
 void WriteAll(int fd, std::string_view text) {
@@ -74,11 +75,11 @@ void LineWriter::Write(std::string line) {
   }
   has_work_.notify_one();
   const TimePoint now = std::chrono::steady_clock::now();
-  if (now < waits_again_at_) return;
-  const bool done = progressed_.wait_until(lock, now + kPatience, [this, number] {
-    return last_written_ >= number || waits_again_at_ > std::chrono::steady_clock::now();
-  });
+  if (reader_is_late_ || now < waits_again_at_) return;
+  const bool done = progressed_.wait_until(
+      lock, now + kPatience, [this, number] { return last_written_ >= number || reader_is_late_; });
   if (done) return;
+  reader_is_late_ = true;
   waits_again_at_ = std::chrono::steady_clock::now() + kWaitsAgainAfter;
   progressed_.notify_all();
 }
@@ -104,6 +105,7 @@ void LineWriter::Run() {
     lock.lock();
     writing_ = false;
     last_written_ = line.number;
+    if (waiting_.empty()) reader_is_late_ = false;
     progressed_.notify_all();
   }
 }

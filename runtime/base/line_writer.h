@@ -1,7 +1,8 @@
 // Writes lines to a descriptor whose reader may stop reading: a pipe to a pager, a terminal after
 // Ctrl-S. A thread of its own writes; who has a line waits until it is written, so that a process
-// that ends says all it had to, but only for a moment, and then for none of the next lines. They
-// wait here up to a bound; beyond it the oldest are dropped and counted.
+// that ends says all it had to, but only for a moment, and then for none of the next lines until
+// the reader has caught up. They wait here up to a bound; beyond it the oldest are dropped and
+// counted.
 //
 // Thread-safe; the lines of one thread keep their order. Of no use in a child made by fork, which
 // the thread is not in.
@@ -60,7 +61,8 @@ class LineWriter {
   std::uint64_t last_written_ = 0;  // likewise
   bool writing_ = false;
   bool stopping_ = false;
-  TimePoint waits_again_at_;  // Nobody waits before.
+  bool reader_is_late_ = false;  // since a wait in vain, until all is written; nobody waits
+  TimePoint waits_again_at_;     // Nobody waits before.
 
   std::thread thread_;
 };

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -74,6 +75,22 @@ TEST_F(LineWriterTest, NobodyWaitsForAReaderThatStopsAndNothingIsLostOfWhatFits)
   EXPECT_FALSE(lines.Flush(milliseconds(10)));
   EXPECT_EQ(ReadUntil(absl::StrCat("line ", kLines - 1, "\n")), expected);
   EXPECT_TRUE(lines.Flush(kLong));
+}
+
+TEST_F(LineWriterTest, AReaderThatHasStoppedIsWaitedForOnce) {
+  LineWriter lines(writer_.get(), Missing);
+  const std::string large(8000, 'x');  // More than the pipe takes.
+  lines.Write(absl::StrCat(large, "\n"));
+  auto shortest = Clock::duration::max();
+  for (int i = 0; i < 3; ++i) {
+    // Longer than nobody waits after one that has waited.
+    std::this_thread::sleep_for(milliseconds(1100));
+    const auto began = Clock::now();
+    lines.Write("next\n");
+    shortest = std::min(shortest, Clock::now() - began);
+  }
+  EXPECT_LT(shortest, milliseconds(50));
+  EXPECT_EQ(ReadUntil("next\nnext\nnext\n").size(), 4U);
 }
 
 TEST_F(LineWriterTest, OldestLinesAreDroppedBeyondTheBoundAndTheirNumberIsTold) {
