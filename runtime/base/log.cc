@@ -1,7 +1,8 @@
 #include "runtime/base/log.h"
 
-#include <spdlog/sinks/stdout_sinks.h>
-#include <spdlog/spdlog.h>
+#include <spdlog/logger.h>
+#include <spdlog/sinks/sink.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdio>
@@ -11,22 +12,35 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/line_writer.h"
 
 namespace epserve::runtime {
 namespace {
 
+constexpr std::chrono::seconds kFlushPatience{1};
+
+std::string LinesDropped(std::int64_t num_lines);
+
+// Messages are whole lines already.
+class WriterSink final : public spdlog::sinks::sink {
+ public:
+  explicit WriterSink(LineWriter* writer) : writer_(writer) {}
+  void log(const spdlog::details::log_msg& message) override {
+    writer_->Write(std::string(message.payload.data(), message.payload.size()));
+  }
+  void flush() override {}
+  void set_pattern(const std::string&) override {}
+  void set_formatter(std::unique_ptr<spdlog::formatter>) override {}
+
+ private:
+  LineWriter* const writer_;
+};
+
 struct LogState {
   std::string program = "epserve";
   LogFormat format = LogFormat::kText;
-  std::shared_ptr<spdlog::logger> logger = MakeLogger();
-
-  static std::shared_ptr<spdlog::logger> MakeLogger() {
-    auto sink = std::make_shared<spdlog::sinks::stderr_sink_mt>();
-    auto logger = std::make_shared<spdlog::logger>("epserve", std::move(sink));
-    logger->set_pattern("%v");
-    logger->flush_on(spdlog::level::trace);
-    return logger;
-  }
+  LineWriter writer{STDERR_FILENO, LinesDropped};
+  spdlog::logger logger{"epserve", std::make_shared<WriterSink>(&writer)};
 };
 
 LogState& State() {
@@ -89,6 +103,19 @@ std::string TextValue(const LogField& field) {
   return plain ? field.value : JsonString(field.value);
 }
 
+std::string StampedLine(LogLevel level, std::string_view event, std::span<const LogField> fields) {
+  const LogState& state = State();
+  const std::string body = FormatLogLine(state.format, level, state.program, event, fields);
+  return state.format == LogFormat::kText
+             ? absl::StrCat(TimeStamp(), " ", body, "\n")
+             : absl::StrCat("{\"time\":\"", TimeStamp(), "\",", body, "}\n");
+}
+
+std::string LinesDropped(std::int64_t num_lines) {
+  const LogFields fields = {{"lines", num_lines}, {"cause", "nobody read the log"}};
+  return StampedLine(LogLevel::kWarning, "log_lines_dropped", {fields.begin(), fields.size()});
+}
+
 }  // namespace
 
 LogField::LogField(std::string_view k, double v) : key(k), value(absl::StrCat(v)) {
@@ -117,7 +144,7 @@ absl::Status InitLog(std::string_view program, std::string_view level, std::stri
   }
   state.program = std::string(program);
   state.format = format == "json" ? LogFormat::kJson : LogFormat::kText;
-  state.logger->set_level(threshold);
+  state.logger.set_level(threshold);
   return absl::OkStatus();
 }
 
@@ -144,19 +171,18 @@ std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view pro
 void LogFailure(const absl::Status& status) {
   const LogState& state = State();
   if (state.format == LogFormat::kJson) return LogError("failed", {{"error", status}});
-  std::fprintf(stderr, "%s: %s\n", state.program.c_str(), std::string(status.message()).c_str());
+  LogText(absl::StrCat(state.program, ": ", status.message(), "\n"));
 }
+
+void LogText(std::string text) { State().writer.Write(std::move(text)); }
+
+void FlushLog() { State().writer.Flush(kFlushPatience); }
 
 void Log(LogLevel level, std::string_view event, std::span<const LogField> fields) {
   LogState& state = State();
   const spdlog::level::level_enum spdlog_level = SpdlogLevel(level);
-  if (!state.logger->should_log(spdlog_level)) return;
-  const std::string body = FormatLogLine(state.format, level, state.program, event, fields);
-  if (state.format == LogFormat::kText) {
-    state.logger->log(spdlog_level, "{} {}", TimeStamp(), body);
-  } else {
-    state.logger->log(spdlog_level, "{{\"time\":\"{}\",{}}}", TimeStamp(), body);
-  }
+  if (!state.logger.should_log(spdlog_level)) return;
+  state.logger.log(spdlog_level, StampedLine(level, event, fields));
 }
 
 }  // namespace epserve::runtime

@@ -1,4 +1,6 @@
-// Structured logs: one event, then key=value pairs, or one JSON object a line. Thread-safe.
+// Structured logs: one event, then key=value pairs, or one JSON object a line. Thread-safe. A line
+// is written when its call returns; where nobody reads stderr, calls return all the same, and the
+// lines wait (see line_writer.h).
 //
 //   LogInfo("worker_joined", {{"worker", id}, {"rank", 3}});
 //   2026-01-02T03:04:05.678Z INFO epserve-coordinator worker_joined worker=w0 rank=3
@@ -58,8 +60,14 @@ inline void LogError(std::string_view event, LogFields fields = {}) {
 }
 
 // Why the program ends, as its last line on stderr: for people as "<program>: <message>", in JSON
-// an error of the event "failed", whatever level is logged.
+// an error of the event "failed", whatever level is logged. Call FlushLog before the end.
 void LogFailure(const absl::Status& status);
+
+// Writes `text` as it is, in turn with the lines of the log; for what a terminal shows.
+void LogText(std::string text);
+
+// Gives lines that wait for a reader a last second; they are lost with the process.
+void FlushLog();
 
 // The line that Log would write, without its time stamp; for tests.
 std::string FormatLogLine(LogFormat format, LogLevel level, std::string_view program,

@@ -285,7 +285,9 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   EPS_ASSIGN_OR_RETURN(const InputFile config_file, InputFile::Open(directory, kConfigFile));
   EPS_ASSIGN_OR_RETURN(const std::string text, config_file.ReadAll(kMaxConfigBytes));
   auto checkpoint = std::unique_ptr<Checkpoint>(new Checkpoint);
-  EPS_ASSIGN_OR_RETURN(checkpoint->config_, ParseModelConfig(text, kConfigFile));
+  EPS_ASSIGN_OR_RETURN(
+      checkpoint->config_,
+      ParseModelConfig(text, absl::StrCat(directory, "/", std::string(kConfigFile))));
   EPS_ASSIGN_OR_RETURN(TensorTable table, TensorTable::Open(directory));
   EPS_RETURN_IF_ERROR(Builder(table, checkpoint.get()).Build());
   checkpoint->files_ = std::move(table).TakeFiles();

@@ -127,6 +127,10 @@ class Engine {
     return std::nullopt;
   }
 
+  // Of the host's memory, what LoadExperts would keep, or give back before it takes more. Not while
+  // it runs.
+  virtual std::uint64_t held_host_bytes() const { return 0; }
+
   // Loads the experts that `rank` owns in every layer, reading no other expert's bytes. Keeps what
   // it holds if the placement and rank are those already loaded. `progress(loaded, total)` in
   // bytes.

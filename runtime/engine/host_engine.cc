@@ -38,6 +38,7 @@ class HostEngine final : public EngineBase {
   bool runs_on_any_thread() const override { return true; }
 
   absl::StatusOr<MemoryPlan> PlanMemory(const Placement& placement, int rank) const override;
+  std::uint64_t held_host_bytes() const override { return held_bytes_; }
   absl::Status LoadExperts(
       const Placement& placement, int rank,
       const std::function<void(std::uint64_t, std::uint64_t)>& progress) override;
@@ -71,6 +72,7 @@ class HostEngine final : public EngineBase {
 
   // Set by LoadExperts, read by batches.
   ExpertWeights weights_;
+  std::uint64_t held_bytes_ = 0;  // by weights_
   std::uint64_t file_bytes_ = 0;  // that the last load read
   std::vector<std::unique_ptr<BatchSlot>> slots_;
 
@@ -110,12 +112,14 @@ absl::Status HostEngine::LoadExperts(
   SetUnloaded();  // Until all is there again, nothing is.
   if (!held) {
     weights_ = {};  // Gives its memory back before more is taken.
+    held_bytes_ = 0;
     EPS_ASSIGN_OR_RETURN(
         weights_, checkpoint_->LoadExpertRange(
                       first, num, [&](std::uint64_t loaded_bytes, std::uint64_t total_bytes) {
                         file_bytes_ = total_bytes;
                         if (progress) progress(loaded_bytes, total_bytes);
                       }));
+    held_bytes_ = checkpoint_->HeldExpertBytes(num);
   } else if (progress) {
     progress(file_bytes_, file_bytes_);
   }

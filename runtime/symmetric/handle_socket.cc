@@ -37,6 +37,9 @@ constexpr absl::Duration kAnswerTimeout = absl::Seconds(1);
 // How long a socket may be bound before it is listened to.
 constexpr absl::Duration kLongestStart = absl::Minutes(1);
 constexpr int kBacklog = 64;  // callers that wait; there are no more ranks
+// Before the next try where a caller cannot be taken in, for want of file descriptors: it still
+// waits, so that poll() would not.
+constexpr int kRetryMs = 100;
 
 struct Request {
   std::uint64_t magic = kMagic;
@@ -58,6 +61,22 @@ absl::Status SocketError(const char* call, const std::string& address) {
     return absl::UnavailableError(message);
   }
   return absl::InternalError(message);
+}
+
+// The result of `call`, made again while signals interrupt it. A socket with a timeout is
+// interrupted whatever the handler says, and by SIGCONT too: a container that was paused goes on.
+template <typename Call>
+ssize_t Uninterrupted(Call call) {
+  ssize_t result;
+  do {
+    result = call();
+  } while (result < 0 && errno == EINTR);
+  return result;
+}
+
+bool ReadWhole(int connection, void* data, std::size_t bytes) {
+  return Uninterrupted([&] { return recv(connection, data, bytes, MSG_WAITALL); }) ==
+         static_cast<ssize_t>(bytes);
 }
 
 absl::StatusOr<socklen_t> FillAddress(const std::string& address, sockaddr_un* out) {
@@ -241,7 +260,11 @@ void HandleServer::Serve() {
     if ((fds[1].revents & POLLIN) != 0) return;
     if ((fds[0].revents & POLLIN) == 0) continue;
     const UniqueFd connection(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    if (connection.valid()) Answer(connection.get());
+    if (connection.valid()) {
+      Answer(connection.get());
+    } else {
+      poll(&fds[1], 1, kRetryMs);
+    }
   }
 }
 
@@ -249,17 +272,14 @@ void HandleServer::Answer(int connection) const {
   // A stranger is told nothing.
   if (!SameUser(connection) || !SetTimeouts(connection, kAnswerTimeout, address_).ok()) return;
   Request request;
-  if (recv(connection, &request, sizeof(request), MSG_WAITALL) != sizeof(request)) return;
+  if (!ReadWhole(connection, &request, sizeof(request))) return;
   if (request.magic != kMagic && request.magic != kNumberedMagic) return;
   // Read to its end before it is refused, or closing would reset the connection.
   std::uint64_t id = 0;
-  if (request.magic == kNumberedMagic &&
-      recv(connection, &id, sizeof(id), MSG_WAITALL) != sizeof(id)) {
-    return;
-  }
+  if (request.magic == kNumberedMagic && !ReadWhole(connection, &id, sizeof(id))) return;
   if (!SecretsMatch(request.secret, secret_)) {
     const Reply refusal{.magic = kRefusedMagic};
-    (void)send(connection, &refusal, sizeof(refusal), MSG_NOSIGNAL);
+    Uninterrupted([&] { return send(connection, &refusal, sizeof(refusal), MSG_NOSIGNAL); });
     return;
   }
   const absl::StatusOr<OfferedHandle> offered = offer_(id);
@@ -283,7 +303,7 @@ void HandleServer::Answer(int connection) const {
     std::memcpy(CMSG_DATA(header), &fd, sizeof(fd));
   }
   // A peer that went away gets nothing, and asks again if it still lives.
-  (void)sendmsg(connection, &message, MSG_NOSIGNAL);
+  Uninterrupted([&] { return sendmsg(connection, &message, MSG_NOSIGNAL); });
 }
 
 namespace {
@@ -297,7 +317,8 @@ absl::StatusOr<OfferedHandle> TakeReply(int connection, const std::string& addre
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
-  const ssize_t received = recvmsg(connection, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
+  const ssize_t received =
+      Uninterrupted([&] { return recvmsg(connection, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL); });
   if (received < 0) return SocketError("recvmsg", address);
   const cmsghdr* header = CMSG_FIRSTHDR(&message);
   OfferedHandle result;
@@ -341,7 +362,9 @@ absl::StatusOr<OfferedHandle> Fetch(const std::string& address, const std::strin
   const UniqueFd connection(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!connection.valid()) return SocketError("socket", address);
   EPS_RETURN_IF_ERROR(SetTimeouts(connection.get(), timeout, address));
-  if (connect(connection.get(), reinterpret_cast<sockaddr*>(&name), length) != 0) {
+  if (Uninterrupted([&] {
+        return connect(connection.get(), reinterpret_cast<sockaddr*>(&name), length);
+      }) != 0) {
     return SocketError("connect", address);
   }
   if (!SameUser(connection.get())) {
@@ -353,8 +376,9 @@ absl::StatusOr<OfferedHandle> Fetch(const std::string& address, const std::strin
   std::memcpy(request.secret, secret.data(), secret.size());
   std::string bytes(reinterpret_cast<const char*>(&request), sizeof(request));
   if (id) bytes.append(reinterpret_cast<const char*>(&*id), sizeof(*id));
-  if (send(connection.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL) !=
-      static_cast<ssize_t>(bytes.size())) {
+  if (Uninterrupted([&] {
+        return send(connection.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
+      }) != static_cast<ssize_t>(bytes.size())) {
     return SocketError("send", address);
   }
   return TakeReply(connection.get(), address);

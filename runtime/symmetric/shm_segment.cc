@@ -17,8 +17,8 @@ namespace epserve::runtime {
 namespace {
 
 absl::Status SystemError(const char* call, const std::string& name, int error) {
-  return absl::InternalError(
-      absl::StrCat("shared memory: ", call, " of ", name, " failed: ", std::strerror(error)));
+  return absl::InternalError(absl::StrCat("shared memory: ", call, " of ", name,
+                                          " failed: ", std::strerror(error), ShmRemedy(error)));
 }
 
 absl::Status NoSpace(std::uint64_t needed_bytes, const std::string& free_bytes) {
@@ -56,6 +56,17 @@ absl::Status Reserve(const UniqueFd& fd, const std::string& name, std::uint64_t 
 }
 
 }  // namespace
+
+std::string ShmRemedy(int error) {
+  if (error == EMFILE || error == ENFILE) {
+    return "; raise the limit of open files (ulimit -n, or fs.file-max)";
+  }
+  if (error == EACCES || error == EPERM || error == EROFS || error == ENOENT || error == ENOTDIR) {
+    return absl::StrCat("; mount a tmpfs at ", kShmDirectory, " that user ", ::geteuid(),
+                        " may read and write");
+  }
+  return "";
+}
 
 void SegmentName::Unlink() {
   if (name_.empty()) return;

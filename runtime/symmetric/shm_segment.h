@@ -18,6 +18,10 @@ namespace epserve::runtime {
 // Where the names of POSIX shared memory stand as files on Linux.
 inline constexpr char kShmDirectory[] = "/dev/shm";
 
+// What helps where a system call on kShmDirectory fails with `error`, to end a message with; may be
+// empty.
+std::string ShmRemedy(int error);
+
 // A name in the shared-memory namespace ("/epserve-..."), removed when this goes.
 class SegmentName {
  public:

@@ -63,8 +63,9 @@ absl::StatusOr<int> ReclaimStaleHeaps(const std::string& cluster_id) {
   EPS_RETURN_IF_ERROR(ValidateClusterId(cluster_id));
   const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(kShmDirectory), &::closedir);
   if (directory == nullptr) {
+    const int error = errno;
     return absl::InternalError(absl::StrCat("reclaim stale heaps: opendir of ", kShmDirectory,
-                                            " failed: ", std::strerror(errno)));
+                                            " failed: ", std::strerror(error), ShmRemedy(error)));
   }
   const std::string prefix = absl::StrCat("epserve-", cluster_id, "-");
   int reclaimed = 0;

@@ -1,5 +1,9 @@
 #include "server/coordinator/access_policy.h"
 
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <utility>
@@ -59,7 +63,10 @@ absl::StatusOr<AccessPolicy> AccessPolicy::Create(const std::string& secrets_fil
   if (secrets_file.empty()) return policy;
   std::ifstream file(secrets_file);
   if (!file) {
-    return absl::NotFoundError(absl::StrCat("secrets: file ", secrets_file, " cannot be read"));
+    const std::string why = std::strerror(errno);
+    return absl::NotFoundError(absl::StrCat("secrets: file ", secrets_file, " cannot be read (",
+                                            why, "); give one that user ", ::geteuid(),
+                                            " may read"));
   }
   constexpr std::size_t kLeastBytes = 16;
   std::string line;

@@ -13,7 +13,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "epserve/v1/control.pb.h"
-#include "runtime/base/log.h"
 #include "server/common/grpc_status.h"
 #include "server/coordinator/control_proto_convert.h"
 #include "server/rpc/messages.h"
@@ -33,8 +32,8 @@ constexpr std::size_t kMaxWaitingMessages = 1024;
 // flight; where the peer does not read, TryCancel makes that write fail.
 class ControlStream final : public server::CallHandler, public WorkerStream {
  public:
-  ControlStream(server::ServerCall* call, Host* host, const HelloPolicy* policy)
-      : call_(call), host_(host), policy_(policy), id_(host->NewStreamId()) {}
+  ControlStream(server::ServerCall* call, Host* host, const HelloPolicy* policy, Refusals* refusals)
+      : call_(call), host_(host), policy_(policy), refusals_(refusals), id_(host->NewStreamId()) {}
 
   // Takes the reference that gRPC holds until OnDone, and begins to read.
   void Begin(std::shared_ptr<ControlStream> self) {
@@ -148,10 +147,10 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
       return absl::FailedPreconditionError("control: the first message is no Hello");
     }
     HelloInfo hello = FromProto(incoming_.hello());
+    hello.peer = call_->context().peer();
     absl::Status checked = CheckHello(hello, *policy_);
     if (!checked.ok()) {
-      runtime::LogWarning("worker_rejected",
-                          {{"worker", hello.worker_id}, {"node", hello.node}, {"status", checked}});
+      refusals_->OnWorker(Refusals::Worker::kRejected, hello, checked);
       Send(RejectWorker{id_, checked.code(), std::string(checked.message())});
       return checked;
     }
@@ -203,6 +202,7 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
   server::ServerCall* const call_;
   Host* const host_;
   const HelloPolicy* const policy_;
+  Refusals* const refusals_;
   const StreamId id_;
 
   // Of the read in flight; the queue orders its callbacks.
@@ -229,12 +229,13 @@ class ControlStream final : public server::CallHandler, public WorkerStream {
 
 }  // namespace
 
-void AddControlService(Host* host, HelloPolicy policy, server::RpcServer* server) {
+void AddControlService(Host* host, HelloPolicy policy, Refusals* refusals,
+                       server::RpcServer* server) {
   server->Handle(
       "/epserve.v1.Control/Connect",
-      [host, shared = std::make_shared<const HelloPolicy>(std::move(policy))](
+      [host, refusals, shared = std::make_shared<const HelloPolicy>(std::move(policy))](
           server::ServerCall* call) -> server::CallHandler* {
-        auto stream = std::make_shared<ControlStream>(call, host, shared.get());
+        auto stream = std::make_shared<ControlStream>(call, host, shared.get(), refusals);
         ControlStream* const begun = stream.get();
         begun->Begin(std::move(stream));
         return begun;

@@ -5,12 +5,14 @@
 
 #include "server/coordinator/hello_check.h"
 #include "server/coordinator/host.h"
+#include "server/coordinator/refusals.h"
 #include "server/rpc/rpc_server.h"
 
 namespace epserve::coordinator {
 
-// `host` outlives the server's Stop().
-void AddControlService(Host* host, HelloPolicy policy, server::RpcServer* server);
+// `host` and `refusals` outlive the server's Stop().
+void AddControlService(Host* host, HelloPolicy policy, Refusals* refusals,
+                       server::RpcServer* server);
 
 }  // namespace epserve::coordinator
 

@@ -4,12 +4,14 @@
 #include <grpcpp/server_builder.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <mutex>
 #include <string_view>
 #include <utility>
@@ -123,19 +125,39 @@ FrontDoorOptions MakeFrontDoorOptions(const Options& options, const runtime::Mod
 
 absl::Status CannotBind(const std::string& address, const char* flag) {
   return absl::UnavailableError(absl::StrCat("listen: address ", address,
-                                             " cannot be bound; free it or give another ", flag));
+                                             " cannot be bound: another process has it, or it is "
+                                             "none of this machine's that this user may have; free "
+                                             "it or give another ",
+                                             flag));
+}
+
+// Of what gRPC says no more than that it could not.
+absl::Status CheckDirectoryOf(const std::string& path, const std::string& address,
+                              const char* flag) {
+  std::string directory = std::filesystem::path(path).parent_path();
+  if (directory.empty()) directory = ".";
+  if (::access(directory.c_str(), W_OK | X_OK) == 0) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("listen: address ", address, " cannot be bound: its directory ", directory,
+                   " cannot be written to (", std::strerror(errno), "); create it, let user ",
+                   ::geteuid(), " write to it, or give another ", flag));
 }
 
 // gRPC puts its own socket in the place of one that is there, whoever serves it. A file that nobody
-// answers at is what a killed server left, and may be replaced. Other addresses: OK.
-absl::Status CheckNobodyAnswersAt(std::string_view address) {
+// answers at is what a killed server left, and may be replaced. Addresses that are no path: OK.
+absl::Status CheckUnixSocket(std::string_view address, const char* flag) {
   constexpr std::string_view kScheme = "unix:";
   if (!address.starts_with(kScheme)) return absl::OkStatus();
   std::string_view path = address.substr(kScheme.size());
   if (path.starts_with("//")) path.remove_prefix(2);
   sockaddr_un peer{};
   peer.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(peer.sun_path)) return absl::OkStatus();  // gRPC refuses it.
+  if (path.size() >= sizeof(peer.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "listen: the path of ", flag, " ", std::string(address), " has ", path.size(),
+        " bytes, a Unix socket's at most ", sizeof(peer.sun_path) - 1, "; give a shorter one"));
+  }
+  EPS_RETURN_IF_ERROR(CheckDirectoryOf(std::string(path), std::string(address), flag));
   std::copy(path.begin(), path.end(), peer.sun_path);
   const runtime::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!fd.valid()) {
@@ -147,7 +169,8 @@ absl::Status CheckNobodyAnswersAt(std::string_view address) {
   if (result != 0 && errno != EAGAIN) return absl::OkStatus();
   return absl::UnavailableError(absl::StrCat("listen: address ", std::string(address),
                                              " is served by another process; stop it or give "
-                                             "another --listen"));
+                                             "another ",
+                                             flag));
 }
 
 HelloPolicy MakeHelloPolicy(const Options& options, const runtime::ModelInfo& model,
@@ -194,8 +217,9 @@ struct Coordinator::Parts {
 
   absl::Status StartServer(const Options& options) {
     for (const std::string& address : options.listen) {
-      EPS_RETURN_IF_ERROR(CheckNobodyAnswersAt(address));
+      EPS_RETURN_IF_ERROR(CheckUnixSocket(address, "--listen"));
     }
+    EPS_RETURN_IF_ERROR(CheckUnixSocket(options.health_listen, "--health-listen"));
     grpc::ServerBuilder builder;
     ApplyServerLimits(static_cast<int>(options.max_message_bytes), builder);
     // Without this a second coordinator would share the port silently.
@@ -292,6 +316,12 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
   HostHooks hooks;
   hooks.on_drained = std::move(on_drained);
   hooks.on_serving = [raw = parts.get()](bool serving) { raw->SetReady(serving); };
+  hooks.on_worker_refused = [raw = parts->refusals.get()](const HelloInfo& hello,
+                                                          const absl::Status& status,
+                                                          bool comes_back) {
+    raw->OnWorker(comes_back ? Refusals::Worker::kTurnedAway : Refusals::Worker::kRejected, hello,
+                  status);
+  };
   EPS_ASSIGN_OR_RETURN(const int reclaimed, runtime::ReclaimStaleHeaps(options.cluster_id));
   if (reclaimed > 0) {
     runtime::LogInfo("stale_segments_reclaimed",
@@ -307,7 +337,8 @@ absl::StatusOr<std::unique_ptr<Coordinator>> Coordinator::Create(const Options& 
       std::make_unique<InferService>(MakeFrontDoorOptions(options, model), parts->regions.get(),
                                      parts->host.get(), parts->host.get());
   parts->infer->AddTo(&parts->server);
-  AddControlService(parts->host.get(), MakeHelloPolicy(options, model, pace), &parts->server);
+  AddControlService(parts->host.get(), MakeHelloPolicy(options, model, pace), parts->refusals.get(),
+                    &parts->server);
   AddAdminService(parts->host.get(), {options.cluster_id, EPSERVE_VERSION, options.model_name},
                   &parts->server);
   parts->health.AddTo(&parts->server);

@@ -313,12 +313,14 @@ void Host::Handle(NewStream& opened) {
   event.held_num_ranks = opened.hello.held_num_ranks;
   event.backend = opened.hello.backend;
   event.device_counts = opened.hello.device_counts;
-  runtime::LogInfo("worker_hello", {{"worker", opened.hello.worker_id},
-                                    {"node", opened.hello.node},
-                                    {"pid", opened.hello.process.pid},
-                                    {"backend", opened.hello.backend},
-                                    {"last_epoch", opened.hello.last_epoch},
-                                    {"held_rank", opened.hello.held_rank}});
+  if (hello_limit_.Allows(opened.hello.incarnation)) {  // One that may not join comes for ever.
+    runtime::LogInfo("worker_hello", {{"worker", opened.hello.worker_id},
+                                      {"node", opened.hello.node},
+                                      {"pid", opened.hello.process.pid},
+                                      {"backend", opened.hello.backend},
+                                      {"last_epoch", opened.hello.last_epoch},
+                                      {"held_rank", opened.hello.held_rank}});
+  }
   StreamRecord& record = streams_[opened.id];
   record.stream = std::move(opened.stream);
   record.hello = std::move(opened.hello);

@@ -36,6 +36,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/common/log_limit.h"
 #include "server/coordinator/batch_store.h"
 #include "server/coordinator/device_regions.h"
 #include "server/coordinator/front_door/device_region_host.h"
@@ -75,6 +76,9 @@ struct RowTransport {
 struct HostHooks {
   std::function<void(bool serving)> on_serving;
   std::function<void()> on_drained;  // nothing accepted is left after DrainCluster()
+  // May not join; `comes_back`: not now.
+  std::function<void(const HelloInfo& hello, const absl::Status& status, bool comes_back)>
+      on_worker_refused;
 };
 
 // The word for a worker's state in the admin service and the metrics.
@@ -237,6 +241,7 @@ class Host : public RequestSink, public DeviceRegionHost, private DeviceRegionAc
   std::string arena_handle_;  // of arena_epoch_; empty: there is none
   Metrics* const metrics_;
   const HostHooks hooks_;
+  server::LogLimit hello_limit_;
   std::atomic<bool> ready_{false};
   std::atomic<bool> wants_input_taken_{false};
   std::atomic<StreamId> next_stream_{1};

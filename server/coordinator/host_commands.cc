@@ -128,6 +128,9 @@ void Host::Execute(RejectWorker& command) {
   const auto it = streams_.find(command.stream);
   if (it == streams_.end()) return;
   const absl::Status reason(command.code, command.message);
+  if (hooks_.on_worker_refused) {
+    hooks_.on_worker_refused(it->second.hello, reason, /*comes_back=*/false);
+  }
   it->second.stream->Send(std::move(command));
   it->second.stream->Close(reason, /*flush=*/true);
 }
@@ -135,8 +138,11 @@ void Host::Execute(RejectWorker& command) {
 void Host::Execute(CloseStream& command) {
   const auto it = streams_.find(command.stream);
   if (it == streams_.end()) return;
-  it->second.stream->Close(absl::AbortedError(absl::StrCat("control: ", command.reason)),
-                           /*flush=*/false);
+  const absl::Status reason = absl::AbortedError(absl::StrCat("control: ", command.reason));
+  if (command.turned_away && hooks_.on_worker_refused) {
+    hooks_.on_worker_refused(it->second.hello, reason, /*comes_back=*/true);
+  }
+  it->second.stream->Close(reason, /*flush=*/false);
   LeaveRegions(command.stream);
   EraseStream(command.stream);
 }

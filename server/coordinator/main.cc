@@ -29,6 +29,7 @@
 #include "runtime/base/unique_fd.h"
 #include "runtime/checkpoint/checkpoint.h"
 #include "server/common/file_limit.h"
+#include "server/common/standard_streams.h"
 #include "server/coordinator/coordinator.h"
 #include "server/coordinator/grpc_log.h"
 #include "server/coordinator/options.h"
@@ -166,6 +167,7 @@ absl::Status Serve(const Options& options) {
   bool listener_lost = false;
   if (!ServeUntilDrained(*coordinator, signal_fd.get(), drained_fd.get(), lost_fd.get(),
                          &listener_lost)) {
+    runtime::FlushLog();
     ::_exit(1);  // At once: a second signal, or no way to wait for one.
   }
   UnblockSignals();  // From here a signal kills.
@@ -181,11 +183,20 @@ absl::Status Serve(const Options& options) {
   return absl::OkStatus();
 }
 
+int Fail(const absl::Status& status) {
+  runtime::LogFailure(status);
+  runtime::FlushLog();
+  return 1;
+}
+
 int Main(int argc, const char* const* argv) {
   // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
   // process at every lock of gRPC.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   KeepFreedMemory();
+  if (const absl::Status guarded = server::GuardStandardStreams(); !guarded.ok()) {
+    return Fail(guarded);
+  }
   const absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-coordinator: %s\n",
@@ -196,10 +207,8 @@ int Main(int argc, const char* const* argv) {
     return std::fputs(parsed->text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0 ? 0 : 1;
   }
   const absl::Status served = Serve(*parsed->options);
-  if (!served.ok()) {
-    runtime::LogFailure(served);
-    return 1;
-  }
+  if (!served.ok()) return Fail(served);
+  runtime::FlushLog();
   return 0;
 }
 

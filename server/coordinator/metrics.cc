@@ -21,7 +21,7 @@ constexpr std::array<const char*, kNumPhaseMetrics> kPhaseNames = {
 constexpr std::array<const char*, kNumRegionWays> kRegionWays = {"direct", "copied", "device"};
 constexpr std::array<const char*, kNumOutputWays> kOutputWays = {"lent", "copied"};
 constexpr std::array<const char*, kNumRefusalReasons> kRefusalReasons = {
-    "max_connections", "access", "handshake", "half_messages"};
+    "max_connections", "access", "handshake", "half_messages", "worker"};
 constexpr std::array<const char*, 6> kWorkerStates = {"loading", "loaded",  "forming",
                                                       "serving", "standby", "draining"};
 constexpr char kOtherHandle[] = "other";

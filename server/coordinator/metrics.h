@@ -29,9 +29,9 @@ inline constexpr int kNumOutputWays = 2;
 
 // Why callers are turned away before anybody looks at what they ask for: too many connections have
 // calls under way; their certificate or secret does not do; no TLS connection came about; they hold
-// the memory of messages that are not whole.
-enum class RefusalReason { kMaxConnections, kAccess, kHandshake, kHalfMessages };
-inline constexpr int kNumRefusalReasons = 4;
+// the memory of messages that are not whole; they are workers that may not join.
+enum class RefusalReason { kMaxConnections, kAccess, kHandshake, kHalfMessages, kWorker };
+inline constexpr int kNumRefusalReasons = 5;
 
 class Metrics {
  public:

@@ -9,6 +9,7 @@
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 #include "server/common/command_line.h"
+#include "server/coordinator/front_door/shm_registry.h"
 
 namespace epserve::coordinator {
 namespace {
@@ -234,6 +235,13 @@ absl::Status ValidateOptions(const Options& options) {
     }
   }
   EPS_RETURN_IF_ERROR(ValidateSecurity(options));
+  for (const std::string& prefix : options.shm_key_prefixes) {
+    if (IsKeyPrefix(prefix)) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("options: --shm-key-prefix \"", prefix,
+                     "\" begins no key that a client may have: keys are [A-Za-z0-9_.-]{1,255}, "
+                     "without their leading slashes, and neither epserve-* nor sem.*"));
+  }
   // It becomes part of names of shared memory and sockets on the workers.
   const bool safe_id =
       !options.cluster_id.empty() && options.cluster_id.size() <= 64 &&

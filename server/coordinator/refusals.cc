@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "runtime/base/log.h"
 #include "server/common/peer_host.h"
 
@@ -45,6 +46,20 @@ void Refusals::OnHalfMessages(const std::string& peer, std::uint64_t num_bytes) 
                        {"cause",
                         "messages that are not whole hold what gRPC may buffer, and most of "
                         "it came from here"}});
+}
+
+void Refusals::OnWorker(Worker what, const HelloInfo& hello, const absl::Status& status) {
+  metrics_->AddRefusal(RefusalReason::kWorker);
+  std::string reason(status.message());
+  // One that is started again and again has another name each time, where it goes by its pid.
+  if (!hello.worker_id.empty()) absl::StrReplaceAll({{hello.worker_id, ""}}, &reason);
+  if (!worker_limit_.Allows(absl::StrCat(reason, " ", PeerHost(hello.peer)))) return;
+  runtime::LogWarning(what == Worker::kRejected ? "worker_rejected" : "worker_turned_away",
+                      {{"worker", hello.worker_id},
+                       {"node", hello.node},
+                       {"pid", hello.process.pid},
+                       {"peer", hello.peer},
+                       {"status", status}});
 }
 
 void Refusals::OnHandshake(std::string_view cause, const FindPeers& find_peers, TimePoint now) {

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "server/common/log_limit.h"
 #include "server/coordinator/metrics.h"
+#include "server/coordinator/worker_stream.h"
 
 namespace epserve::coordinator {
 
@@ -28,6 +29,10 @@ class Refusals {
   void OnMaxConnections(const std::string& peer);
   // The connection of `peer` was ended because so much of its messages' halves lay here.
   void OnHalfMessages(const std::string& peer, std::uint64_t num_bytes);
+  // A worker may not join, for the reason `status`: it is told to end, or to come back later.
+  // Worker ids do not make reasons differ.
+  enum class Worker { kRejected, kTurnedAway };
+  void OnWorker(Worker what, const HelloInfo& hello, const absl::Status& status);
   // A TLS handshake has failed just now. Who with is not told by gRPC, but its connection is still
   // there: `find_peers`, called within and not for every failure, gives those that may be it.
   using FindPeers = std::function<std::vector<std::string>()>;
@@ -40,6 +45,7 @@ class Refusals {
 
   Metrics* const metrics_;
   server::LogLimit limit_;
+  server::LogLimit worker_limit_;  // Its reasons quote the worker, which could make up many.
   std::mutex mutex_;
   TimePoint second_began_;  // Guarded by mutex_, as the next.
   int num_looks_ = 0;       // since then

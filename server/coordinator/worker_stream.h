@@ -132,6 +132,7 @@ struct HelloInfo {
   std::string cluster_id;
   int num_slots = 0;
   bool device_counts = false;
+  std::string peer;  // of its connection, as gRPC names it
 };
 
 struct WorkerTimes {

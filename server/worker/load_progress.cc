@@ -22,9 +22,9 @@ int Percent(std::uint64_t loaded, std::uint64_t total) {
 
 }  // namespace
 
-LoadProgressDisplay::LoadProgressDisplay(std::FILE* out, bool is_terminal,
+LoadProgressDisplay::LoadProgressDisplay(Draw draw, bool is_terminal,
                                          std::function<std::int64_t()> now_us, LogLine log)
-    : out_(out),
+    : draw_(std::move(draw)),
       is_terminal_(is_terminal),
       now_us_(std::move(now_us)),
       log_(std::move(log)),
@@ -32,7 +32,7 @@ LoadProgressDisplay::LoadProgressDisplay(std::FILE* out, bool is_terminal,
       logged_us_(start_us_) {}
 
 LoadProgressDisplay::~LoadProgressDisplay() {
-  if (drawn_) std::fputc('\n', out_);
+  if (drawn_) draw_("\n");
 }
 
 void LoadProgressDisplay::Update(std::uint64_t loaded, std::uint64_t total) {
@@ -57,12 +57,9 @@ void LoadProgressDisplay::DrawLine(std::uint64_t loaded, std::uint64_t total, st
   const int filled = percent * kBarCells / 100;
   const double seconds = static_cast<double>(std::max<std::int64_t>(now_us - start_us_, 1)) * 1e-6;
   const auto per_second = static_cast<std::uint64_t>(static_cast<double>(loaded) / seconds);
-  const std::string line =
-      absl::StrFormat("\rloading weights [%s%s] %3d%%  %s of %s  %s/s\x1b[K",
-                      std::string(filled, '#'), std::string(kBarCells - filled, '.'), percent,
-                      FormatBytes(loaded), FormatBytes(total), FormatBytes(per_second));
-  std::fputs(line.c_str(), out_);
-  std::fflush(out_);
+  draw_(absl::StrFormat("\rloading weights [%s%s] %3d%%  %s of %s  %s/s\x1b[K",
+                        std::string(filled, '#'), std::string(kBarCells - filled, '.'), percent,
+                        FormatBytes(loaded), FormatBytes(total), FormatBytes(per_second)));
   drawn_ = true;
   drawn_us_ = now_us;
 }

@@ -4,16 +4,17 @@
 #define EPSERVE_SERVER_WORKER_LOAD_PROGRESS_H_
 
 #include <cstdint>
-#include <cstdio>
 #include <functional>
+#include <string>
 
 namespace epserve::worker {
 
 class LoadProgressDisplay {
  public:
-  // `out` takes the terminal's line; `log` is called with percent, loaded and total bytes.
+  // `draw` shows the terminal's line; `log` is called with percent, loaded and total bytes.
+  using Draw = std::function<void(std::string text)>;
   using LogLine = std::function<void(int percent, std::uint64_t loaded, std::uint64_t total)>;
-  LoadProgressDisplay(std::FILE* out, bool is_terminal, std::function<std::int64_t()> now_us,
+  LoadProgressDisplay(Draw draw, bool is_terminal, std::function<std::int64_t()> now_us,
                       LogLine log);
   // Ends the terminal's line where one was begun.
   ~LoadProgressDisplay();
@@ -25,7 +26,7 @@ class LoadProgressDisplay {
  private:
   void DrawLine(std::uint64_t loaded, std::uint64_t total, std::int64_t now_us);
 
-  std::FILE* const out_;
+  const Draw draw_;
   const bool is_terminal_;
   const std::function<std::int64_t()> now_us_;
   const LogLine log_;

@@ -1,12 +1,14 @@
 // epserve-worker: flags, signals, and the daemon's exit code.
+#include <grpc/support/log.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
-#include <optional>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -14,8 +16,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "runtime/base/log.h"
-#include "runtime/base/status.h"
 #include "runtime/engine/engine.h"
+#include "server/common/file_limit.h"
+#include "server/common/standard_streams.h"
 #include "server/worker/clock.h"
 #include "server/worker/health_port.h"
 #include "server/worker/make_engine.h"
@@ -30,37 +33,58 @@ constexpr int kUsageExitCode = 2;
 
 int Fail(const absl::Status& status) {
   runtime::LogFailure(status);
+  runtime::FlushLog();
   return EXIT_FAILURE;
 }
 
-// SIGTERM and SIGINT are taken by one thread of their own; every other thread inherits the block.
-sigset_t BlockSignals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  signal(SIGPIPE, SIG_IGN);
-  return signals;
-}
+// Takes SIGTERM and SIGINT in a thread of its own; threads that are started later inherit the
+// block. The first has the worker leave, the second ends the process. Until there is a worker the
+// first does: what is waited for then, a checkpoint on storage that hangs, may never come, and
+// nobody knows of this process yet.
+class SignalTaker {
+ public:
+  // Never destroyed: the thread lives as long as the process.
+  static SignalTaker& Start() {
+    static auto* const taker = new SignalTaker;
+    return *taker;
+  }
 
-[[noreturn]] void TakeSignals(const sigset_t& signals, Worker& worker) {
-  int number = 0;
-  sigwait(&signals, &number);
-  worker.RequestLeave(number == SIGTERM ? "SIGTERM" : "SIGINT");
-  sigwait(&signals, &number);
-  _exit(128 + number);
-}
+  // `worker` lives from here on until the process ends.
+  void SetWorker(Worker* worker) {
+    const std::lock_guard lock(mutex_);
+    worker_ = worker;
+  }
 
-// What the engine's memory plan is held against: its device's memory, or the host's.
-absl::StatusOr<AvailableMemory> ReadMemoryOf(const runtime::Engine& engine) {
-  EPS_ASSIGN_OR_RETURN(const std::optional<runtime::DeviceMemory> device,
-                       engine.ReadDeviceMemory());
-  if (!device) return ReadAvailableMemory("", "/dev/shm");
-  return AvailableMemory{.memory_bytes = device->available_bytes,
-                         .memory_limit = device->name,
-                         .shm_bytes = std::nullopt};
-}
+ private:
+  SignalTaker() {
+    sigemptyset(&signals_);
+    sigaddset(&signals_, SIGTERM);
+    sigaddset(&signals_, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
+    std::thread([this] { Take(); }).detach();
+  }
+
+  [[noreturn]] void Take() {
+    int number = 0;
+    sigwait(&signals_, &number);
+    if (AskToLeave(number == SIGTERM ? "SIGTERM" : "SIGINT")) sigwait(&signals_, &number);
+    _exit(128 + number);
+  }
+
+  bool AskToLeave(const char* signal_name) {
+    const std::lock_guard lock(mutex_);
+    if (worker_ == nullptr) {
+      runtime::LogInfo("ended_while_starting", {{"signal", signal_name}});
+      return false;
+    }
+    worker_->RequestLeave(signal_name);
+    return true;
+  }
+
+  sigset_t signals_;
+  std::mutex mutex_;
+  Worker* worker_ = nullptr;  // guarded by mutex_
+};
 
 WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   WorkerConfig config;
@@ -78,15 +102,27 @@ WorkerConfig MakeConfig(const Options& options, const runtime::Engine& engine) {
   config.peer_timeout = absl::Milliseconds(options.peer_timeout_ms);
   config.leave_timeout = absl::Milliseconds(options.leave_timeout_ms);
   config.now_us = SteadyNowUs;
-  config.available_memory = [&engine] { return ReadMemoryOf(engine); };
+  config.available_memory = [&engine] { return ReadMemoryFor(engine, "", "/dev/shm"); };
   config.progress_on_terminal = isatty(STDERR_FILENO) == 1;
   return config;
+}
+
+// gRPC's own lines would stand on stderr beside ours and wait for whoever reads it; what they tell
+// of, our calls' errors do.
+void TakeGrpcLog() {
+  gpr_set_log_function([](gpr_log_func_args* args) {
+    runtime::LogDebug("grpc",
+                      {{"file", args->file}, {"line", args->line}, {"text", args->message}});
+  });
 }
 
 int Main(int argc, char** argv) {
   // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
   // process at every lock of gRPC.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  if (const absl::Status guarded = server::GuardStandardStreams(); !guarded.ok()) {
+    return Fail(guarded);
+  }
   absl::StatusOr<ParsedOptions> parsed = ParseOptions(argc, argv);
   if (!parsed.ok()) {
     std::fprintf(stderr, "epserve-worker: %s\n", std::string(parsed.status().message()).c_str());
@@ -100,7 +136,11 @@ int Main(int argc, char** argv) {
   const absl::Status log =
       runtime::InitLog("epserve-worker", options.log_level, options.log_format);
   if (!log.ok()) return Fail(log);
-  const sigset_t signals = BlockSignals();
+  TakeGrpcLog();
+  SignalTaker& signals = SignalTaker::Start();
+  // A checkpoint may have more shards than a process may have files open by default.
+  const absl::StatusOr<std::uint64_t> file_limit = server::RaiseFileLimit();
+  if (!file_limit.ok()) return Fail(file_limit.status());
   if (!options.secret_file.empty()) {  // Read for each stream; a bad one is told of at once.
     const absl::StatusOr<std::string> secret = server::ReadSecret(options.secret_file);
     if (!secret.ok()) return Fail(secret.status());
@@ -119,13 +159,13 @@ int Main(int argc, char** argv) {
     config.on_ready = [raw = health.get()](bool ready) { raw->SetReady(ready); };
   }
   Worker worker(std::move(config), *std::move(engine));
-  std::thread([&signals, &worker] { TakeSignals(signals, worker); }).detach();
+  signals.SetWorker(&worker);
   const absl::Status status = worker.Run();
   int code = EXIT_SUCCESS;
   if (!status.ok()) code = Fail(status);
-  // Without destructors: a load that is under way would be waited for, and the signal thread still
-  // refers to the worker. Run has released what outlives a process.
-  std::fflush(nullptr);
+  // Without destructors: a load that is under way would be waited for, and the signals' thread
+  // still refers to the worker. Run has released what outlives a process.
+  runtime::FlushLog();
   std::_Exit(code);
 }
 

@@ -9,9 +9,11 @@
 #include <fstream>
 #include <optional>
 #include <sstream>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
@@ -38,38 +40,54 @@ std::optional<std::uint64_t> ReadKey(const std::string& path, const std::string&
   return std::nullopt;
 }
 
-// This process's group in the unified hierarchy, "/" or "/a/b".
-std::string CgroupPath(const std::string& root) {
-  std::ifstream file(root + "/proc/self/cgroup");
-  std::string line;
-  while (std::getline(file, line)) {
-    if (line.starts_with("0::")) return line.substr(3);
-  }
-  return "/";
+// What the files of one version of control groups are called.
+struct CgroupFiles {
+  const char* limit;
+  const char* used;
+  const char* inactive_cache;  // in memory.stat, of the group and those below it, as the next
+  const char* active_cache;
+};
+constexpr CgroupFiles kVersion1 = {"memory.limit_in_bytes", "memory.usage_in_bytes",
+                                   "total_inactive_file", "total_active_file"};
+constexpr CgroupFiles kVersion2 = {"memory.max", "memory.current", "inactive_file", "active_file"};
+
+// Lowers `available` to what the group in `dir` leaves; `shown` is its name.
+void ApplyCgroupLimit(const std::string& dir, const std::string& shown, const CgroupFiles& files,
+                      AvailableMemory& available) {
+  const auto limit = ReadNumber(absl::StrCat(dir, "/", files.limit));
+  const auto used = ReadNumber(absl::StrCat(dir, "/", files.used));
+  if (!limit || !used) return;
+  // File pages are given back under pressure; pages of /dev/shm are not among these two.
+  const std::string stat = dir + "/memory.stat";
+  const std::uint64_t cache = ReadKey(stat, files.inactive_cache).value_or(0) +
+                              ReadKey(stat, files.active_cache).value_or(0);
+  const std::uint64_t held = *used - std::min(cache, *used);
+  const std::uint64_t left = *limit - std::min(held, *limit);
+  if (left >= available.memory_bytes) return;
+  available.memory_bytes = left;
+  available.memory_limit =
+      absl::StrCat(files.limit, " of control group ", shown.empty() ? "/" : shown);
 }
 
 // Lowers `available` to what each control group from the process's own up to the root leaves.
 void ApplyCgroupLimits(const std::string& root, AvailableMemory& available) {
-  std::string path = CgroupPath(root);
-  for (;;) {
-    if (path == "/") path.clear();
-    const std::string dir = root + "/sys/fs/cgroup" + path;
-    const auto limit = ReadNumber(dir + "/memory.max");
-    const auto used = ReadNumber(dir + "/memory.current");
-    if (limit && used) {
-      // File pages are given back under pressure; pages of /dev/shm are not among these two.
-      const std::uint64_t cache = ReadKey(dir + "/memory.stat", "inactive_file").value_or(0) +
-                                  ReadKey(dir + "/memory.stat", "active_file").value_or(0);
-      const std::uint64_t held = *used - std::min(cache, *used);
-      const std::uint64_t left = *limit - std::min(held, *limit);
-      if (left < available.memory_bytes) {
-        available.memory_bytes = left;
-        available.memory_limit =
-            absl::StrCat("memory.max of control group ", path.empty() ? "/" : path);
-      }
+  std::ifstream membership(root + "/proc/self/cgroup");
+  std::string line;
+  while (std::getline(membership, line)) {
+    // "0::/a/b" in version 2; "4:memory:/a/b" in version 1. A machine may have both.
+    const std::vector<std::string> fields = absl::StrSplit(line, absl::MaxSplits(':', 2));
+    if (fields.size() != 3) continue;
+    const std::vector<std::string> controllers = absl::StrSplit(fields[1], ',');
+    const bool unified = fields[0] == "0" && fields[1].empty();
+    if (!unified && std::count(controllers.begin(), controllers.end(), "memory") == 0) continue;
+    const std::string mount = root + (unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory");
+    // Inside a container the path may be the host's, of which nothing is seen but the mount, which
+    // is then the container's own group.
+    for (std::string group = fields[2];; group.resize(group.rfind('/'))) {
+      while (group.ends_with('/')) group.pop_back();
+      ApplyCgroupLimit(mount + group, group, unified ? kVersion2 : kVersion1, available);
+      if (group.find('/') == std::string::npos) break;
     }
-    if (path.empty()) return;
-    path.resize(path.rfind('/'));
   }
 }
 
@@ -92,6 +110,20 @@ absl::StatusOr<AvailableMemory> ReadAvailableMemory(const std::string& root,
                                                "; the heap needs it, mount a tmpfs there"));
   }
   available.shm_bytes = static_cast<std::uint64_t>(shm.f_bavail) * shm.f_frsize;
+  return available;
+}
+
+absl::StatusOr<AvailableMemory> ReadMemoryFor(const runtime::Engine& engine,
+                                              const std::string& root, const std::string& shm_dir) {
+  EPS_ASSIGN_OR_RETURN(const std::optional<runtime::DeviceMemory> device,
+                       engine.ReadDeviceMemory());
+  if (device) {
+    return AvailableMemory{.memory_bytes = device->available_bytes,
+                           .memory_limit = device->name,
+                           .shm_bytes = std::nullopt};
+  }
+  EPS_ASSIGN_OR_RETURN(AvailableMemory available, ReadAvailableMemory(root, shm_dir));
+  available.memory_bytes += engine.held_host_bytes();
   return available;
 }
 

@@ -15,7 +15,8 @@ namespace epserve::worker {
 
 struct AvailableMemory {
   std::uint64_t memory_bytes = 0;
-  // What bounds it: "MemAvailable", a control group's memory.max, or "GPU 0 (NVIDIA H200)".
+  // What bounds it: "MemAvailable", a control group's memory.max (version 1: its
+  // memory.limit_in_bytes), or "GPU 0 (NVIDIA H200)".
   std::string memory_limit;
   // Free in /dev/shm, where the heap lies, which counts twice; nothing for a heap on a GPU.
   std::optional<std::uint64_t> shm_bytes;
@@ -25,6 +26,11 @@ struct AvailableMemory {
 // UNAVAILABLE names the file that could not be read. Page cache counts as available.
 absl::StatusOr<AvailableMemory> ReadAvailableMemory(const std::string& root,
                                                     const std::string& shm_dir);
+
+// What the engine's memory plan is held against: its device's memory, or the host's; with what the
+// engine holds already.
+absl::StatusOr<AvailableMemory> ReadMemoryFor(const runtime::Engine& engine,
+                                              const std::string& root, const std::string& shm_dir);
 
 // Resident memory of this process; 0 where it cannot be read.
 std::uint64_t ResidentBytes();

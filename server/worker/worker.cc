@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <random>
 #include <utility>
 
@@ -352,7 +351,7 @@ void Worker::StartLoad() {
   const absl::StatusOr<AvailableMemory> available = config_.available_memory();
   if (!available.ok()) return Fail(available.status());
   LogMemoryPlan(plan_, *available);
-  if (config_.progress_on_terminal) std::fputs(MemoryTable(plan_, *available).c_str(), stderr);
+  if (config_.progress_on_terminal) runtime::LogText(MemoryTable(plan_, *available));
   const absl::Status fits = CheckMemoryFits(plan_, *available);
   if (!fits.ok()) return Fail(fits);
   loader_ = std::thread([this, assignment] { Load(assignment); });
@@ -363,7 +362,7 @@ void Worker::Load(const Assignment& assignment) {
   LoadEnded ended;
   {
     LoadProgressDisplay display(
-        stderr, config_.progress_on_terminal, SteadyNowUs,
+        runtime::LogText, config_.progress_on_terminal, SteadyNowUs,
         [](int percent, std::uint64_t loaded, std::uint64_t total) {
           LogInfo("loading", {{"percent", percent}, {"bytes", loaded}, {"of", total}});
         });

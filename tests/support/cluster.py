@@ -84,16 +84,15 @@ def run_program(name, *args, timeout_s=60, **options):
 class Program:
     """A child process whose stderr, and beside it stdout, go to files."""
 
-    def __init__(self, log_path, name, *args):
+    def __init__(self, log_path, name, *args, **options):
+        """`options` are Popen's, in place of those files too."""
         self.name = name
         self.log_path = pathlib.Path(log_path)
         self.output_path = self.log_path.with_suffix(".out")
         with open(self.log_path, "ab") as log, open(self.output_path, "ab") as output:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": log}
             self.process = subprocess.Popen(
-                [program(name), *map(str, args)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=log,
+                [program(name), *map(str, args)], **{**streams, **options}
             )
 
     @property
@@ -152,13 +151,14 @@ class Cluster:
 
     def __init__(
         self, directory, checkpoint, workers=4, coordinator_args=(), worker_args=(), start=True,
-        open_channel=protos.insecure_channel,
+        open_channel=protos.insecure_channel, program_options=None,
     ):  # fmt: skip
         self.directory = pathlib.Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpoint = checkpoint
         self.num_workers = workers
         self.open_channel = open_channel
+        self.program_options = program_options or {}
         self.coordinator_args = list(coordinator_args)
         self.worker_args = list(worker_args)
         self.id = unique_cluster_id()
@@ -199,6 +199,7 @@ class Cluster:
             *("--port-file", port_file),
             *("--metrics-port-file", metrics_port_file),
             *self.coordinator_args,
+            **self.program_options,
         )
         self.programs.append(self.coordinator)
 
@@ -226,6 +227,7 @@ class Cluster:
             *("--worker-id", f"w{index}"),
             *self.worker_args,
             *args,
+            **self.program_options,
         )
         self.workers[index] = worker
         self.programs.append(worker)

@@ -26,6 +26,8 @@ constexpr std::size_t kMaxNameBytes = 256;
 constexpr std::size_t kMaxKeyBytes = 255;
 // The service's own symmetric heaps: never a client's, whatever prefixes are allowed.
 constexpr const char* kReservedKeyPrefix = "epserve-";
+// Semaphores, which are no memory.
+constexpr const char* kSemaphoreKeyPrefix = "sem.";
 // sizeof(cudaIpcMemHandle_t)
 constexpr std::size_t kCudaHandleBytes = 64;
 
@@ -144,6 +146,12 @@ bool ShmRegion::OverlapsShifted(std::uint64_t offset_bytes, const ShmRegion& oth
   return own.st_dev == of_other.st_dev && own.st_ino == of_other.st_ino;
 }
 
+bool IsKeyPrefix(std::string_view prefix) {
+  return prefix.size() <= kMaxKeyBytes &&
+         std::all_of(prefix.begin(), prefix.end(), IsKeyCharacter) &&
+         !StartsWith(prefix, kSemaphoreKeyPrefix) && !StartsWith(prefix, kReservedKeyPrefix);
+}
+
 ShmRegistry::ShmRegistry(ShmOptions options) : options_(std::move(options)) {}
 
 absl::Status ShmRegistry::CheckAllowed() const {
@@ -164,7 +172,8 @@ absl::Status ShmRegistry::CheckKey(std::string_view name, std::string_view key) 
     return absl::InvalidArgumentError(
         absl::StrCat(region, " has a character outside [A-Za-z0-9_.-]"));
   }
-  if (key == "." || key == ".." || StartsWith(key, "sem.") || StartsWith(key, kReservedKeyPrefix)) {
+  if (key == "." || key == ".." || StartsWith(key, kSemaphoreKeyPrefix) ||
+      StartsWith(key, kReservedKeyPrefix)) {
     return absl::InvalidArgumentError(absl::StrCat(region,
                                                    " is a reserved one: '.', '..', 'sem.*' and '",
                                                    kReservedKeyPrefix, "*' are not for clients"));

@@ -106,6 +106,9 @@ class ShmRegion {
 // here: workers read it once the batch starts.
 inline bool InCuda(const ShmRegion* region) { return region != nullptr && region->is_cuda(); }
 
+// Whether there are keys with that prefix that a client may register.
+bool IsKeyPrefix(std::string_view prefix);
+
 class ShmRegistry {
  public:
   explicit ShmRegistry(ShmOptions options);

@@ -73,6 +73,7 @@ struct RejectWorker {
 struct CloseStream {
   StreamId stream = 0;
   std::string reason;
+  bool turned_away = false;  // It has not joined.
 };
 
 // ---- batches. Each StartProbe and StartBatch is answered by exactly one of VerifyProbe (probe

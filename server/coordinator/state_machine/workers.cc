@@ -55,13 +55,11 @@ void StateMachine::Impl::On(const WorkerHello& event) {
     // its name: two of one name would otherwise throw each other out for ever.
     if (older->incarnation != event.incarnation && !older->process_ended &&
         now_us_ < HeardUntil(*older)) {
-      const std::string reason =
-          absl::StrCat("worker id ", event.worker_id,
-                       " is held by another process that is alive; give every worker a "
-                       "--worker-id of its own");
-      Log(Notice::Level::kWarning, "worker_turned_away",
-          {{"worker", event.worker_id}, {"reason", reason}});
-      Emit(CloseStream{event.stream, reason});
+      Emit(CloseStream{event.stream,
+                       absl::StrCat("worker id ", event.worker_id,
+                                    " is held by another process that is alive; give every "
+                                    "worker a --worker-id of its own"),
+                       /*turned_away=*/true});
       return;
     }
     LoseWorker(*older, "a newer connection of the same worker id replaced it", true);

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <limits>
 #include <span>
 #include <string>
@@ -68,21 +69,44 @@ TEST(InitLogTest, UnknownWordsAreRefusedNamingTheAccepted) {
   EXPECT_THAT(std::string(format.message()), testing::HasSubstr("text or json"));
 }
 
+// What is written meanwhile, also where the machine is too busy for a line to be written at once.
+std::string WrittenBy(const std::function<void()>& log) {
+  testing::internal::CaptureStderr();
+  log();
+  FlushLog();
+  return testing::internal::GetCapturedStderr();
+}
+
 TEST(InitLogTest, LevelAndFormatShapeWhatIsWritten) {
   ASSERT_TRUE(InitLog("prog", "warning", "json").ok());
-  testing::internal::CaptureStderr();
-  LogInfo("quiet");
-  LogError("loud", {{"n", 1}});
-  const std::string written = testing::internal::GetCapturedStderr();
+  const std::string written = WrittenBy([] {
+    LogInfo("quiet");
+    LogError("loud", {{"n", 1}});
+  });
   EXPECT_THAT(written, testing::Not(testing::HasSubstr("quiet")));
   EXPECT_THAT(written, testing::StartsWith("{\"time\":\""));
   EXPECT_THAT(
       written,
       testing::EndsWith("\"level\":\"ERROR\",\"program\":\"prog\",\"event\":\"loud\",\"n\":1}\n"));
   ASSERT_TRUE(InitLog("prog", "info", "text").ok());
-  testing::internal::CaptureStderr();
-  LogInfo("seen", {{"n", 2}});
-  EXPECT_THAT(testing::internal::GetCapturedStderr(), testing::EndsWith("Z INFO prog seen n=2\n"));
+  EXPECT_THAT(WrittenBy([] {
+                LogInfo("seen", {{"n", 2}});
+              }),
+              testing::EndsWith("Z INFO prog seen n=2\n"));
+}
+
+TEST(LogFailureTest, TextIsForPeopleAndJsonIsAnErrorWhateverIsLogged) {
+  ASSERT_TRUE(InitLog("prog", "error", "text").ok());
+  const absl::Status status = absl::NotFoundError("start: it is gone");
+  EXPECT_EQ(WrittenBy([&] { LogFailure(status); }), "prog: start: it is gone\n");
+  ASSERT_TRUE(InitLog("prog", "error", "json").ok());
+  EXPECT_THAT(WrittenBy([&] { LogFailure(status); }),
+              testing::HasSubstr("\"event\":\"failed\",\"error\":\"NOT_FOUND: start"));
+  ASSERT_TRUE(InitLog("prog", "info", "text").ok());
+}
+
+TEST(LogTextTest, IsWrittenAsItIs) {
+  EXPECT_EQ(WrittenBy([] { LogText("\r50 %"); }), "\r50 %");
 }
 
 }  // namespace

@@ -89,6 +89,12 @@ TEST_F(DamagedCheckpointTest, MissingDirectoryConfigOrWeightsIsNotFound) {
   ExpectRefused(Code::kNotFound, {"config.json"});
 }
 
+TEST_F(DamagedCheckpointTest, ConfigThatIsRefusedIsNamedWithItsDirectory) {
+  Write({});
+  EditConfig([](nlohmann::json& config) { config["hidden_size"] = 0; });
+  ExpectRefused(Code::kInvalidArgument, {path() / "config.json", "hidden_size"});
+}
+
 TEST_F(DamagedCheckpointTest, TruncatedFileIsDataLoss) {
   Write({});
   const std::string file = ReadFileBytes(path() / single_);

@@ -2,15 +2,20 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstring>
+#include <latch>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -65,6 +70,68 @@ TEST(HandleSocketTest, DescriptorsAreHandedOutByTheirNumbers) {
   EXPECT_EQ(FetchHandle(Address(7), "wrong", 1, absl::Seconds(5)).status().code(),
             absl::StatusCode::kPermissionDenied)
       << "the secret comes first";
+}
+
+TEST(HandleSocketTest, SignalsInterruptNoFetch) {
+  struct sigaction before {};
+  struct sigaction nothing {};
+  nothing.sa_handler = [](int) {};
+  ASSERT_EQ(::sigaction(SIGUSR1, &nothing, &before), 0);
+  std::latch asked(1);
+  std::latch answer(1);
+  const auto offer = [&](std::uint64_t) -> absl::StatusOr<OfferedHandle> {
+    asked.count_down();
+    answer.wait();
+    return OfferedHandle{MemoryWith("late"), 4};
+  };
+  const auto server = HandleServer::Start(Address(8), "secret", offer);
+  ASSERT_TRUE(server.ok()) << server.status();
+  absl::StatusOr<OfferedHandle> fetched;
+  std::thread caller([&] { fetched = FetchHandle(Address(8), "secret", absl::Seconds(60)); });
+  asked.wait();
+  for (int i = 0; i < 100; ++i) {
+    ::pthread_kill(caller.native_handle(), SIGUSR1);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  answer.count_down();
+  caller.join();
+  EXPECT_TRUE(fetched.ok()) << fetched.status();
+  ::sigaction(SIGUSR1, &before, nullptr);
+}
+
+double CpuSeconds() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+TEST(HandleSocketTest, CallerThatCannotBeTakenInIsAnsweredLaterAndKeepsNoCoreBusy) {
+  const auto server = HandleServer::Start(Address(9), "secret", MemoryWith("x"), 1);
+  ASSERT_TRUE(server.ok()) << server.status();
+  absl::StatusOr<OfferedHandle> fetched;
+  rlimit limit{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &limit), 0);
+  {
+    const UniqueFd caller(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    rlimit none_left = limit;
+    const UniqueFd next(::dup(caller.get()));
+    none_left.rlim_cur = static_cast<rlim_t>(next.get());
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::memcpy(name.sun_path + 1, Address(9).data() + 1, Address(9).size() - 1);
+    const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + Address(9).size());
+    ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &none_left), 0);
+    const double began = CpuSeconds();
+    EXPECT_EQ(::connect(caller.get(), reinterpret_cast<sockaddr*>(&name), length), 0);
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    EXPECT_LT(CpuSeconds() - began, 0.05);
+    ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &limit), 0);
+  }
+  fetched = FetchHandle(Address(9), "secret", absl::Seconds(20));
+  EXPECT_TRUE(fetched.ok()) << fetched.status();
 }
 
 TEST(HandleSocketTest, WrongSecretIsRefusedAndTheServerLivesOn) {

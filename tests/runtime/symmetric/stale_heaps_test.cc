@@ -1,6 +1,9 @@
 #include "runtime/symmetric/stale_heaps.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/mount.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -107,6 +110,44 @@ TEST_F(StaleHeapsTest, HeapsBeingCreatedWhileOthersReclaimAreNeverLost) {
   }
   stop.store(true);
   reclaimer.join();
+}
+
+// In a process of its own, whose /dev/shm becomes what `mount` makes of it.
+template <typename Mount, typename Use>
+std::string MessageWithShm(Mount mount_shm, Use use) {
+  int ends[2];
+  EXPECT_EQ(::pipe(ends), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    std::string message = "no mounts";
+    if (::unshare(CLONE_NEWNS) == 0 && ::mount("", "/", "", MS_REC | MS_PRIVATE, "") == 0 &&
+        mount_shm()) {
+      message = std::string(use().message());
+    }
+    const bool told = ::write(ends[1], message.data(), message.size()) > 0;
+    ::_exit(told ? 0 : 1);
+  }
+  ::close(ends[1]);
+  char message[4096] = {};
+  EXPECT_GT(::read(ends[0], message, sizeof(message) - 1), 0);
+  ::close(ends[0]);
+  ::waitpid(child, nullptr, 0);
+  return message;
+}
+
+TEST_F(StaleHeapsTest, SharedMemoryThatCannotBeUsedIsAnErrorThatSaysWhatToDo) {
+  const std::string read_only =
+      MessageWithShm([] { return ::mount("none", "/dev/shm", "tmpfs", MS_RDONLY, "") == 0; },
+                     [&] { return SymmetricHeap::Create(Spec(0)).status(); });
+  if (read_only == "no mounts") GTEST_SKIP() << "this user may not mount";
+  EXPECT_NE(read_only.find("Read-only file system; mount a tmpfs at /dev/shm"), std::string::npos)
+      << read_only;
+  const std::string no_directory =
+      MessageWithShm([] { return ::mount("none", "/dev", "tmpfs", 0, "") == 0; },
+                     [] { return ReclaimStaleHeaps("c").status(); });
+  EXPECT_NE(no_directory.find("No such file or directory; mount a tmpfs at /dev/shm"),
+            std::string::npos)
+      << no_directory;
 }
 
 TEST_F(StaleHeapsTest, BadClusterIdIsRefused) {

@@ -125,7 +125,9 @@ TEST(AccessPolicyTest, DamagedSecretsFileIsRefusedNamingTheLineAndNoSecret) {
     EXPECT_THAT(std::string(status.message()), HasSubstr("line 2"));
     EXPECT_THAT(std::string(status.message()), Not(HasSubstr("0123456789")));
   }
-  EXPECT_EQ(AccessPolicy::Create("/nowhere/secrets", false).status().code(), StatusCode::kNotFound);
+  const absl::Status missing = AccessPolicy::Create("/nowhere/secrets", false).status();
+  EXPECT_EQ(missing.code(), StatusCode::kNotFound);
+  EXPECT_THAT(std::string(missing.message()), HasSubstr("No such file or directory"));
   const SecretsFile empty("# none\n");
   EXPECT_EQ(AccessPolicy::Create(empty.path(), false).status().code(),
             StatusCode::kInvalidArgument);

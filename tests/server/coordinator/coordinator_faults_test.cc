@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/base/log.h"
 #include "tests/support/coordinator_fixture.h"
 
 namespace epserve::testing {
@@ -91,6 +92,7 @@ TEST_F(CoordinatorFaultsTest, LostWorkerIsLoggedFieldByField) {
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
   workers_[1]->Kill();
   EXPECT_TRUE(readiness_->WaitFor(false));
+  runtime::FlushLog();
   EXPECT_THAT(::testing::internal::GetCapturedStderr(),
               HasSubstr(" worker_lost worker=w1 rank=1 reason=\"its stream closed\"\n"));
 }

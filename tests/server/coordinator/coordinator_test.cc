@@ -367,6 +367,21 @@ TEST_F(CoordinatorTest, UnixSocketThatIsServedIsRefusedAndItsServerServesOn) {
       CheckHealth(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()), "liveness"), 1);
 }
 
+TEST_F(CoordinatorTest, UnixSocketThatCannotBeIsRefusedSayingWhy) {
+  const auto refusal = [&](const std::string& path) {
+    options_.listen = {"127.0.0.1:0", absl::StrCat("unix:", path)};
+    const auto created = coordinator::Coordinator::Create(
+        options_, model_, [] {}, pace_);
+    return std::string(created.status().message());
+  };
+  const std::string nowhere = absl::StrCat(::testing::TempDir(), "eps-nowhere-", ::getpid());
+  EXPECT_THAT(refusal(nowhere + "/socket"),
+              ::testing::AllOf(HasSubstr("directory " + nowhere),
+                               HasSubstr("No such file or directory"), HasSubstr("--listen")));
+  EXPECT_THAT(refusal("/tmp/" + std::string(115, 'x')),
+              HasSubstr("has 120 bytes, a Unix socket's at most 107"));
+}
+
 TEST_F(CoordinatorTest, UnixSocketThatADeadServerLeftIsTakenOver) {
   const std::string path = absl::StrCat(::testing::TempDir(), "eps-stale-", ::getpid());
   sockaddr_un stale{};

@@ -34,6 +34,7 @@ TEST(MetricsTest, EveryNameIsThereFromTheStart) {
                            "epserve_refused_total{reason=\"access\"} 0",
                            "epserve_refused_total{reason=\"handshake\"} 0",
                            "epserve_refused_total{reason=\"half_messages\"} 0",
+                           "epserve_refused_total{reason=\"worker\"} 0",
                            "epserve_workers{state=\"serving\"} 0",
                            "epserve_batches_in_flight 0",
                            "epserve_output_bytes_total{way=\"lent\"} 0",

@@ -121,6 +121,18 @@ TEST(OptionsTest, TlsFilesBelongTogetherAndMustBeThere) {
   EXPECT_THAT(Refusal({"--checkpoint=m", "--health-listen=127.0.0.1:1"}), HasSubstr("with TLS"));
 }
 
+TEST(OptionsTest, PrefixThatBeginsNoKeyIsRefused) {
+  for (const char* prefix : {"../x", "/client-", "a b", "epserve-x", "sem.x"}) {
+    const std::string flag = std::string("--shm-key-prefix=") + prefix;
+    EXPECT_THAT(Refusal({"--checkpoint=m", flag.c_str()}),
+                testing::AllOf(HasSubstr("--shm-key-prefix"), HasSubstr(prefix)));
+  }
+  for (const char* prefix : {"a", "epserve", "sem", ".", "A_b.-9"}) {
+    const std::string flag = std::string("--shm-key-prefix=") + prefix;
+    EXPECT_TRUE(Parse({"--checkpoint=m", flag.c_str()}).ok()) << prefix;
+  }
+}
+
 TEST(OptionsTest, WrongValuesAreRefusedByFlag) {
   EXPECT_THAT(Refusal({}), HasSubstr("--checkpoint"));
   EXPECT_THAT(Refusal({"--checkpoint=m", "--workers=0"}), HasSubstr("--workers"));

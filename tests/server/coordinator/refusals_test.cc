@@ -31,6 +31,7 @@ class RefusalsTest : public ::testing::Test {
   static std::string LogOf(Refuse refuse) {
     ::testing::internal::CaptureStderr();
     refuse();
+    runtime::FlushLog();
     return ::testing::internal::GetCapturedStderr();
   }
 
@@ -70,6 +71,29 @@ TEST_F(RefusalsTest, RefusedCallIsLoggedOncePerMethodAndHost) {
   EXPECT_EQ(refuse("/a/B", "ipv4:192.0.2.1:2"), "");
   EXPECT_THAT(refuse("/a/C", "ipv4:192.0.2.1:2"), HasSubstr("method=/a/C"));
   EXPECT_THAT(metrics_.Render(), HasSubstr("epserve_refused_total{reason=\"access\"} 3\n"));
+}
+
+TEST_F(RefusalsTest, WorkerIsLoggedOncePerReasonAndHostWhateverItIsCalled) {
+  const auto refuse = [&](Refusals::Worker what, const std::string& id, const std::string& peer,
+                          const std::string& why) {
+    HelloInfo hello;
+    hello.worker_id = id;
+    hello.peer = peer;
+    return LogOf([&] {
+      refusals_.OnWorker(what, hello, absl::InvalidArgumentError("join: worker " + id + why));
+    });
+  };
+  const auto rejected = Refusals::Worker::kRejected;
+  EXPECT_THAT(refuse(rejected, "host-11", "ipv4:192.0.2.1:1", " has slots 5"),
+              HasSubstr("worker_rejected worker=host-11"));
+  EXPECT_EQ(refuse(rejected, "host-12", "ipv4:192.0.2.1:2", " has slots 5"), "");
+  EXPECT_THAT(refuse(rejected, "host-13", "ipv4:192.0.2.1:3", " has slots 6"),
+              HasSubstr("has slots 6"));
+  EXPECT_THAT(refuse(rejected, "host-14", "ipv4:192.0.2.2:1", " has slots 5"),
+              HasSubstr("peer=ipv4:192.0.2.2:1"));
+  EXPECT_THAT(refuse(Refusals::Worker::kTurnedAway, "w0", "ipv4:192.0.2.1:4", " is there"),
+              HasSubstr("worker_turned_away worker=w0"));
+  EXPECT_THAT(metrics_.Render(), HasSubstr("epserve_refused_total{reason=\"worker\"} 5\n"));
 }
 
 TEST_F(RefusalsTest, HandshakesPeerIsNamedWhereItIsKnownAndLoggedOncePerCause) {

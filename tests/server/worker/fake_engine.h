@@ -74,6 +74,8 @@ class FakeEngine : public runtime::Engine {
   // Whether it takes rows of shared batches; set before the engine is used.
   void set_takes_shared_batches(bool takes) { takes_shared_batches_ = takes; }
   void set_plan(const runtime::MemoryPlan& plan) { plan_ = plan; }
+  void set_held_host_bytes(std::uint64_t bytes) { held_host_bytes_ = bytes; }
+  std::uint64_t held_host_bytes() const override { return held_host_bytes_; }
 
   // What device_regions() is from now on, before the engine is used.
   void set_device_regions(FakeDeviceRegions* regions) { device_regions_ = regions; }
@@ -141,6 +143,7 @@ class FakeEngine : public runtime::Engine {
 
   const runtime::ModelInfo model_;
   runtime::MemoryPlan plan_;
+  std::uint64_t held_host_bytes_ = 0;
   bool exchanges_counts_ = true;
   bool dispatches_uncounted_ = false;
   std::vector<runtime::RoutingFault> routing_faults_;

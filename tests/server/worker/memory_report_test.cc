@@ -8,6 +8,8 @@
 #include <fstream>
 #include <string>
 
+#include "tests/server/worker/fake_engine.h"
+
 namespace epserve::worker {
 namespace {
 
@@ -51,6 +53,38 @@ TEST_F(MemoryReportTest, TightestControlGroupOnTheWayUpCountsLessItsPageCache) {
   ASSERT_TRUE(available.ok()) << available.status();
   EXPECT_EQ(available->memory_bytes, 3 * kMiB);
   EXPECT_THAT(available->memory_limit, HasSubstr("/a"));
+}
+
+TEST_F(MemoryReportTest, ControlGroupsOfVersion1CountToo) {
+  Write("/proc/self/cgroup", "12:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/elsewhere\n");
+  Write("/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "9223372036854771712\n");
+  Write("/sys/fs/cgroup/memory/a/b/memory.usage_in_bytes", "100\n");
+  Write("/sys/fs/cgroup/memory/a/memory.limit_in_bytes", std::to_string(6 * kMiB));
+  Write("/sys/fs/cgroup/memory/a/memory.usage_in_bytes", std::to_string(5 * kMiB));
+  Write("/sys/fs/cgroup/memory/a/memory.stat",
+        "inactive_file 1\ntotal_inactive_file 1048576\ntotal_active_file 1048576\n");
+  const auto available = ReadAvailableMemory(root_, root_);
+  ASSERT_TRUE(available.ok()) << available.status();
+  EXPECT_EQ(available->memory_bytes, 3 * kMiB);
+  EXPECT_EQ(available->memory_limit, "memory.limit_in_bytes of control group /a");
+}
+
+// Its path is the host's, and only its own group is mounted there.
+TEST_F(MemoryReportTest, ContainerOfVersion1SeesItsOwnGroupAtTheMount) {
+  Write("/proc/self/cgroup", "4:memory:/docker/0123\n");
+  Write("/sys/fs/cgroup/memory/memory.limit_in_bytes", std::to_string(2 * kMiB));
+  Write("/sys/fs/cgroup/memory/memory.usage_in_bytes", std::to_string(kMiB));
+  const auto available = ReadAvailableMemory(root_, root_);
+  ASSERT_TRUE(available.ok()) << available.status();
+  EXPECT_EQ(available->memory_bytes, kMiB);
+}
+
+TEST_F(MemoryReportTest, WhatTheEngineHoldsIsAvailableToIt) {
+  FakeEngine engine;
+  engine.set_held_host_bytes(3 * kMiB);
+  const auto available = ReadMemoryFor(engine, root_, root_);
+  ASSERT_TRUE(available.ok()) << available.status();
+  EXPECT_EQ(available->memory_bytes, 11 * kMiB);
 }
 
 TEST_F(MemoryReportTest, MissingMeminfoNamesTheFile) {

@@ -270,6 +270,7 @@ TEST(WorkersTest, SecondProcessOfALivingWorkersNameIsTurnedAwayAndDisturbsNobody
   cluster.Serve();
   const Commands commands = cluster.Join("w1", {.incarnation = "w1#2"});
   EXPECT_THAT(First<CloseStream>(commands)->reason, HasSubstr("w1"));
+  EXPECT_TRUE(First<CloseStream>(commands)->turned_away);
   EXPECT_FALSE(Has<SendEpochEnded>(commands));
   EXPECT_EQ(cluster.snapshot().workers.size(), 4u);
   EXPECT_TRUE(cluster.snapshot().serving);
@@ -280,6 +281,7 @@ TEST(WorkersTest, NewConnectionOfTheSameProcessReplacesTheOldOne) {
   cluster.Serve();
   const Commands commands = cluster.Join("w1", {.held_rank = 1, .held_num_ranks = 4});
   EXPECT_THAT(First<CloseStream>(commands)->reason, HasSubstr("replaced"));
+  EXPECT_FALSE(First<CloseStream>(commands)->turned_away);
   EXPECT_TRUE(Has<SendEpochEnded>(commands));
 }
 
