@@ -9,6 +9,7 @@
 #include <climits>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -48,7 +49,11 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
 
   const std::string& target() const { return target_; }
   int calls() const { return calls_.load(); }
-  void set_handler(Handler handler) { handler_ = std::move(handler); }
+  // Holds for the calls that come after it.
+  void set_handler(Handler handler) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    handler_ = std::move(handler);
+  }
   void set_ready(bool ready) { ready_ = ready; }
 
   // Answers with the request's hidden_states.
@@ -75,7 +80,7 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
   grpc::Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request,
                           inference::ModelInferResponse* response) override {
     ++calls_;
-    return handler_(*context, *request, *response);
+    return Handle(*context, *request, *response);
   }
   // Each message as a ModelInfer call of its own; errors in their place, with their code.
   grpc::Status ModelStreamInfer(
@@ -86,7 +91,7 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     while (stream->Read(&request)) {
       ++calls_;
       inference::ModelStreamInferResponse response;
-      const grpc::Status status = handler_(*context, request, *response.mutable_infer_response());
+      const grpc::Status status = Handle(*context, request, *response.mutable_infer_response());
       if (status.error_code() == grpc::StatusCode::ABORTED) return status;  // ends the stream
       if (!status.ok()) {
         response.set_error_message(status.error_message());
@@ -142,12 +147,21 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
   }
 
  private:
+  grpc::Status Handle(grpc::ServerContext& context, const inference::ModelInferRequest& request,
+                      inference::ModelInferResponse& response) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const Handler handler = handler_;
+    lock.unlock();
+    return handler(context, request, response);
+  }
+
   const std::int64_t hidden_;
   const std::int64_t topk_;
   const std::int64_t experts_;
   std::atomic<int> calls_{0};
   std::atomic<bool> ready_{true};
-  Handler handler_ = Echo;
+  std::mutex mutex_;
+  Handler handler_ = Echo;  // Guarded by mutex_: set by the test, read by gRPC's threads.
   std::string target_;
   std::unique_ptr<grpc::Server> server_;
 };
