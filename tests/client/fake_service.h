@@ -26,9 +26,11 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
 
   explicit FakeService(std::int64_t hidden = 2, std::int64_t topk = 1, std::int64_t experts = 2)
       : hidden_(hidden), topk_(topk), experts_(experts) {
-    Start("127.0.0.1:0");
+    Start(kAnyPort);
   }
   ~FakeService() override { Stop(); }
+
+  static constexpr char kAnyPort[] = "127.0.0.1:0";
 
   void Start(const std::string& address) {
     grpc::ServerBuilder builder;
@@ -145,6 +147,12 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     if (request->worker_id() == "worker-0") return grpc::Status::OK;
     return {grpc::StatusCode::NOT_FOUND, "drain: no worker " + request->worker_id()};
   }
+
+ protected:
+  // For services that add to this one: theirs to start at the end of their constructor, and to stop
+  // at the beginning of their destructor.
+  struct NotStarted {};
+  explicit FakeService(NotStarted) : hidden_(2), topk_(1), experts_(2) {}
 
  private:
   grpc::Status Handle(grpc::ServerContext& context, const inference::ModelInferRequest& request,
