@@ -24,7 +24,7 @@ using testing::HasSubstr;
 
 constexpr char kUnary[] = "/test.Limits/Unary";
 constexpr char kStream[] = "/test.Limits/Stream";
-constexpr auto kPatience = std::chrono::seconds(20);  // Only a failing test waits that long.
+constexpr auto kPatience = std::chrono::seconds(60);  // Only a failing test waits that long.
 constexpr auto kReplyTimeout = std::chrono::milliseconds(200);
 
 grpc::ByteBuffer Bytes(std::size_t size) {
