@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "runtime/base/digest.h"
 #include "runtime/base/status.h"
 #include "runtime/checkpoint/finite_read.h"
 #include "runtime/checkpoint/tensor_table.h"
@@ -23,22 +24,6 @@ constexpr std::uint64_t kSampleBytes = 64;
 constexpr std::size_t kMaxSampledExpertTensors = 4096;
 
 std::int64_t CeilDiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// FNV-1a, 64 bit: stable across builds and machines.
-class Fingerprint {
- public:
-  void Add(std::string_view text) {
-    for (const char c : text) {
-      hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-    }
-    // Ends a part: no UTF-8 text holds it, and the length of what is no text follows from the text.
-    hash_ = (hash_ ^ 0xffu) * 0x100000001b3u;
-  }
-  std::string Hex() const { return absl::StrFormat("%016x", hash_); }
-
- private:
-  std::uint64_t hash_ = 0xcbf29ce484222325u;
-};
 
 std::string ScaleName(const std::string& weight) { return absl::StrCat(weight, "_scale_inv"); }
 
@@ -66,13 +51,14 @@ class Checkpoint::Builder {
 
   absl::Status Build() {
     const ModelConfig& config = out_.config_;
-    fingerprint_.Add(ArchitectureName(config.architecture));
-    fingerprint_.Add(absl::StrCat(config.hidden, " ", config.intermediate, " ", config.num_experts,
-                                  " ", config.topk, " ", absl::StrJoin(config.layers, ",")));
+    fingerprint_.AddText(ArchitectureName(config.architecture));
+    fingerprint_.AddText(absl::StrCat(config.hidden, " ", config.intermediate, " ",
+                                      config.num_experts, " ", config.topk, " ",
+                                      absl::StrJoin(config.layers, ",")));
     const RouterConfig& router = config.router;
-    fingerprint_.Add(absl::StrCat(static_cast<int>(router.kind), " ", router.renormalise, " ",
-                                  router.num_groups, " ", router.topk_groups, " ",
-                                  router.scaling_factor));
+    fingerprint_.AddText(absl::StrCat(static_cast<int>(router.kind), " ", router.renormalise, " ",
+                                      router.num_groups, " ", router.topk_groups, " ",
+                                      router.scaling_factor));
     for (std::size_t layer = 0; layer < config.layers.size(); ++layer) {
       for (std::int64_t e = 0; e < config.num_experts; ++e) {
         Expert expert;
@@ -84,7 +70,7 @@ class Checkpoint::Builder {
     }
     EPS_RETURN_IF_ERROR(FindRouters());
     EPS_RETURN_IF_ERROR(SampleContent());
-    out_.info_ = {.fingerprint = fingerprint_.Hex(),
+    out_.info_ = {.fingerprint = absl::StrFormat("%016x", fingerprint_.value()),
                   .architecture = std::string(ArchitectureName(config.architecture)),
                   .hidden = config.hidden,
                   .intermediate = config.intermediate,
@@ -169,8 +155,8 @@ class Checkpoint::Builder {
                        absl::StrJoin(entry.shape, ", "), "]; config.json makes it [",
                        absl::StrJoin(shape, ", "), "]"));
     }
-    fingerprint_.Add(name);
-    fingerprint_.Add(absl::StrCat(entry.dtype, " ", entry.bytes));
+    fingerprint_.AddText(name);
+    fingerprint_.AddText(absl::StrCat(entry.dtype, " ", entry.bytes));
     return Stored{entry.offset, tensor->file, *dtype};
   }
 
@@ -206,7 +192,8 @@ class Checkpoint::Builder {
       return absl::Status(read.code(),
                           absl::StrCat(std::string(read.message()), " (tensor \"", name, "\")"));
     }
-    fingerprint_.Add(std::string_view(sample.data(), bytes));
+    // No text, but its length follows from one that is.
+    fingerprint_.AddText(std::string_view(sample.data(), bytes));
     return absl::OkStatus();
   }
 
@@ -218,7 +205,7 @@ class Checkpoint::Builder {
 
   const TensorTable& table_;
   Checkpoint& out_;
-  Fingerprint fingerprint_;
+  Digest fingerprint_;
 };
 
 // Reads matrices piece by piece; one Loader serves one load.

@@ -2,13 +2,12 @@
 
 #include <utility>
 
+#include "runtime/base/digest.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
 namespace {
-
-// Stands where a heap's rank does; no worker has it.
-constexpr int kArenaRank = 1'000'000;
 
 // Raised with every change of where things stand in an arena.
 constexpr std::int64_t kLayoutVersion = 2;
@@ -34,14 +33,14 @@ HeapSpec HeapSpecOf(const RowArenaSpec& spec) {
   HeapSpec heap;
   heap.cluster_id = spec.cluster_id;
   heap.epoch = spec.epoch;
-  heap.rank = kArenaRank;
+  heap.rank = kCoordinatorRank;
   heap.bytes = RowArena::Bytes(spec);
-  // FNV-1a over what the layout follows from.
-  heap.layout_digest = 0xcbf29ce484222325u;
+  Digest layout;
   for (const std::int64_t value : {kLayoutVersion, std::int64_t{spec.num_slots},
                                    spec.max_batch_tokens, spec.hidden, std::int64_t{spec.topk}}) {
-    heap.layout_digest = (heap.layout_digest ^ static_cast<std::uint64_t>(value)) * 0x100000001b3u;
+    layout.Add(value);
   }
+  heap.layout_digest = layout.value();
   return heap;
 }
 

@@ -2,12 +2,12 @@
 
 #include <sys/random.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/id.h"
 #include "runtime/base/status.h"
 
 namespace epserve::runtime {
@@ -25,7 +25,7 @@ struct HeapIdentity {
   std::uint64_t bytes;
   std::uint64_t layout_digest;
   std::uint64_t nonce;
-  char cluster_id[kMaxClusterIdBytes + 8];  // Zero-padded, at least one zero at the end.
+  char cluster_id[kMaxIdBytes + 8];  // Zero-padded, at least one zero at the end.
 };
 static_assert(sizeof(HeapIdentity) == 120);
 static_assert(sizeof(HeapIdentity) <= kHeapHeaderBytes);
@@ -96,12 +96,7 @@ absl::Status CheckIdentity(const HeapIdentity& got, const HeapIdentity& expected
 }  // namespace
 
 absl::Status ValidateClusterId(const std::string& cluster_id) {
-  const auto allowed = [](char c) {
-    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '.' || c == '-';
-  };
-  if (cluster_id.empty() || cluster_id.size() > kMaxClusterIdBytes ||
-      !std::all_of(cluster_id.begin(), cluster_id.end(), allowed)) {
+  if (!IsId(cluster_id)) {
     return absl::InvalidArgumentError(
         absl::StrCat("heap: cluster_id of ", cluster_id.size(),
                      " bytes is not 1 to 64 characters of A-Z a-z 0-9 _ . -"));

@@ -21,10 +21,9 @@ namespace epserve::runtime {
 
 // The header takes one page; what the caller lays out begins behind it.
 inline constexpr std::uint64_t kHeapHeaderBytes = 4096;
-inline constexpr std::size_t kMaxClusterIdBytes = 64;
 
 struct HeapSpec {
-  std::string cluster_id;   // [A-Za-z0-9_.-]{1,64}
+  std::string cluster_id;   // as IsId takes it
   std::uint64_t epoch = 0;  // > 0
   int rank = 0;
   std::uint64_t bytes = 0;          // of the whole heap, header included

@@ -3,30 +3,20 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
-#include <string_view>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "runtime/base/id.h"
 #include "server/coordinator/front_door/quote.h"
 
 namespace epserve::coordinator {
 namespace {
 
 // Identifiers go into logs, metrics and messages; longer ones are an accident or an attack.
-constexpr std::size_t kMaxIdBytes = 256;
-constexpr std::size_t kMaxWorkerIdBytes = 64;
-
-bool IsWorkerId(std::string_view id) {
-  const auto allowed = [](char c) {
-    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '.' || c == '-';
-  };
-  return !id.empty() && id.size() <= kMaxWorkerIdBytes &&
-         std::all_of(id.begin(), id.end(), allowed);
-}
+constexpr std::size_t kMaxIncarnationBytes = 256;
 
 struct Version {
   int major = 0;
@@ -62,17 +52,17 @@ absl::Status Differs(const HelloInfo& hello, const std::string& name, const std:
 }  // namespace
 
 absl::Status CheckHello(const HelloInfo& hello, const HelloPolicy& policy) {
-  if (!IsWorkerId(hello.worker_id)) {
+  if (!runtime::IsId(hello.worker_id)) {
     return absl::InvalidArgumentError(
         absl::StrCat("join: worker_id ", Quoted(hello.worker_id), " of ", hello.worker_id.size(),
-                     " bytes is not 1 to ", kMaxWorkerIdBytes,
+                     " bytes is not 1 to ", runtime::kMaxIdBytes,
                      " of the characters A-Z, a-z, 0-9, '_', '.' and '-'; give another "
                      "--worker-id"));
   }
-  if (hello.incarnation.empty() || hello.incarnation.size() > kMaxIdBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("join: incarnation of ",
-                                                   hello.incarnation.size(),
-                                                   " bytes is outside [1, ", kMaxIdBytes, "]"));
+  if (hello.incarnation.empty() || hello.incarnation.size() > kMaxIncarnationBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("join: incarnation of ", hello.incarnation.size(), " bytes is outside [1, ",
+                     kMaxIncarnationBytes, "]"));
   }
   if (!WorkTogether(hello.version, policy.version)) {
     return Differs(hello, "version", hello.version, policy.version,

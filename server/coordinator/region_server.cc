@@ -4,6 +4,7 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/base/limits.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
@@ -11,9 +12,6 @@ namespace epserve::coordinator {
 namespace {
 
 constexpr char kSharedMemoryDir[] = "/dev/shm";
-
-// Stands where a heap's rank does in a socket's name; no worker has it.
-constexpr int kCoordinatorRank = 1'000'000;
 
 // From the operating system, so that nobody guesses it. 64 bytes.
 std::string MakeSecret() {
@@ -33,9 +31,10 @@ absl::StatusOr<std::unique_ptr<RegionServer>> RegionServer::Start(const std::str
     runtime::LogInfo("stale_sockets_reclaimed", {{"cluster_id", cluster_id}, {"count", reclaimed}});
   }
   // A number of its own: in containers every coordinator has the same process id.
-  RegionAccess access = {runtime::HandleSocketAddress(kSharedMemoryDir, cluster_id,
-                                                      std::random_device()(), kCoordinatorRank),
-                         MakeSecret()};
+  RegionAccess access = {
+      runtime::HandleSocketAddress(kSharedMemoryDir, cluster_id, std::random_device()(),
+                                   runtime::kCoordinatorRank),
+      MakeSecret()};
   const auto offer = [registry](std::uint64_t id) -> absl::StatusOr<runtime::OfferedHandle> {
     EPS_ASSIGN_OR_RETURN(runtime::UniqueFd descriptor, registry->DuplicateDescriptor(id));
     return runtime::OfferedHandle{std::move(descriptor), 0};

@@ -9,24 +9,13 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "runtime/base/id.h"
 #include "runtime/base/limits.h"
 #include "runtime/base/status.h"
 #include "server/common/command_line.h"
 
 namespace epserve::worker {
 namespace {
-
-// Names of segments and sockets are made from the cluster's id; both ids go into logs and metrics.
-constexpr std::size_t kMaxIdBytes = 64;
-
-bool IsIdChar(char c) {
-  return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
-         c == '.' || c == '-';
-}
-
-bool IsId(std::string_view id) {
-  return !id.empty() && id.size() <= kMaxIdBytes && std::all_of(id.begin(), id.end(), IsIdChar);
-}
 
 void AddClusterFlags(CLI::App& app, Options& options) {
   app.add_option("--coordinator", options.coordinator,
@@ -177,7 +166,7 @@ absl::Status ValidateOptions(const Options& options) {
   for (const auto& [flag, id] :
        {std::pair<std::string, std::string>{"--cluster-id", options.cluster_id},
         {"--worker-id", options.worker_id}}) {
-    if (IsId(id)) continue;
+    if (runtime::IsId(id)) continue;
     return absl::InvalidArgumentError(absl::StrCat("options: ", flag, " \"", absl::CHexEscape(id),
                                                    "\" is not of [A-Za-z0-9_.-]{1,64}"));
   }
@@ -193,9 +182,9 @@ std::string HostName() {
 // The host's name may be longer than an id, and hold what an id may not.
 std::string DefaultWorkerId(std::string_view node) {
   const std::string suffix = absl::StrCat("-", getpid());
-  std::string id(node.substr(0, kMaxIdBytes - suffix.size()));
+  std::string id(node.substr(0, runtime::kMaxIdBytes - suffix.size()));
   std::replace_if(
-      id.begin(), id.end(), [](char c) { return !IsIdChar(c); }, '_');
+      id.begin(), id.end(), [](char c) { return !runtime::IsIdChar(c); }, '_');
   return id + suffix;
 }
 

@@ -233,7 +233,7 @@ TEST_F(AsyncInferStreamTest, StreamMayBeDroppedByItsCallback) {
 
 TEST_F(AsyncInferStreamTest, TimeoutEndsTheStream) {
   Hold();
-  const auto stream = client_.OpenAsyncStream({.timeout = absl::Milliseconds(100)});
+  const auto stream = client_.OpenAsyncStream({.timeout = absl::Milliseconds(1500)});
   ASSERT_TRUE(stream->Send(Numbered(0), arrivals_.Callback()).ok());
   EXPECT_THAT(arrivals_.Await(1), ElementsAre("DEADLINE_EXCEEDED"));
 }

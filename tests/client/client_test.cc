@@ -117,7 +117,7 @@ TEST_F(ClientTest, ServerThatIsBackIsFoundWithinTheBackoff) {
   service_.Start(service_.target());
   const absl::Time back = absl::Now();
   // Attempts are 1.2 s apart at most; gRPC alone might look at the one that succeeds 5 s later.
-  while (!client.Infer(Request()).ok()) ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
+  while (!client.Infer(Request()).ok()) ASSERT_LT(absl::Now() - back, absl::Seconds(3.5));
 }
 
 TEST_F(ClientTest, AsynchronousCallsFindAServerThatIsBackWithinTheBackoff) {
@@ -132,7 +132,7 @@ TEST_F(ClientTest, AsynchronousCallsFindAServerThatIsBackWithinTheBackoff) {
   service_.Start(service_.target());
   const absl::Time back = absl::Now();
   while (!Await(client, Request()).ok()) {
-    ASSERT_LT(absl::Now() - back, absl::Seconds(2.5));
+    ASSERT_LT(absl::Now() - back, absl::Seconds(3.5));
     absl::SleepFor(absl::Milliseconds(20));
   }
 }
@@ -370,7 +370,7 @@ TEST_F(ClientTest, LargeResultOutlivesItsClientInPiecesAndInOne) {
 TEST_F(ClientTest, ReadinessIsWaitedForAndReported) {
   InferenceClient client = Client();
   service_.set_ready(false);
-  const absl::Status not_ready = client.WaitUntilReady(absl::Milliseconds(500));
+  const absl::Status not_ready = client.WaitUntilReady(absl::Seconds(2));
   EXPECT_EQ(not_ready.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_THAT(std::string(not_ready.message()), HasSubstr("not every worker"));
   std::thread later([&] {

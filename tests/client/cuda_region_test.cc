@@ -20,6 +20,9 @@ constexpr absl::Duration kTimeout = absl::Seconds(10);
 
 class CudaRegionService : public FakeService {
  public:
+  CudaRegionService() : FakeService(NotStarted()) { Start(kAnyPort); }
+  ~CudaRegionService() override { Stop(); }
+
   grpc::Status CudaSharedMemoryRegister(grpc::ServerContext*,
                                         const inference::CudaSharedMemoryRegisterRequest* request,
                                         inference::CudaSharedMemoryRegisterResponse*) override {

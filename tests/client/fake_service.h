@@ -9,6 +9,7 @@
 #include <climits>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -25,9 +26,11 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
 
   explicit FakeService(std::int64_t hidden = 2, std::int64_t topk = 1, std::int64_t experts = 2)
       : hidden_(hidden), topk_(topk), experts_(experts) {
-    Start("127.0.0.1:0");
+    Start(kAnyPort);
   }
   ~FakeService() override { Stop(); }
+
+  static constexpr char kAnyPort[] = "127.0.0.1:0";
 
   void Start(const std::string& address) {
     grpc::ServerBuilder builder;
@@ -48,7 +51,11 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
 
   const std::string& target() const { return target_; }
   int calls() const { return calls_.load(); }
-  void set_handler(Handler handler) { handler_ = std::move(handler); }
+  // Holds for the calls that come after it.
+  void set_handler(Handler handler) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    handler_ = std::move(handler);
+  }
   void set_ready(bool ready) { ready_ = ready; }
 
   // Answers with the request's hidden_states.
@@ -75,7 +82,7 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
   grpc::Status ModelInfer(grpc::ServerContext* context, const inference::ModelInferRequest* request,
                           inference::ModelInferResponse* response) override {
     ++calls_;
-    return handler_(*context, *request, *response);
+    return Handle(*context, *request, *response);
   }
   // Each message as a ModelInfer call of its own; errors in their place, with their code.
   grpc::Status ModelStreamInfer(
@@ -86,7 +93,7 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     while (stream->Read(&request)) {
       ++calls_;
       inference::ModelStreamInferResponse response;
-      const grpc::Status status = handler_(*context, request, *response.mutable_infer_response());
+      const grpc::Status status = Handle(*context, request, *response.mutable_infer_response());
       if (status.error_code() == grpc::StatusCode::ABORTED) return status;  // ends the stream
       if (!status.ok()) {
         response.set_error_message(status.error_message());
@@ -141,13 +148,28 @@ class FakeService : public inference::GRPCInferenceService::Service, public v1::
     return {grpc::StatusCode::NOT_FOUND, "drain: no worker " + request->worker_id()};
   }
 
+ protected:
+  // For services that add to this one: theirs to start at the end of their constructor, and to stop
+  // at the beginning of their destructor.
+  struct NotStarted {};
+  explicit FakeService(NotStarted) : hidden_(2), topk_(1), experts_(2) {}
+
  private:
+  grpc::Status Handle(grpc::ServerContext& context, const inference::ModelInferRequest& request,
+                      inference::ModelInferResponse& response) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const Handler handler = handler_;
+    lock.unlock();
+    return handler(context, request, response);
+  }
+
   const std::int64_t hidden_;
   const std::int64_t topk_;
   const std::int64_t experts_;
   std::atomic<int> calls_{0};
   std::atomic<bool> ready_{true};
-  Handler handler_ = Echo;
+  std::mutex mutex_;
+  Handler handler_ = Echo;  // Guarded by mutex_: set by the test, read by gRPC's threads.
   std::string target_;
   std::unique_ptr<grpc::Server> server_;
 };

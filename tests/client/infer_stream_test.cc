@@ -128,7 +128,7 @@ TEST_F(InferStreamTest, TimeoutEndsTheStream) {
     while (!context.IsCancelled()) std::this_thread::yield();
     return grpc::Status(grpc::StatusCode::ABORTED, "late");
   });
-  const auto stream = client_.OpenStream({.timeout = absl::Milliseconds(100)});
+  const auto stream = client_.OpenStream({.timeout = absl::Milliseconds(1500)});
   ASSERT_TRUE(stream->Send(Numbered(0)).ok());
   EXPECT_EQ(stream->Receive().status().code(), absl::StatusCode::kDeadlineExceeded);
 }

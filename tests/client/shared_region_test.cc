@@ -29,11 +29,13 @@ constexpr absl::Duration kTimeout = absl::Seconds(10);
 
 class RegionService : public FakeService {
  public:
-  RegionService() {
+  RegionService() : FakeService(NotStarted()) {
     set_handler([this](grpc::ServerContext&, const auto& request, auto& response) {
       return EchoInRegions(request, response);
     });
+    Start(kAnyPort);
   }
+  ~RegionService() override { Stop(); }
 
   grpc::Status SystemSharedMemoryRegister(
       grpc::ServerContext*, const inference::SystemSharedMemoryRegisterRequest* request,

@@ -12,7 +12,7 @@ import grpc
 import yaml
 
 import protos
-from cluster import ROOT, SLOWNESS, free_port, wait_until
+from cluster import ROOT, SLOWNESS, free_ports, wait_until
 from docker_daemon import run
 from images import EPSERVE, PROMETHEUS
 
@@ -48,7 +48,8 @@ class Stack:
         self.checkpoint = checkpoint
         self.files = files
         self.project = f"epservetest{os.getpid()}{name}"
-        self.port, self.metrics_port, self.prometheus_port = free_port(), free_port(), free_port()
+        self.port = free_ports(3)
+        self.metrics_port, self.prometheus_port = self.port + 1, self.port + 2
         self.env = {
             **daemon.env,
             **compose_environment(

@@ -12,28 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import chart
 from certificates import Authority
-from cluster import Program, run_program, segments, unique_cluster_id, wait_until
+from cluster import Program, free_ports, run_program, segments, unique_cluster_id, wait_until
 
 WORKERS = 2
 IPV6 = pathlib.Path("/proc/net/if_inet6")  # empty: there is none
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
-def free_ports(count):
-    """The first of `count` free ports in a row."""
-    while True:
-        probes = [socket.socket() for _ in range(count)]
-        try:
-            probes[0].bind(("0.0.0.0", 0))
-            base = probes[0].getsockname()[1]
-            for offset, probe in enumerate(probes[1:], 1):
-                probe.bind(("0.0.0.0", base + offset))
-            return base
-        except (OSError, OverflowError):
-            pass  # One of them is taken: look elsewhere.
-        finally:
-            for probe in probes:
-                probe.close()
 
 
 class Kubelet:

@@ -1,8 +1,10 @@
 """Starts coordinators and workers as child processes, and takes them down without a trace."""
 
+import contextlib
 import itertools
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN_DIR = pathlib.Path(os.environ.get("EPSERVE_BIN_DIR", ROOT / "build" / "release" / "bin"))
 # Multiplies every deadline: for binaries that a sanitizer slows down.
 SLOWNESS = float(os.environ.get("EPSERVE_TEST_SLOWNESS", "1"))
+PORT_RANGE = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
 SHM_DIR = pathlib.Path("/dev/shm")
 SESSION = f"e2e{os.getpid()}x"
 
@@ -32,10 +35,17 @@ def unique_cluster_id():
     return f"{SESSION}{next(_numbers):03d}"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count=1):
+    """The first of `count` free ports in a row, for what cannot be told to take any. They are none
+    of those that the system hands out by itself, so that no connection takes one meanwhile."""
+    low, high = map(int, PORT_RANGE.read_text().split())
+    first, last = (low - 16_384, low) if low > 20_000 else (high + 1, 65_536)
+    while True:
+        base = random.randrange(first, last - count)
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(base, base + count):
+                probes.enter_context(socket.socket()).bind(("0.0.0.0", port))
+            return base
 
 
 def segments(cluster_id):

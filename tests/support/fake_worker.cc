@@ -10,7 +10,7 @@
 namespace epserve::testing {
 namespace {
 
-constexpr auto kWaitLimit = std::chrono::seconds(10);
+constexpr auto kWaitLimit = std::chrono::seconds(60);  // Only a failing test waits that long.
 
 template <typename T>
 std::vector<T> Unpack(const std::string& bytes) {

@@ -44,13 +44,13 @@ class FakeWorker {
   void Send(const v1::WorkerMessage& message);
   void Kill();  // The stream breaks at once.
 
-  // Whether a message of that kind came within 10 s of real time (a bound against hanging, not a
+  // Whether a message of that kind came within 60 s of real time (a bound against hanging, not a
   // wait that tests rely on); `out` receives the first, or the one after `skipped` others.
   bool WaitFor(v1::CoordinatorMessage::MessageCase kind, v1::CoordinatorMessage* out = nullptr,
                int skipped = 0);
   bool WaitClosed();
   grpc::Status status() const;  // REQUIRES: WaitClosed() returned true
-  // Messages of that kind so far, once there are `expected` of them or 10 s have passed: an answer
+  // Messages of that kind so far, once there are `expected` of them or 60 s have passed: an answer
   // can be acted on before the message that it answers is counted here.
   std::int64_t NumReceived(v1::CoordinatorMessage::MessageCase kind, std::int64_t expected);
 

@@ -68,7 +68,7 @@ void HealthWatch::Read() {
 
 bool HealthWatch::WaitFor(bool serving) {
   std::unique_lock<std::mutex> lock(mu_);
-  return changed_.wait_for(lock, std::chrono::seconds(10),
+  return changed_.wait_for(lock, std::chrono::seconds(60),
                            [&] { return !seen_.empty() && seen_.back() == serving; });
 }
 

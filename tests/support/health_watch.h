@@ -23,7 +23,7 @@ class HealthWatch {
   HealthWatch(std::shared_ptr<grpc::Channel> channel, const std::string& service);
   ~HealthWatch();
 
-  // Whether the last status told is, or within 10 s becomes, `serving`.
+  // Whether the last status told is, or within 60 s becomes, `serving`.
   bool WaitFor(bool serving);
   // Every status told so far, in order.
   std::vector<bool> seen() const;

@@ -29,6 +29,22 @@ Function* Next(const char* name) {
   return reinterpret_cast<Function*>(found);
 }
 
+// The mutex that this thread locks, lets go of or waits with: the library evaluates conditions on
+// the way, those of other threads that wait, too. Restored, because what a condition calls may lock
+// another.
+thread_local absl::Mutex* mutex_in_use = nullptr;
+
+class InUse {
+ public:
+  explicit InUse(absl::Mutex* mutex) : before_(mutex_in_use) { mutex_in_use = mutex; }
+  ~InUse() { mutex_in_use = before_; }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+
+ private:
+  absl::Mutex* const before_;
+};
+
 }  // namespace
 
 namespace absl {
@@ -43,6 +59,7 @@ void Mutex::Lock() {
 void Mutex::Unlock() {
   static auto* const next = Next<void(Mutex*)>("5Mutex6UnlockEv");
   __tsan_release(this);
+  const InUse in_use(this);
   next(this);
 }
 
@@ -62,12 +79,14 @@ void Mutex::ReaderLock() {
 void Mutex::ReaderUnlock() {
   static auto* const next = Next<void(Mutex*)>("5Mutex12ReaderUnlockEv");
   __tsan_release(this);
+  const InUse in_use(this);
   next(this);
 }
 
 void Mutex::Await(const Condition& condition) {
   static auto* const next = Next<void(Mutex*, const Condition&)>("5Mutex5AwaitERKNS0_9ConditionE");
   __tsan_release(this);
+  const InUse in_use(this);
   next(this, condition);
   __tsan_acquire(this);
 }
@@ -76,6 +95,7 @@ bool Mutex::AwaitWithTimeout(const Condition& condition, Duration timeout) {
   static auto* const next = Next<bool(Mutex*, const Condition&, Duration)>(
       "5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE");
   __tsan_release(this);
+  const InUse in_use(this);
   const bool met = next(this, condition, timeout);
   __tsan_acquire(this);
   return met;
@@ -85,6 +105,7 @@ bool Mutex::AwaitWithDeadline(const Condition& condition, Time deadline) {
   static auto* const next = Next<bool(Mutex*, const Condition&, Time)>(
       "5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE");
   __tsan_release(this);
+  const InUse in_use(this);
   const bool met = next(this, condition, deadline);
   __tsan_acquire(this);
   return met;
@@ -93,6 +114,7 @@ bool Mutex::AwaitWithDeadline(const Condition& condition, Time deadline) {
 void Mutex::LockWhen(const Condition& condition) {
   static auto* const next =
       Next<void(Mutex*, const Condition&)>("5Mutex8LockWhenERKNS0_9ConditionE");
+  const InUse in_use(this);
   next(this, condition);
   __tsan_acquire(this);
 }
@@ -100,6 +122,7 @@ void Mutex::LockWhen(const Condition& condition) {
 void CondVar::Wait(Mutex* mutex) {
   static auto* const next = Next<void(CondVar*, Mutex*)>("7CondVar4WaitEPNS0_5MutexE");
   __tsan_release(mutex);
+  const InUse in_use(mutex);
   next(this, mutex);
   __tsan_acquire(mutex);
 }
@@ -108,6 +131,7 @@ bool CondVar::WaitWithTimeout(Mutex* mutex, Duration timeout) {
   static auto* const next = Next<bool(CondVar*, Mutex*, Duration)>(
       "7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE");
   __tsan_release(mutex);
+  const InUse in_use(mutex);
   const bool timed_out = next(this, mutex, timeout);
   __tsan_acquire(mutex);
   return timed_out;
@@ -117,9 +141,19 @@ bool CondVar::WaitWithDeadline(Mutex* mutex, Time deadline) {
   static auto* const next =
       Next<bool(CondVar*, Mutex*, Time)>("7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE");
   __tsan_release(mutex);
+  const InUse in_use(mutex);
   const bool timed_out = next(this, mutex, deadline);
   __tsan_acquire(mutex);
   return timed_out;
+}
+
+// Called with the mutex held, by the thread that waits or, for it, by one that lets go of the
+// mutex.
+bool Condition::Eval() const {
+  if (mutex_in_use != nullptr) __tsan_acquire(mutex_in_use);
+  const bool met = eval_ == nullptr || (*eval_)(this);
+  if (mutex_in_use != nullptr) __tsan_release(mutex_in_use);
+  return met;
 }
 
 ABSL_NAMESPACE_END

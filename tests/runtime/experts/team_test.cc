@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <vector>
 
 namespace epserve::runtime {
@@ -27,7 +28,7 @@ class RingJob : public Team::Job {
   Team& team_;
   const int rounds_;
   std::vector<int> written_;
-  bool failed_ = false;
+  std::atomic<bool> failed_ = false;  // by any member
 };
 
 TEST(TeamTest, MembersSeeEachOthersWritesAcrossBarriers) {

@@ -17,24 +17,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <ctime>
-#include <fstream>
 #include <iterator>
-#include <string>
 #include <thread>
 #include <vector>
+
+#include "tests/support/asleep.h"
 
 namespace epserve::runtime {
 namespace {
 
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
-
-// Whether the kernel shows the thread as sleeping.
-bool IsAsleep(pid_t thread) {
-  std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
-  const std::string stat((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  return stat.find(") S ") != std::string::npos;
-}
 
 // Has futex_waitv fail with `error` for the calling thread from now on, as a sandbox does.
 bool RefuseFutexWaitv(int error) {

@@ -8,10 +8,9 @@
 
 #include <atomic>
 #include <ctime>
-#include <fstream>
-#include <iterator>
-#include <string>
 #include <thread>
+
+#include "tests/support/asleep.h"
 
 namespace epserve::server {
 namespace {
@@ -64,15 +63,9 @@ class BusyPollTest : public testing::Test {
       timespec used{};
       clock_gettime(clock, &used);
       if (seconds(used.tv_sec) + std::chrono::nanoseconds(used.tv_nsec) >= wanted) return true;
-      if (IsAsleep()) return false;
+      if (IsAsleep(thread_id_)) return false;
       std::this_thread::yield();
     }
-  }
-  bool IsAsleep() const {
-    std::ifstream file("/proc/self/task/" + std::to_string(thread_id_.load()) + "/stat");
-    const std::string stat((std::istreambuf_iterator<char>(file)),
-                           std::istreambuf_iterator<char>());
-    return stat.find(") S ") != std::string::npos;
   }
   NextStatus Event() {
     alarm_.Set(&queue_, std::chrono::system_clock::now(), this);

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -78,14 +79,18 @@ class CoordinatorDeviceRegionTest : public CoordinatorFixture {
 };
 
 TEST_F(CoordinatorDeviceRegionTest, EveryWorkerOpensTheRegionUsesItForItsRowsAndClosesIt) {
-  std::mutex mutex;
-  std::vector<v1::Shard> shards;
+  // Kept by the workers, which outlive this function.
+  struct Seen {
+    std::mutex mutex;
+    std::vector<v1::Shard> shards;
+  };
+  const auto seen = std::make_shared<Seen>();
   ASSERT_NO_FATAL_FAILURE(StartCoordinator());
   for (int i = 0; i < kRanks; ++i) {
     FakeWorkerOptions options = WorkerOptions(i);
-    options.on_shard = [&](const v1::Shard& shard, v1::BatchDone*) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (shard.device_rows_size() > 0) shards.push_back(shard);
+    options.on_shard = [seen](const v1::Shard& shard, v1::BatchDone*) {
+      const std::lock_guard<std::mutex> lock(seen->mutex);
+      if (shard.device_rows_size() > 0) seen->shards.push_back(shard);
       return true;
     };
     StartWorker(std::move(options));
@@ -105,13 +110,13 @@ TEST_F(CoordinatorDeviceRegionTest, EveryWorkerOpensTheRegionUsesItForItsRowsAnd
   ASSERT_TRUE(inferred.ok()) << inferred.error_message();
   ASSERT_EQ(response.raw_output_contents_size(), 1);
   EXPECT_EQ(response.raw_output_contents(0), "");
-  std::vector<v1::Shard> seen;
+  std::vector<v1::Shard> shards;
   {
-    const std::lock_guard<std::mutex> lock(mutex);
-    seen = shards;
+    const std::lock_guard<std::mutex> lock(seen->mutex);
+    shards = seen->shards;
   }
-  ASSERT_EQ(seen.size(), static_cast<std::size_t>(kRanks));
-  for (const v1::Shard& shard : seen) {
+  ASSERT_EQ(shards.size(), static_cast<std::size_t>(kRanks));
+  for (const v1::Shard& shard : shards) {
     const v1::DeviceRows& rows = shard.device_rows(0);
     EXPECT_EQ(rows.num_rows(), kTokens / kRanks);
     EXPECT_EQ(rows.hidden().offset(), static_cast<std::uint64_t>(rows.request_row() * kHidden * 4));

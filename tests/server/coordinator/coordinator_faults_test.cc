@@ -73,7 +73,7 @@ TEST_F(CoordinatorFaultsTest, StreamThatDoesNotBeginWithHelloIsClosed) {
 }
 
 TEST_F(CoordinatorFaultsTest, StreamWithoutHelloIsClosedInTimeAndJoinedOnesStay) {
-  pace_.hello_timeout_ms = 1000;
+  pace_.hello_timeout_ms = 3000;  // The workers, too, must say theirs by then.
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
   auto stub = v1::Control::NewStub(channel_);
   grpc::ClientContext context;
@@ -108,6 +108,7 @@ TEST_F(CoordinatorFaultsTest, SecondHelloOnOneStreamClosesIt) {
 }
 
 TEST_F(CoordinatorFaultsTest, WorkerLostMidBatchFailsRequestsUnavailableAndReturnsToServe) {
+  options_.lease_ms = 300'000;  // Much longer than this test waits for anything.
   ASSERT_NO_FATAL_FAILURE(StartCoordinator());
   auto reached = std::make_shared<std::latch>(1);
   FakeWorkerOptions silent = WorkerOptions(1);
@@ -126,7 +127,7 @@ TEST_F(CoordinatorFaultsTest, WorkerLostMidBatchFailsRequestsUnavailableAndRetur
   dying.Kill();
   const InferReply reply = in_flight.get();
   EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::UNAVAILABLE);
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(2));
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(60));
   EXPECT_TRUE(readiness_->WaitFor(false));
   EXPECT_TRUE(workers_[0]->WaitFor(v1::CoordinatorMessage::kEpochEnded));
 
@@ -216,7 +217,7 @@ TEST_F(CoordinatorFaultsTest, WorkerWithoutHeartbeatIsLost) {
 }
 
 TEST_F(CoordinatorFaultsTest, FourthWorkerStandsByAndTakesOverALostRank) {
-  options_.lease_ms = 300;
+  options_.lease_ms = 2000;
   ASSERT_NO_FATAL_FAILURE(StartReadyCluster());
   FakeWorkerOptions spare = WorkerOptions(3);
   spare.hello.set_last_epoch(0);

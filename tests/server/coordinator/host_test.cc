@@ -69,6 +69,7 @@ class HostTest : public ::testing::Test {
     config.num_experts = 4;
     config.topk = 1;
     config.layers = {0};
+    config.lease_us = 60'000'000;  // Nobody beats here.
     host_ = std::make_unique<Host>(config, /*hidden=*/8, RowTransport{}, &metrics_, HostHooks{});
     host_->Start();
   }

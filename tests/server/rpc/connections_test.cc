@@ -5,6 +5,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <string>
+#include <vector>
+
 #include "tests/support/loopback.h"
 
 namespace epserve::server {
@@ -20,9 +23,15 @@ class ConnectionsTest : public testing::Test {
 };
 
 TEST_F(ConnectionsTest, PeerThatHasSentLittleAMomentAgoMayBeInItsHandshake) {
-  connection_.Send(500);
-  EXPECT_THAT(PeersInHandshake(listener_.port()), ElementsAre(connection_.peer));
-  EXPECT_THAT(PeersInHandshake(1), IsEmpty()) << "another port's";
+  std::vector<std::string> found;
+  // On a busy machine the moment may have passed before this asks: then another peer.
+  for (int attempt = 0; found.empty() && attempt < 20; ++attempt) {
+    connection_ = listener_.Connect();
+    connection_.Send(500);
+    found = PeersInHandshake(listener_.port());
+    EXPECT_THAT(PeersInHandshake(1), IsEmpty()) << "another port's";
+  }
+  EXPECT_THAT(found, ElementsAre(connection_.peer));
 }
 
 TEST_F(ConnectionsTest, PeerThatHasSentMuchIsNotInItsHandshake) {

@@ -1,16 +1,46 @@
-// An RpcServer on loopback, and a channel to it.
+// An RpcServer on loopback, a channel to it, and a log for its handlers.
 #ifndef EPSERVE_TESTS_SERVER_RPC_RPC_FIXTURE_H_
 #define EPSERVE_TESTS_SERVER_RPC_RPC_FIXTURE_H_
 
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "server/rpc/rpc_server.h"
 
 namespace epserve::server {
+
+// What handlers were told, in its order.
+struct EventLog {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<std::string> events;  // Guarded by mutex.
+
+  void Add(std::string event) {
+    const std::lock_guard lock(mutex);
+    events.push_back(std::move(event));
+    changed.notify_all();
+  }
+  std::vector<std::string> WaitFor(const std::string& last) {
+    std::unique_lock lock(mutex);
+    changed.wait_for(lock, std::chrono::seconds(20),
+                     [&] { return !events.empty() && events.back() == last; });
+    return events;
+  }
+  std::ptrdiff_t Count(const std::string& event) {
+    const std::lock_guard lock(mutex);
+    return std::count(events.begin(), events.end(), event);
+  }
+};
 
 class RpcTest : public testing::Test {
  protected:

@@ -4,9 +4,9 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -23,6 +23,7 @@ namespace {
 using grpc::health::v1::Health;
 using grpc::health::v1::HealthCheckRequest;
 using grpc::health::v1::HealthCheckResponse;
+using testing::AnyOf;
 using testing::Each;
 using testing::ElementsAre;
 using testing::HasSubstr;
@@ -115,25 +116,7 @@ TEST_F(RpcServerTest, ManyCallsFromManyThreadsAreEachAnsweredOnce) {
 // Keeps what it was told; finishes when it is told of a cancellation.
 class Recorder final : public CallHandler {
  public:
-  struct Log {
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::vector<std::string> events;  // Guarded by mutex.
-
-    void Add(std::string event) {
-      const std::lock_guard lock(mutex);
-      events.push_back(std::move(event));
-      changed.notify_all();
-    }
-    std::vector<std::string> WaitFor(const std::string& last) {
-      std::unique_lock lock(mutex);
-      changed.wait_for(lock, std::chrono::seconds(20),
-                       [&] { return !events.empty() && events.back() == last; });
-      return events;
-    }
-  };
-
-  Recorder(ServerCall* call, Log* log) : call_(call), log_(log) { call->StartRead(&message_); }
+  Recorder(ServerCall* call, EventLog* log) : call_(call), log_(log) { call->StartRead(&message_); }
 
  private:
   void OnReadDone(bool ok) override { log_->Add(ok ? "read" : "no read"); }
@@ -147,126 +130,12 @@ class Recorder final : public CallHandler {
   }
 
   ServerCall* const call_;
-  Log* const log_;
+  EventLog* const log_;
   grpc::ByteBuffer message_;
 };
-
-// Answers each message but those that begin with "quiet", and reads on only after a write. Fails
-// where a write's end is told within its start: a handler may hold a lock there.
-class LateReader final : public CallHandler {
- public:
-  LateReader(ServerCall* call, Recorder::Log* log) : call_(call), log_(log) {
-    call->StartRead(&message_);
-  }
-
- private:
-  void OnReadDone(bool ok) override {
-    if (!ok) return call_->Finish(grpc::Status::OK);
-    grpc::Slice bytes;
-    ASSERT_TRUE(message_.DumpToSingleSlice(&bytes).ok());
-    const std::string text(reinterpret_cast<const char*>(bytes.begin()), bytes.size());
-    log_->Add(text);
-    if (text.starts_with("quiet") || writing_) {
-      owed_ += text.starts_with("quiet") ? "" : text;
-    } else {
-      Write(text);
-    }
-    call_->StartReadAfterWrite(&message_);
-  }
-  void OnWriteDone(bool ok) override {
-    EXPECT_FALSE(starting_);
-    writing_ = false;
-    if (ok && !owed_.empty()) Write(std::exchange(owed_, ""));
-  }
-  void OnDone() override {
-    log_->Add("done");
-    delete this;
-  }
-  void Write(const std::string& text) {
-    writing_ = true;
-    const grpc::Slice slice(text);
-    starting_ = true;
-    call_->StartWrite(grpc::ByteBuffer(&slice, 1));
-    starting_ = false;
-  }
-
-  ServerCall* const call_;
-  Recorder::Log* const log_;
-  grpc::ByteBuffer message_;
-  bool writing_ = false;
-  bool starting_ = false;  // within StartWrite
-  std::string owed_;
-};
-
-class LateReadTest : public RpcServerTest {
- protected:
-  using Stream = grpc::ClientReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>;
-
-  // Handlers write to log_ until the server has stopped.
-  ~LateReadTest() override { server_.Stop(std::chrono::seconds(5)); }
-
-  void Open() {
-    server_.Handle(kMethod, [this](ServerCall* call) { return new LateReader(call, &log_); });
-    Start();
-    stream_.reset(
-        grpc::internal::ClientReaderWriterFactory<grpc::ByteBuffer, grpc::ByteBuffer>::Create(
-            channel_.get(), method_, &context_));
-  }
-  void Write(const std::string& text) {
-    const grpc::Slice slice(text);
-    ASSERT_TRUE(stream_->Write(grpc::ByteBuffer(&slice, 1)));
-  }
-  // What has come, until there are so many bytes of it.
-  std::string ReadBytes(std::size_t count) {
-    std::string all;
-    grpc::ByteBuffer message;
-    while (all.size() < count && stream_->Read(&message)) {
-      grpc::Slice bytes;
-      EXPECT_TRUE(message.DumpToSingleSlice(&bytes).ok());
-      all.append(reinterpret_cast<const char*>(bytes.begin()), bytes.size());
-    }
-    return all;
-  }
-
-  static constexpr char kMethod[] = "/test.Late/Read";
-  const grpc::internal::RpcMethod method_{kMethod, grpc::internal::RpcMethod::BIDI_STREAMING};
-  Recorder::Log log_;
-  grpc::ClientContext context_;
-  std::unique_ptr<Stream> stream_;
-};
-
-TEST_F(LateReadTest, MessagesAreReadOneAfterAnotherAndAllAtOnce) {
-  Open();
-  for (int i = 0; i < 20; ++i) {
-    Write("x");
-    ASSERT_EQ(ReadBytes(1), "x");
-  }
-  for (int i = 0; i < 100; ++i) Write("y");
-  EXPECT_EQ(ReadBytes(100), std::string(100, 'y'));
-  stream_->WritesDone();
-  EXPECT_TRUE(stream_->Finish().ok());
-}
-
-TEST_F(LateReadTest, MessagesAreReadWhereNothingIsWritten) {
-  Open();
-  for (int i = 0; i < 3; ++i) Write("quiet");
-  Write("x");
-  EXPECT_EQ(ReadBytes(1), "x");
-  stream_->WritesDone();
-  EXPECT_TRUE(stream_->Finish().ok());
-  EXPECT_THAT(log_.WaitFor("done"), ElementsAre("quiet", "quiet", "quiet", "x", "done"));
-}
-
-TEST_F(LateReadTest, CallThatIsCancelledWhileItsReadWaitsEnds) {
-  Open();
-  Write("quiet");
-  EXPECT_THAT(log_.WaitFor("quiet"), ElementsAre("quiet"));
-  context_.TryCancel();
-  EXPECT_THAT(log_.WaitFor("done"), ElementsAre("quiet", "done"));
-}
 
 TEST_F(RpcServerTest, HandlerLearnsThatItsCallerHasGoneAndIsDoneLast) {
-  Recorder::Log log;
+  EventLog log;
   server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
   Start();
   grpc::ClientContext context;
@@ -283,7 +152,7 @@ TEST_F(RpcServerTest, HandlerLearnsThatItsCallerHasGoneAndIsDoneLast) {
 }
 
 TEST_F(RpcServerTest, CallsOfOneConnectionTooManyAreRefusedUntilAnotherEnds) {
-  Recorder::Log log;
+  EventLog log;
   server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
   server_.SetMaxConnections(1);
   std::vector<std::string> turned_away;  // of the server's thread until it has stopped
@@ -299,29 +168,33 @@ TEST_F(RpcServerTest, CallsOfOneConnectionTooManyAreRefusedUntilAnotherEnds) {
   own_connection.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   const auto other =
       grpc::CreateCustomChannel(target_, grpc::InsecureChannelCredentials(), own_connection);
-  const auto check = [&] {
+  const auto check = [&](std::chrono::milliseconds timeout) {
     grpc::ClientContext other_context;
-    other_context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
+    other_context.set_deadline(std::chrono::system_clock::now() + timeout);
     HealthCheckResponse response;
     return Health::NewStub(other)->Check(&other_context, HealthCheckRequest(), &response);
   };
-  const grpc::Status refused = check();
+  const grpc::Status refused = check(std::chrono::seconds(20));
   EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_THAT(refused.error_message(), HasSubstr("too many connections"));
   context.TryCancel();
   caller.join();
   log.WaitFor("done");
-  // The connection is forgotten a moment after its last call's handler.
-  grpc::Status status = check();
-  while (status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED) status = check();
-  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED) << "it has a handler now";
+  // The connection is forgotten a moment after its last call's handler. Then a call of another has
+  // a handler, which does not answer it; on a busy machine its time may be over before.
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (log.Count("read") < 2 && std::chrono::steady_clock::now() < give_up) {
+    EXPECT_THAT(check(std::chrono::milliseconds(200)).error_code(),
+                AnyOf(grpc::StatusCode::RESOURCE_EXHAUSTED, grpc::StatusCode::DEADLINE_EXCEEDED));
+  }
+  EXPECT_GE(log.Count("read"), 2);
   server_.Stop(std::chrono::milliseconds(0));
   ASSERT_THAT(turned_away, Not(IsEmpty()));
   EXPECT_THAT(turned_away, Each(StartsWith("ipv4:127.0.0.1:")));
 }
 
 TEST_F(RpcServerTest, CallsThatAreRefusedOrOfAFreeMethodTakeNoPlace) {
-  Recorder::Log log;
+  EventLog log;
   const auto record = [&](ServerCall* call) { return new Recorder(call, &log); };
   server_.Handle(kWatch, record, RpcServer::Places::kFree);
   server_.Handle(kCheck, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
@@ -349,7 +222,7 @@ TEST_F(RpcServerTest, CallsThatAreRefusedOrOfAFreeMethodTakeNoPlace) {
 }
 
 TEST_F(RpcServerTest, StopCancelsWhatIsLeftAndWaitsForItsHandler) {
-  Recorder::Log log;
+  EventLog log;
   server_.Handle(kCheck, [&](ServerCall* call) { return new Recorder(call, &log); });
   Start();
   std::thread caller([&] {
@@ -363,7 +236,7 @@ TEST_F(RpcServerTest, StopCancelsWhatIsLeftAndWaitsForItsHandler) {
 }
 
 TEST_F(RpcServerTest, CallsThatComeWhileItStopsAreUnavailableAndNeverCancelled) {
-  Recorder::Log log;
+  EventLog log;
   server_.Handle(kWatch, [&](ServerCall* call) { return new Recorder(call, &log); });
   server_.Handle(kCheck, UnaryHandler<HealthCheckRequest, HealthCheckResponse>(
                              [](const auto&, auto*) { return absl::OkStatus(); }));
@@ -394,7 +267,8 @@ TEST_F(RpcServerTest, CallsThatComeWhileItStopsAreUnavailableAndNeverCancelled) 
     });
   }
   while (calls < 100) std::this_thread::yield();
-  server_.Stop(std::chrono::milliseconds(100));
+  // Long enough for one of the callers to have a turn on a busy machine.
+  server_.Stop(std::chrono::milliseconds(1500));
   stopped = true;
   for (std::thread& caller : callers) caller.join();
   holder.join();

@@ -43,7 +43,7 @@ class RecordingReporter : public BatchReporter {
 
   WorkerMessage NextOfAny() {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (!changed_.wait_for(lock, std::chrono::seconds(10), [&] { return !messages_.empty(); })) {
+    if (!changed_.wait_for(lock, std::chrono::seconds(60), [&] { return !messages_.empty(); })) {
       ADD_FAILURE() << "nothing was reported";
       return BatchDone{};
     }
@@ -69,7 +69,7 @@ class RecordingReporter : public BatchReporter {
   }
   bool AwaitExpired(std::uint64_t epoch) {
     std::unique_lock<std::mutex> lock(mutex_);
-    return changed_.wait_for(lock, std::chrono::seconds(10),
+    return changed_.wait_for(lock, std::chrono::seconds(60),
                              [&] { return expired_epoch_ == epoch; });
   }
 

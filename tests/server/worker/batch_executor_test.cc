@@ -308,7 +308,7 @@ TEST_F(BatchExecutorTest, RefusingWaitsForWhatRunsAndRefusesWhatComes) {
   ExpectRefused(MakeShard(2, 1), absl::StatusCode::kUnavailable, "leaving");
   engine_.Release("experts 0");
   EXPECT_TRUE(reporter_.Next<BatchDone>().status.ok());
-  EXPECT_TRUE(executor_->RefuseWhenIdle(absl::Seconds(10)));
+  EXPECT_TRUE(executor_->RefuseWhenIdle(absl::Seconds(60)));
 }
 
 TEST_F(BatchExecutorTest, EmptyShardIsOrdinary) {

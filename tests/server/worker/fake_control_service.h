@@ -26,7 +26,7 @@ class ControlSession {
       : context_(context), stream_(stream) {}
 
   // The next message that is neither a heartbeat nor progress; MESSAGE_NOT_SET where the stream
-  // ended or ten seconds passed.
+  // ended or sixty seconds passed.
   v1::WorkerMessage Next();
   void Send(const v1::CoordinatorMessage& message);
   // Ends the stream from this side, as if the coordinator had died.
@@ -62,7 +62,7 @@ class FakeControlService : public v1::Control::Service {
   // `address` as gRPC takes it, "unix:/path".
   bool Start(const std::string& address);
   void Stop();
-  // The next stream that a worker opens; null after ten seconds.
+  // The next stream that a worker opens; null after sixty seconds.
   std::shared_ptr<ControlSession> NextSession();
   int num_sessions() const;
 

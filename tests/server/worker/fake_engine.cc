@@ -68,7 +68,7 @@ void FakeEngine::FailAt(const std::string& step, absl::Status status) {
 
 bool FakeEngine::AwaitStep(const std::string& step, int times) {
   std::unique_lock<std::mutex> lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(10),
+  return changed_.wait_for(lock, std::chrono::seconds(60),
                            [&] { return std::count(calls_.begin(), calls_.end(), step) >= times; });
 }
 

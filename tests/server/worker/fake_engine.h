@@ -49,7 +49,7 @@ class FakeEngine : public runtime::Engine {
   void Release(const std::string& step);
   // The named step fails with `status` from now on; OK: no longer.
   void FailAt(const std::string& step, absl::Status status);
-  // Returns once the step has begun `times` times; false after ten seconds.
+  // Returns once the step has begun `times` times; false after sixty seconds.
   bool AwaitStep(const std::string& step, int times = 1);
 
   std::vector<std::string> calls() const;

@@ -229,7 +229,7 @@ void WorkerTest::RunBatch(ControlSession& session, std::uint64_t epoch, std::uin
 }
 
 absl::Status WorkerTest::AwaitExit() {
-  if (exit_.wait_for(std::chrono::seconds(10)) != std::future_status::ready) {
+  if (exit_.wait_for(std::chrono::seconds(60)) != std::future_status::ready) {
     return absl::DeadlineExceededError("the worker does not end");
   }
   thread_.join();

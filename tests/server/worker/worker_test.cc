@@ -269,7 +269,7 @@ TEST_F(WorkerTest, ReadinessIsToldAsTheWorkerJoinsLoadsAndLosesItsStream) {
   };
   const auto await = [&](const std::vector<bool>& wanted) {
     std::unique_lock lock(mutex);
-    changed.wait_for(lock, std::chrono::seconds(10), [&] { return told.size() >= wanted.size(); });
+    changed.wait_for(lock, std::chrono::seconds(60), [&] { return told.size() >= wanted.size(); });
     EXPECT_EQ(told, wanted);
   };
   StartCoordinator();
@@ -342,7 +342,7 @@ TEST_F(WorkerTest, ShutdownEndsTheWorkerWithLeave) {
 }
 
 TEST_F(WorkerTest, LeavingWorkerWaitsForTheCoordinatorOnlySoLong) {
-  config_.leave_timeout = absl::Milliseconds(50);
+  config_.leave_timeout = absl::Seconds(1);
   std::shared_ptr<ControlSession> session = Serve(7);
   ASSERT_NE(session, nullptr);
   worker_->RequestLeave("SIGTERM");

@@ -26,7 +26,7 @@ namespace epserve::coordinator {
 
 inline constexpr int kMaxMessageBytes = 1 << 20;
 inline constexpr std::int64_t kMaxHeldBytes = 4 << 20;
-inline constexpr auto kPatience = std::chrono::seconds(20);  // Only a failing test waits that long.
+inline constexpr auto kPatience = std::chrono::seconds(60);  // Only a failing test waits that long.
 
 // Hands every request to a handler, or keeps it for the test to take.
 class FakeSink final : public RequestSink {
