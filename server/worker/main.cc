@@ -13,6 +13,10 @@
 #include <thread>
 #include <utility>
 
+#ifdef EPSERVE_MIMALLOC
+#include <mimalloc.h>
+#endif
+
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "runtime/base/log.h"
@@ -116,10 +120,20 @@ void TakeGrpcLog() {
   });
 }
 
+// mimalloc gives freed memory back after 25 ms, and only while its thread frees more, so that each
+// thread kept what it had once needed: 3 MB in all. Given back at once it costs a large batch no
+// time and one page fault in seventy.
+void ReturnFreedMemory() {
+#ifdef EPSERVE_MIMALLOC
+  mi_option_set(mi_option_decommit_delay, 0);
+#endif
+}
+
 int Main(int argc, char** argv) {
   // Debian's Abseil comes with its check for lock cycles on, which takes one lock of the whole
   // process at every lock of gRPC.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  ReturnFreedMemory();
   if (const absl::Status guarded = server::GuardStandardStreams(); !guarded.ok()) {
     return Fail(guarded);
   }
