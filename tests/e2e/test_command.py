@@ -218,8 +218,7 @@ def test_bench_trace_shows_requests_and_every_workers_phases_on_one_clock(
         for phase in own:
             assert phase["ts"] >= request["ts"] - 1000
             assert phase["ts"] + phase["dur"] <= request["ts"] + request["dur"] + 1000
-        # So few rows are one rank's, whose counts the coordinator hands on.
-        exchange = "streams" if routing == "server" else "coordinator"
+        exchange = "device" if routing == "server" else "coordinator"
         assert request["args"]["count_exchange"] == exchange
         assert request["args"]["epserve_counts_us"] >= 0
         assert any(e["name"] == "counts" for e in own) == (routing == "server")

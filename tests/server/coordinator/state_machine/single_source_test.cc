@@ -60,6 +60,12 @@ TEST(SingleSourceTest, FewRowsWhoseExpertsAreNotKnownAreTheRanksByTurns) {
   }
 }
 
+TEST(SingleSourceTest, RowsThatTheWorkersRouteAreFewer) {
+  EXPECT_THAT(RowsByRank("host", 4, {.routed = false}, 8), ElementsAre(0, 0, 4, 0));
+  EXPECT_THAT(RowsByRank("host", 5, {.routed = false}, 8), ElementsAre(2, 1, 1, 1));
+  EXPECT_THAT(RowsByRank("host", 2, {.routed = false}, 1), ElementsAre(1, 1, 0, 0));
+}
+
 TEST(SingleSourceTest, MoreRowsAndThoseOfGpusAreDividedAmongTheRanks) {
   EXPECT_THAT(RowsByRank("host", 9, {.rank_of_most_experts = 2}, 8), ElementsAre(3, 2, 2, 2));
   EXPECT_THAT(RowsByRank("cuda", 1, {.rank_of_most_experts = 2}, 8), ElementsAre(1, 0, 0, 0));
@@ -92,7 +98,7 @@ class SingleSourceCountsTest : public ::testing::TestWithParam<CountExchangeMode
   SingleSourceCountsTest() : cluster_(Counting(GetParam())) {
     cluster_.device_counts = true;
     cluster_.ServeOn("host");
-    start_ = First<StartBatch>(cluster_.Request(1, 8, {.routed = false}));
+    start_ = First<StartBatch>(cluster_.Request(1, 4, {.routed = false}));
   }
 
   TestCluster cluster_;
@@ -107,15 +113,15 @@ TEST_P(SingleSourceCountsTest, MatrixGoesOutOnceTheSourceAloneHasCounted) {
   ASSERT_TRUE(start_);
   EXPECT_TRUE(start_->single_source);
   EXPECT_EQ(start_->counts, CountExchange::kStreams);
-  ASSERT_EQ(start_->shards[2].rows.size(), 8);
+  ASSERT_EQ(start_->shards[2].rows.size(), 4);
   Counts counts = cluster_.CountsOf(2, start_->batch);
-  counts.rows_to_rank = {8, 0, 3, 5};
+  counts.rows_to_rank = {4, 0, 3, 2};
   counts.rows_per_expert[0] = 8;
   const auto matrix = First<SendCountMatrix>(cluster_.Do(counts));
   ASSERT_TRUE(matrix);
   EXPECT_EQ(matrix->streams.size(), 4u);
-  EXPECT_EQ(matrix->counts.NumSent(2), 16);
-  EXPECT_EQ(matrix->counts.NumReceived(0), 8);
+  EXPECT_EQ(matrix->counts.NumSent(2), 9);
+  EXPECT_EQ(matrix->counts.NumReceived(0), 4);
   EXPECT_EQ(matrix->counts.rows_per_expert[0], 8);
   EXPECT_TRUE(Has<FinishBatch>(cluster_.Finish(start_->batch)));
 }
@@ -139,7 +145,7 @@ TEST(SingleSourceTest, DeviceLeavesASingleSourcesCountsToTheWorkersToo) {
   TestCluster cluster(Counting(CountExchangeMode::kDevice));
   cluster.device_counts = true;
   cluster.ServeOn("host");
-  const auto start = First<StartBatch>(cluster.Request(1, 8, {.routed = false}));
+  const auto start = First<StartBatch>(cluster.Request(1, 4, {.routed = false}));
   ASSERT_TRUE(start);
   EXPECT_TRUE(start->single_source);
   EXPECT_EQ(start->counts, CountExchange::kDevice);
